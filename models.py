@@ -1,0 +1,341 @@
+"""DiT: a vision transformer that denoises latents (Peebles & Xie, "Scalable Diffusion Models with Transformers", 2023).
+
+Read from the bottom up for the whole picture, or in order: position table, embeddings, blocks, DiT, sizes.
+Shapes: N batch, C channels, H W latent height and width, p patch size, T tokens, D width.
+"""
+import math
+
+import numpy as np
+import torch
+from torch import nn
+
+try:
+    from timm.layers import Attention, Mlp
+except ImportError as error:
+    import timm
+    raise ImportError(f"timm {timm.__version__} has no timm.layers.Attention or timm.layers.Mlp; "
+                      "install the version that requirements.txt names") from error
+
+
+def modulate(x, shift, scale):
+    """x (N, T, D) scaled and shifted per sample by scale, shift (N, D)."""
+    return x * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
+
+
+def as_pair(value, name):
+    """An int or a pair of ints, both at least 1, as a pair (height, width)."""
+    pair = (value, value) if isinstance(value, int) else tuple(value)
+    if len(pair) != 2 or not all(isinstance(side, int) and side > 0 for side in pair):
+        raise ValueError(f"{name} must be a positive integer or a pair of them (height, width), not {value!r}")
+    return pair
+
+
+# ---------------------------------------------------------------- positions
+
+def get_2d_sincos_pos_embed(embed_dim, grid_size):
+    """Fixed position table of a grid of tokens in row-major order.
+
+    embed_dim  D, a multiple of 4: the first half of a row encodes the token's column, the second its row
+    grid_size  tokens a side, or a pair (rows, columns)
+    return     (T, D) float64 array
+    """
+    if embed_dim % 4:
+        raise ValueError(f"a 2-D sine-cosine position table needs a width that is a multiple of 4, not {embed_dim}")
+    rows, columns = as_pair(grid_size, "grid_size")
+    row, column = np.indices((rows, columns)).reshape(2, -1)
+    return np.concatenate([_sincos(embed_dim // 2, column), _sincos(embed_dim // 2, row)], axis=1)
+
+
+def _sincos(dim, position):
+    """(T,) positions -> (T, dim): dim/2 sines, then dim/2 cosines (Vaswani et al., 2017, section 3.5)."""
+    frequency = 1.0 / 10000 ** (np.arange(dim // 2) / (dim / 2))
+    angle = np.outer(position, frequency)
+    return np.concatenate([np.sin(angle), np.cos(angle)], axis=1)
+
+
+# ---------------------------------------------------------------- embeddings
+
+class PatchEmbed(nn.Module):
+    """(N, C, H, W) -> (N, T, D): one token for each p x p patch, T = (H / p)(W / p) in row-major order."""
+
+    def __init__(self, input_size, patch_size, in_channels, hidden_size):
+        super().__init__()
+        self.input_size = as_pair(input_size, "input_size")
+        self.patch_size = patch_size
+        if patch_size < 1 or any(side % patch_size for side in self.input_size):
+            raise ValueError(f"input_size {self.input_size} cannot be cut in patches of patch_size {patch_size}")
+        self.grid_size = tuple(side // patch_size for side in self.input_size)
+        self.num_patches = self.grid_size[0] * self.grid_size[1]
+        self.proj = nn.Conv2d(in_channels, hidden_size, kernel_size=patch_size, stride=patch_size)
+
+    def forward(self, x):
+        expected = (self.proj.in_channels, *self.input_size)
+        if x.shape[1:] != expected:
+            raise ValueError(f"the model takes inputs of (channels, height, width) = {expected}, "
+                             f"got {tuple(x.shape[1:])}")
+        return self.proj(x).flatten(2).transpose(1, 2)
+
+
+class TimestepEmbedder(nn.Module):
+    """Diffusion timesteps (N,) -> (N, D): sinusoidal features, then an MLP."""
+
+    def __init__(self, hidden_size, frequency_embedding_size=256):
+        super().__init__()
+        self.frequency_embedding_size = frequency_embedding_size
+        self.mlp = nn.Sequential(
+            nn.Linear(frequency_embedding_size, hidden_size),
+            nn.SiLU(),
+            nn.Linear(hidden_size, hidden_size),
+        )
+
+    @staticmethod
+    def timestep_embedding(t, dim, max_period=10000):
+        """Sinusoidal features of (possibly fractional) timesteps.
+
+        t       (N,) integers or floats
+        dim     number of features: dim // 2 cosines, then as many sines, and one zero if dim is odd
+        return  (N, dim) float32
+        """
+        half = dim // 2
+        frequency = torch.exp(-math.log(max_period) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
+        angle = t.float()[:, None] * frequency
+        features = torch.cat([angle.cos(), angle.sin()], dim=1)
+        return nn.functional.pad(features, (0, dim % 2))
+
+    def forward(self, t):
+        features = self.timestep_embedding(t, self.frequency_embedding_size)
+        return self.mlp(features.to(self.mlp[0].weight.dtype))
+
+
+class LabelEmbedder(nn.Module):
+    """Class labels (N,) -> (N, D), with label dropout for classifier-free guidance.
+
+    Labels are 0 .. num_classes - 1. With dropout_prob > 0 the table has one row more: the null class, num_classes.
+    """
+
+    def __init__(self, num_classes, hidden_size, dropout_prob):
+        super().__init__()
+        if not 0 <= dropout_prob <= 1:
+            raise ValueError(f"class_dropout_prob must lie in [0, 1], not {dropout_prob}")
+        self.num_classes = num_classes
+        self.dropout_prob = dropout_prob
+        self.embedding_table = nn.Embedding(num_classes + (dropout_prob > 0), hidden_size)
+
+    def token_drop(self, labels, force_drop_ids=None):
+        """Replace some labels by the null class: where force_drop_ids (N,) is 1, or else at random."""
+        if self.embedding_table.num_embeddings == self.num_classes:
+            raise ValueError("this model was built with class_dropout_prob=0: it has no null class to drop labels to")
+        if force_drop_ids is None:
+            drop = torch.rand(len(labels), device=labels.device) < self.dropout_prob
+        else:
+            drop = force_drop_ids == 1
+        return torch.where(drop, self.num_classes, labels)
+
+    def forward(self, labels, train, force_drop_ids=None):
+        self._check(labels)
+        if force_drop_ids is not None or (train and self.dropout_prob > 0):
+            labels = self.token_drop(labels, force_drop_ids)
+        return self.embedding_table(labels)
+
+    def _check(self, labels):
+        # Only labels in host memory: reading others would make every step wait for its device.
+        rows = self.embedding_table.num_embeddings
+        if labels.device.type != "cpu" or torch.compiler.is_compiling() or not len(labels):
+            return
+        low, high = labels.aminmax()
+        if low < 0 or high >= rows:
+            raise ValueError(f"labels must lie in 0 .. {rows - 1} ({self.num_classes} classes"
+                             f"{' and the null class' if rows > self.num_classes else ', no null class'}), "
+                             f"got {int(low)} .. {int(high)}")
+
+
+# ---------------------------------------------------------------- blocks
+
+def layer_norm(hidden_size):
+    """Layer norm without scale and shift: adaLN gives those."""
+    return nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
+
+
+def adaln_linear(hidden_size, chunks):
+    """c (N, D) -> `chunks` vectors of D: what adaLN scales, shifts and gates with."""
+    return nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, chunks * hidden_size))
+
+
+class DiTBlock(nn.Module):
+    """Transformer block with adaLN-Zero conditioning (section 3.2; figure 3, second from the left)."""
+
+    def __init__(self, hidden_size, num_heads, mlp_ratio=4.0):
+        super().__init__()
+        self.norm1 = layer_norm(hidden_size)
+        self.attn = Attention(hidden_size, num_heads=num_heads, qkv_bias=True)
+        self.norm2 = layer_norm(hidden_size)
+        self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio), act_layer=lambda: nn.GELU(approximate="tanh"))
+        self.adaLN_modulation = adaln_linear(hidden_size, 6)
+
+    def forward(self, x, c):
+        """x (N, T, D) tokens, c (N, D) condition -> (N, T, D)."""
+        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(c).chunk(6, dim=1)
+        x = x + gate_msa.unsqueeze(1) * self.attn(modulate(self.norm1(x), shift_msa, scale_msa))
+        x = x + gate_mlp.unsqueeze(1) * self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp))
+        return x
+
+
+class FinalLayer(nn.Module):
+    """Tokens (N, T, D) and condition (N, D) -> patches (N, T, p * p * out_channels)."""
+
+    def __init__(self, hidden_size, patch_size, out_channels):
+        super().__init__()
+        self.norm_final = layer_norm(hidden_size)
+        self.linear = nn.Linear(hidden_size, patch_size * patch_size * out_channels)
+        self.adaLN_modulation = adaln_linear(hidden_size, 2)
+
+    def forward(self, x, c):
+        shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
+        return self.linear(modulate(self.norm_final(x), shift, scale))
+
+
+# ---------------------------------------------------------------- the model
+
+class DiT(nn.Module):
+    """Diffusion transformer.
+
+    input_size          latent side, or a pair (height, width); multiples of patch_size
+    patch_size          p: tokens are p x p patches
+    in_channels         channels of the latents
+    hidden_size         D: a multiple of 4 and of num_heads
+    depth               number of blocks
+    num_heads           attention heads
+    mlp_ratio           hidden width of the MLP over D
+    class_dropout_prob  probability of training on the null class; 0: no null class, no guidance
+    num_classes         classes; the null class has the number `num_classes`
+    learn_sigma         also predict the variance: the output has 2C channels, else C
+    raise               ValueError for sizes that do not fit
+    """
+
+    def __init__(self, input_size=32, patch_size=2, in_channels=4, hidden_size=1152, depth=28, num_heads=16,
+                 mlp_ratio=4.0, class_dropout_prob=0.1, num_classes=1000, learn_sigma=True):
+        super().__init__()
+        if hidden_size % num_heads:
+            raise ValueError(f"hidden_size {hidden_size} is not a multiple of num_heads {num_heads}")
+        self.in_channels = in_channels
+        self.out_channels = in_channels * 2 if learn_sigma else in_channels
+        self.patch_size = patch_size
+        self.num_heads = num_heads
+        self.learn_sigma = learn_sigma
+
+        self.x_embedder = PatchEmbed(input_size, patch_size, in_channels, hidden_size)
+        self.t_embedder = TimestepEmbedder(hidden_size)
+        self.y_embedder = LabelEmbedder(num_classes, hidden_size, class_dropout_prob)
+        # A fixed table, yet a parameter: the published optimiser states count it.
+        self.pos_embed = nn.Parameter(torch.zeros(1, self.x_embedder.num_patches, hidden_size), requires_grad=False)
+        self.blocks = nn.ModuleList([DiTBlock(hidden_size, num_heads, mlp_ratio) for _ in range(depth)])
+        self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels)
+        self.initialize_weights()
+
+    def initialize_weights(self):
+        """Xavier-uniform linears and zero biases, then what the paper sets otherwise (section 3.2, appendix A)."""
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Conv2d)):
+                nn.init.xavier_uniform_(module.weight.flatten(1))  # a view: the patch projection counts as a linear
+                nn.init.zeros_(module.bias)
+        hidden_size = self.pos_embed.shape[-1]
+        positions = get_2d_sincos_pos_embed(hidden_size, self.x_embedder.grid_size)
+        self.pos_embed.data.copy_(torch.from_numpy(positions)[None])
+        nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
+        nn.init.normal_(self.t_embedder.mlp[0].weight, std=0.02)
+        nn.init.normal_(self.t_embedder.mlp[2].weight, std=0.02)
+        # Zero gates make each block the identity at first; a zero output layer predicts zero noise.
+        for layer in (*(block.adaLN_modulation[1] for block in self.blocks),
+                      self.final_layer.adaLN_modulation[1], self.final_layer.linear):
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    def unpatchify(self, x):
+        """Patches (N, T, p * p * out_channels) -> (N, out_channels, H, W)."""
+        p, (rows, columns) = self.patch_size, self.x_embedder.grid_size
+        if x.shape[1:] != (rows * columns, p * p * self.out_channels):
+            raise ValueError(f"cannot put {tuple(x.shape[1:])} (tokens, values) together to {rows} x {columns} patches "
+                             f"of {p} x {p} x {self.out_channels}")
+        x = x.view(len(x), rows, columns, p, p, self.out_channels)
+        x = torch.einsum("nhwpqc->nchpwq", x)
+        return x.reshape(len(x), self.out_channels, rows * p, columns * p)
+
+    def forward(self, x, t, y, force_drop_ids=None):
+        """Predict the noise (and the variance) of noisy latents.
+
+        x               (N, C, H, W) noisy latents
+        t               (N,) timesteps of the trained process, integer or fractional
+        y               (N,) class labels; num_classes is the null class
+        force_drop_ids  (N,) 1 where the label is to be replaced by the null class; None: at random in training
+        return          (N, out_channels, H, W): C channels of noise, and C of variance if learn_sigma
+        raise           ValueError for a wrong shape, or a label out of range (labels in host memory)
+        """
+        x = self.x_embedder(x) + self.pos_embed                                          # (N, T, D)
+        c = self.t_embedder(t) + self.y_embedder(y, self.training, force_drop_ids)       # (N, D)
+        for block in self.blocks:
+            x = block(x, c)                                                              # (N, T, D)
+        x = self.final_layer(x, c)                                                       # (N, T, p * p * 2C)
+        return self.unpatchify(x)                                                        # (N, 2C, H, W)
+
+    def forward_with_cfg(self, x, t, y, cfg_scale, cfg_channels=None):
+        """Classifier-free guidance: eps_u + s (eps_c - eps_u) on the noise, never on the variance (Ho & Salimans, 2021).
+
+        x, t, y       conditional half, then null half, 2N in all; of x only the first half is read
+        cfg_scale     s; 1 is the conditional prediction alone
+        cfg_channels  how many channels are guided. None: all, but 3 of 4 where there are 4 (what the published sampler
+                      does, by an oversight that is part of the published FIDs)
+        return        (2N, out_channels, H, W), the guided noise in both halves
+        raise         ValueError for an odd batch, or a model without a null class
+        """
+        if self.y_embedder.dropout_prob == 0:
+            raise ValueError("guidance needs a null class, and this model was built with class_dropout_prob=0")
+        if len(x) % 2:
+            raise ValueError(f"guidance takes a conditional and a null half, not an odd batch of {len(x)}")
+        half = x[: len(x) // 2]
+        out = self.forward(torch.cat([half, half]), t, y)
+        guided = default_cfg_channels(self.in_channels) if cfg_channels is None else cfg_channels
+        eps, rest = out[:, :guided], out[:, guided:]
+        eps_cond, eps_null = eps.chunk(2)
+        eps = eps_null + cfg_scale * (eps_cond - eps_null)
+        return torch.cat([torch.cat([eps, eps]), rest], dim=1)
+
+
+def default_cfg_channels(in_channels):
+    """How many latent channels the published sampler guides: 3 of 4, else all."""
+    return 3 if in_channels == 4 else in_channels
+
+
+# ---------------------------------------------------------------- sizes
+
+# Table 1 of the paper: depth, hidden_size, num_heads. Each with patches of 2, 4 and 8.
+SIZES = {
+    "XL": (28, 1152, 16),
+    "L": (24, 1024, 16),
+    "B": (12, 768, 12),
+    "S": (12, 384, 6),
+}
+
+
+def _builder(size, patch_size):
+    depth, hidden_size, num_heads = SIZES[size]
+
+    def build(**kwargs):
+        return DiT(**dict(depth=depth, hidden_size=hidden_size, num_heads=num_heads, patch_size=patch_size) | kwargs)
+
+    build.__name__ = build.__qualname__ = f"DiT_{size}_{patch_size}"
+    build.__doc__ = (f"DiT-{size}/{patch_size}: {depth} blocks of width {hidden_size}, {num_heads} heads, "
+                     f"patches of {patch_size}. Keywords as for `DiT`, which also override these.")
+    return build
+
+
+DiT_XL_2, DiT_XL_4, DiT_XL_8 = (_builder("XL", patch_size) for patch_size in (2, 4, 8))
+DiT_L_2, DiT_L_4, DiT_L_8 = (_builder("L", patch_size) for patch_size in (2, 4, 8))
+DiT_B_2, DiT_B_4, DiT_B_8 = (_builder("B", patch_size) for patch_size in (2, 4, 8))
+DiT_S_2, DiT_S_4, DiT_S_8 = (_builder("S", patch_size) for patch_size in (2, 4, 8))
+
+DiT_models = {
+    "DiT-XL/2": DiT_XL_2, "DiT-XL/4": DiT_XL_4, "DiT-XL/8": DiT_XL_8,
+    "DiT-L/2": DiT_L_2, "DiT-L/4": DiT_L_4, "DiT-L/8": DiT_L_8,
+    "DiT-B/2": DiT_B_2, "DiT-B/4": DiT_B_4, "DiT-B/8": DiT_B_8,
+    "DiT-S/2": DiT_S_2, "DiT-S/4": DiT_S_4, "DiT-S/8": DiT_S_8,
+}
