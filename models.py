@@ -214,7 +214,10 @@ class DiT(nn.Module):
 
     def __init__(self, input_size=32, patch_size=2, in_channels=4, hidden_size=1152, depth=28, num_heads=16,
                  mlp_ratio=4.0, class_dropout_prob=0.1, num_classes=1000, learn_sigma=True):
+        # What a checkpoint needs to build this model again: DiT(**config).
+        config = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         super().__init__()
+        self.config = config
         if hidden_size % num_heads:
             raise ValueError(f"hidden_size {hidden_size} is not a multiple of num_heads {num_heads}")
         self.in_channels = in_channels
@@ -278,7 +281,7 @@ class DiT(nn.Module):
         return self.unpatchify(x)                                                        # (N, 2C, H, W)
 
     def forward_with_cfg(self, x, t, y, cfg_scale, cfg_channels=None):
-        """Classifier-free guidance: eps_u + s (eps_c - eps_u) on the noise, never on the variance (Ho & Salimans, 2021).
+        """Classifier-free guidance (Ho & Salimans, 2021): eps_u + s (eps_c - eps_u) on the noise, never the variance.
 
         x, t, y       conditional half, then null half, 2N in all; of x only the first half is read
         cfg_scale     s; 1 is the conditional prediction alone
@@ -320,7 +323,8 @@ def _builder(size, patch_size):
     depth, hidden_size, num_heads = SIZES[size]
 
     def build(**kwargs):
-        return DiT(**dict(depth=depth, hidden_size=hidden_size, num_heads=num_heads, patch_size=patch_size) | kwargs)
+        sizes = dict(depth=depth, hidden_size=hidden_size, num_heads=num_heads, patch_size=patch_size)
+        return DiT(**sizes | kwargs)
 
     build.__name__ = build.__qualname__ = f"DiT_{size}_{patch_size}"
     build.__doc__ = (f"DiT-{size}/{patch_size}: {depth} blocks of width {hidden_size}, {num_heads} heads, "

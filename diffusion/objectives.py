@@ -14,7 +14,7 @@ class Objectives:
 
         x_start, t, noise  as for `q_sample`; model, model_kwargs as for `p_mean_variance`
         return             dictionary of (N,) tensors: loss, and by the kind of loss
-                           "mse"           mse, and vb (bits per dimension) if the variance is learned; loss is their sum
+                           "mse"           mse, and with a learned variance vb (bits per dimension); loss is the sum
                            "rescaled_mse"  the same with vb times T / 1000
                            "kl"            nothing else; loss is vb times T, an estimate of the whole bound
         """

@@ -26,7 +26,10 @@ class Samplers:
 
     def ddim_sample(self, model, x, t, clip_denoised=True, denoised_fn=None, cond_fn=None, model_kwargs=None,
                     eta=0.0, noise_fn=torch.randn_like):
-        """One DDIM step (DDIM, eq. 12); eta 0 is deterministic, 1 has DDPM's variance. Returns dict(sample, pred_xstart)."""
+        """One DDIM step (DDIM, eq. 12). Returns dict(sample, pred_xstart).
+
+        eta  0: deterministic; 1: the noise of DDPM with the fixed small variance
+        """
         pred_xstart = self._denoise(model, x, t, clip_denoised, denoised_fn, cond_fn, model_kwargs)
         eps = self._predict_eps_from_xstart(x, t, pred_xstart)
         alpha_bar, previous, adds_noise = self._at(t, x.ndim, "alphas_cumprod", "alphas_cumprod_prev", "adds_noise")
@@ -105,5 +108,5 @@ class Samplers:
 
 def _last(outputs):
     for out in outputs:
-        pass
-    return out["sample"]
+        sample = out["sample"]
+    return sample

@@ -1,0 +1,39 @@
+# `make demo` and `make test` set up what they need; `make help` lists the rest.
+PYTHON ?= python3
+VENV   ?= .venv
+PY      = $(VENV)/bin/python
+DEMO   ?= demo
+
+.PHONY: help setup demo test lint clean
+
+help:            ## this list
+	@grep -E '^[a-z]+: .*##|^[a-z]+:  *##' $(MAKEFILE_LIST) | sed 's/:[^#]*##/\t/'
+
+setup: $(VENV)/ready  ## a virtual environment with everything in it
+
+$(VENV)/ready: requirements.txt requirements-dev.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	touch $@
+
+demo: $(VENV)/ready  ## train on the digits, sample, make a set of samples and judge it
+	rm -rf $(DEMO)
+	$(PY) train.py --data-path digits --image-size 8 --num-classes 10 --vae none \
+	    --model DiT-S/2 --depth 4 --hidden-size 128 --num-heads 4 \
+	    --global-batch-size 64 --lr 1e-3 --ema-decay 0.999 --max-steps 2500 \
+	    --log-every 250 --sample-every 500 --num-workers 0 --results-dir $(DEMO)
+	$(PY) sample.py --ckpt $(DEMO)/000-DiT-S-2/checkpoints/0002500.pt --cfg-scale 1.5 \
+	    --samples-per-label 10 --trajectory --output $(DEMO)/digits.png
+	$(PY) sample_ddp.py --ckpt $(DEMO)/000-DiT-S-2/checkpoints/0002500.pt --cfg-scale 1.5 \
+	    --num-fid-samples 500 --per-proc-batch-size 250 --sample-dir $(DEMO)/samples
+	$(PY) -m runtime.digits $(DEMO)/samples/*.npz
+	@echo "Look at $(DEMO)/digits.png (a digit a row) and $(DEMO)/digits.gif (from noise to digits)."
+
+test: $(VENV)/ready  ## the whole test suite
+	$(PY) -m pytest
+
+lint: $(VENV)/ready  ## style
+	$(VENV)/bin/ruff check .
+
+clean:           ## remove what was made, not the virtual environment
+	rm -rf $(DEMO) results samples sample.png sample.gif .pytest_cache .ruff_cache

@@ -1,0 +1,95 @@
+"""Checkpoint files: written whole or not at all, read without running anything in them."""
+import argparse
+import os
+import pickle
+import re
+
+import torch
+
+from .errors import UserError
+
+
+def save(path, state):
+    """Write `state` (tensors and plain values) to `path`; a crash leaves the old file, or none, never half of one."""
+    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+    temporary = f"{path}.{os.getpid()}.tmp"
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+        if os.path.exists(temporary):
+            os.remove(temporary)
+        raise UserError(f"cannot write the checkpoint {path}: {error}") from None
+
+
+def load(path):
+    """Read a `.pt` or `.safetensors` file to host memory.
+
+    Only tensors and plain values are accepted, and the `argparse.Namespace` in which published checkpoints keep their
+    flags: anything else in a pickle could run code.
+    """
+    if not os.path.isfile(path):
+        raise UserError(f"there is no checkpoint file {path}")
+    try:
+        if path.endswith(".safetensors"):
+            from safetensors.torch import load_file
+            return load_file(path)
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        reason = str(error).split("\n")[0]
+        raise UserError(f"{path} was refused: it holds something else than tensors and plain values, "
+                        f"or is no checkpoint at all ({reason})") from None
+    except Exception as error:  # a damaged file fails in many ways; each means the same to the user
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{path} cannot be read: it is damaged, or not a checkpoint ({reason})") from None
+
+
+def weights_of(checkpoint, path):
+    """The state dictionary to sample with, and what it was called: "ema", "model" or "bare".
+
+    Prefixes that wrappers leave behind (DDP's `module.`, torch.compile's `_orig_mod.`) are taken off.
+    """
+    for which in ("ema", "model"):
+        if isinstance(checkpoint, dict) and isinstance(checkpoint.get(which), dict):
+            return _unwrapped(checkpoint[which]), which
+    if isinstance(checkpoint, dict) and checkpoint and all(torch.is_tensor(value) for value in checkpoint.values()):
+        return _unwrapped(checkpoint), "bare"
+    raise UserError(f"{path} holds no weights: neither 'ema' nor 'model', nor tensors alone")
+
+
+def _unwrapped(state_dict):
+    return {re.sub(r"^(module\.|_orig_mod\.)+", "", name): value for name, value in state_dict.items()}
+
+
+def load_weights(model, state_dict, path):
+    """`model.load_state_dict(strict=True)`, with a sentence where the two differ."""
+    own = model.state_dict()
+    missing, extra = sorted(own.keys() - state_dict.keys()), sorted(state_dict.keys() - own.keys())
+    shapes = [f"{name} is {tuple(state_dict[name].shape)} there and {tuple(own[name].shape)} here"
+              for name in own if name in state_dict and own[name].shape != state_dict[name].shape]
+    problems = [f"missing: {_some(missing)}"] if missing else []
+    problems += [f"not known: {_some(extra)}"] if extra else []
+    problems += [_some(shapes, "; ")] if shapes else []
+    if problems:
+        raise UserError(f"the weights in {path} do not fit this model: {'; '.join(problems)}. "
+                        "Do --model, --image-size, --num-classes and the sizes say what was trained?")
+    model.load_state_dict(state_dict, strict=True)
+
+
+def _some(items, separator=", "):
+    return separator.join(items[:3]) + (f" and {len(items) - 3} more" if len(items) > 3 else "")
+
+
+CHECKPOINT_NAME = re.compile(r"(\d{7,})\.pt")
+
+
+def newest(experiment_dir):
+    """The checkpoint of the highest step in an experiment's folder, or None."""
+    folder = os.path.join(experiment_dir, "checkpoints")
+    names = os.listdir(folder) if os.path.isdir(folder) else []
+    steps = {int(match[1]): name for name in names if (match := CHECKPOINT_NAME.fullmatch(name))}
+    return os.path.join(folder, steps[max(steps)]) if steps else None

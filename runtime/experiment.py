@@ -1,0 +1,144 @@
+"""An experiment's folder, and what people see of a run: log.txt, progress bar, TensorBoard, pictures."""
+import logging
+import os
+import re
+import resource
+import sys
+import time
+
+import torch
+from tqdm.auto import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from . import checkpoint, generate
+from .errors import UserError
+
+
+def experiment_folders(results_dir, model_name=None):
+    """Folders `NNN-DiT-XL-2` in results_dir, of one model or of all, in order of their numbers."""
+    model = re.escape(model_name.replace("/", "-")) if model_name else ".+"
+    names = os.listdir(results_dir) if os.path.isdir(results_dir) else []
+    numbered = sorted((int(match[1]), name) for name in names if (match := re.fullmatch(rf"(\d{{3,}})-{model}", name)))
+    return [os.path.join(results_dir, name) for _, name in numbered]
+
+
+def new_folder(results_dir, model_name):
+    """Make and return the next `results/NNN-DiT-XL-2`, with its `checkpoints` inside."""
+    taken = experiment_folders(results_dir)
+    number = int(os.path.basename(taken[-1]).split("-")[0]) + 1 if taken else 0
+    folder = os.path.join(results_dir, f"{number:03d}-{model_name.replace('/', '-')}")
+    try:
+        os.makedirs(os.path.join(folder, "checkpoints"))
+    except OSError as error:
+        raise UserError(f"--results-dir {results_dir}: cannot make {folder} ({error})") from None
+    return folder
+
+
+def checkpoint_to_resume(resume, results_dir, model_name):
+    """The checkpoint that --resume names: a path, the newest in an experiment's folder, or "auto": the newest of the
+    latest experiment of this model in results_dir that has one; None where auto finds none.
+    """
+    if resume == "auto":
+        found = [path for folder in experiment_folders(results_dir, model_name) if (path := checkpoint.newest(folder))]
+        return found[-1] if found else None
+    if os.path.isdir(resume):
+        path = checkpoint.newest(resume)
+        if path is None:
+            raise UserError(f"--resume {resume}: this folder holds no checkpoints/NNNNNNN.pt")
+        return path
+    if not os.path.isfile(resume):
+        raise UserError(f"--resume {resume}: there is no such checkpoint; pass a file, an experiment's folder, or auto")
+    return resume
+
+
+def open_folder(results_dir, model_name, resume):
+    """The run's folder and the checkpoint that it goes on from: a new folder and None, unless --resume finds one."""
+    path = checkpoint_to_resume(resume, results_dir, model_name) if resume else None
+    if path is None:
+        return new_folder(results_dir, model_name), None
+    parent, inner = os.path.split(os.path.dirname(os.path.abspath(path)))
+    # A checkpoint that was moved out of its experiment is gone on with in a new one.
+    return (parent if inner == "checkpoints" else new_folder(results_dir, model_name)), path
+
+
+def open_log(folder, is_main):
+    """The run's logger: stdout and log.txt on the main process, silence on the others."""
+    logger = logging.getLogger("dit")
+    logger.handlers.clear()
+    logger.propagate = False
+    logger.setLevel(logging.INFO)
+    handlers = [logging.NullHandler()]
+    if is_main:
+        handlers = [logging.StreamHandler(sys.stdout), logging.FileHandler(os.path.join(folder, "log.txt"))]
+    for handler in handlers:
+        handler.setFormatter(logging.Formatter("[%(asctime)s] %(message)s", datefmt="%Y-%m-%d %H:%M:%S"))
+        logger.addHandler(handler)
+    return logger
+
+
+class Monitor:
+    """Shows a run: means of the losses over each window of steps, and how fast it goes.
+
+    Losses stay on the device; they are read once a window. TensorBoard's files go to `folder/tensorboard`.
+    """
+
+    def __init__(self, accelerator, logger, folder, first_step, last_step, global_batch_size):
+        self.accelerator, self.logger, self.folder = accelerator, logger, folder
+        self.global_batch_size = global_batch_size
+        self.tensorboard = None
+        if accelerator.is_main_process:
+            from torch.utils.tensorboard import SummaryWriter
+            self.tensorboard = SummaryWriter(os.path.join(folder, "tensorboard"), purge_step=first_step + 1)
+        self.bar = tqdm(total=last_step, initial=first_step, unit="step", dynamic_ncols=True,
+                        disable=not (accelerator.is_main_process and sys.stderr.isatty()))
+        self._redirect = logging_redirect_tqdm([logger])
+        self._redirect.__enter__()
+        self._start_window()
+
+    def _start_window(self):
+        self.sums, self.steps, self.start = None, 0, time.perf_counter()
+
+    def add(self, losses):
+        """Count a step; losses: a dictionary of scalar tensors, means over this process' rows."""
+        self.names = list(losses)
+        values = torch.stack([value.detach() for value in losses.values()])
+        self.sums = values if self.sums is None else self.sums + values
+        self.steps += 1
+        self.bar.update()
+
+    def show(self, step, **scalars):
+        """End the window: log the published line, and every scalar to TensorBoard."""
+        means = self.accelerator.reduce(self.sums / self.steps, reduction="mean").tolist()
+        means = dict(zip(self.names, means))
+        rate = self.steps / (time.perf_counter() - self.start)
+        self.logger.info(f"(step={step:07d}) Train Loss: {means['loss']:.4f}, Train Steps/Sec: {rate:.2f}")
+        self.bar.set_postfix(loss=f"{means['loss']:.4f}")
+        record = {f"train/{name}": value for name, value in means.items()}
+        record |= {f"train/{name}": float(value) for name, value in scalars.items()}
+        record |= {"speed/images_per_second": rate * self.global_batch_size, "speed/memory_gb": memory_gb()}
+        if self.tensorboard:
+            for name, value in record.items():
+                self.tensorboard.add_scalar(name, value, step)
+        self._start_window()
+
+    def show_images(self, step, images, columns):
+        """Write a grid of images (N, C, H, W) in [-1, 1] as `samples/0000100.png`, and to TensorBoard."""
+        path = os.path.join(self.folder, "samples", f"{step:07d}.png")
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        generate.save_grid(images, columns, path)
+        self.tensorboard.add_image("samples", generate.image_grid(images, columns), step)
+        self.logger.info(f"(step={step:07d}) Samples: {path}")
+
+    def close(self):
+        self.bar.close()
+        if self.tensorboard:
+            self.tensorboard.close()
+        self._redirect.__exit__(None, None, None)
+
+
+def memory_gb():
+    """Peak memory of this process so far, in GB: of the GPU where there is one, else resident."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9

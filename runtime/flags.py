@@ -1,0 +1,81 @@
+"""Flags that several commands share, and the kinds of values that flags take."""
+import argparse
+
+from models import DiT_models
+
+
+def positive_int(text):
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive whole number")
+    return value
+
+
+def non_negative_int(text):
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text} is negative")
+    return value
+
+
+def positive_float(text):
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return value
+
+
+def fraction(text):
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} does not lie in 0 .. 1")
+    return value
+
+
+def guidance_scale(text):
+    value = float(text)
+    if not 1 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"guidance starts at 1, which means none; {text} is not possible")
+    return value
+
+
+def channels(text):
+    return text if text == "all" else positive_int(text)
+
+
+def sampling_steps(text):
+    """A number of steps, or "ddimN"."""
+    return text if text.startswith("ddim") else positive_int(text)
+
+
+for kind in (positive_int, non_negative_int, positive_float, fraction, guidance_scale, channels, sampling_steps):
+    kind.__name__ = "number"  # argparse says "invalid number value: 'x'" where the text is none
+
+
+def parse(parser, argv=None):
+    """Parse the command line; returns the flags, and the names of those that the user typed."""
+    flags = parser.parse_args(argv)
+    untouched = object()
+    probe = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(flags), untouched)))
+    return flags, {name for name, value in vars(probe).items() if value is not untouched}
+
+
+def add_model_flags(parser, vae):
+    """Which model to sample from; published defaults."""
+    group = parser.add_argument_group("model (a checkpoint of train.py says all this itself)")
+    group.add_argument("--ckpt", help="a .pt or .safetensors file; default: the published DiT-XL/2 of --image-size")
+    group.add_argument("--model", choices=DiT_models, default="DiT-XL/2", help="architecture")
+    group.add_argument("--image-size", type=positive_int, default=256, help="pixels")
+    group.add_argument("--num-classes", type=positive_int, default=1000)
+    group.add_argument("--vae", default=vae, help="ema, mse, a diffusers directory or hub name, or none (pixels)")
+
+
+def add_sampling_flags(parser, cfg_scale):
+    """How to sample; published defaults."""
+    group = parser.add_argument_group("sampling")
+    group.add_argument("--cfg-scale", type=guidance_scale, default=cfg_scale, help="guidance; 1: none")
+    group.add_argument("--cfg-channels", type=channels, default=None,
+                       help="how many latent channels are guided, or all; default: 3 of 4 (as published), else all")
+    group.add_argument("--num-sampling-steps", type=sampling_steps, default=250, help="as in 250, or ddim50")
+    group.add_argument("--sampler", choices=["ddpm", "ddim"], help="default: ddpm, or ddim with ddimN steps")
+    group.add_argument("--eta", type=fraction, default=0.0, help="noise of ddim: 0 deterministic, 1 as ddpm")

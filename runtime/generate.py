@@ -1,0 +1,177 @@
+"""The one piece of code that makes images: from labels and noise, by a model, a codec and a diffusion process."""
+from dataclasses import dataclass
+
+import torch
+from torchvision.transforms.functional import to_pil_image
+from torchvision.utils import make_grid, save_image
+
+from diffusion import create_diffusion
+from models import default_cfg_channels
+
+from .errors import UserError
+from .randomness import SAMPLE_NOISE, generator
+
+
+class GlobalNoise:
+    """Noise of the global generator in the published order: x_T of N samples, then at every step a draw for the doubled
+    batch of guidance, of which the first half is used. So a seed gives the picture that it gave with published code,
+    also at guidance scale 1, where the second half of the network's batch is not computed.
+    """
+
+    def __init__(self, seed, device):
+        torch.manual_seed(seed)
+        self.device = device
+
+    def initial(self, shape):
+        return torch.randn(shape, device=self.device)
+
+    def step(self, x):
+        return torch.randn(2 * len(x), *x.shape[1:], device=x.device)[: len(x)]
+
+
+class SampleNoise:
+    """Noise of each sample from a generator of its own: sample i is a function of (seed, i), whatever its batch."""
+
+    def __init__(self, seed, indices, device):
+        self.generators = [generator(seed, SAMPLE_NOISE, int(i), device=device) for i in indices]
+        self.device = device
+
+    def initial(self, shape):
+        return self.step(torch.empty(shape, device=self.device))
+
+    def step(self, x):
+        noise = torch.empty_like(x)
+        for row, own in zip(noise, self.generators):
+            row.normal_(generator=own)
+        return noise
+
+
+def image_maker(model, codec, num_steps, cfg_scale, cfg_channels=None, sampler=None, eta=0.0):
+    """An `ImageMaker`, from what the sampling flags say."""
+    try:
+        diffusion = create_diffusion(str(num_steps))
+    except ValueError as error:
+        raise UserError(f"--num-sampling-steps {num_steps}: {error}") from None
+    in_channels = model.in_channels
+    guided = in_channels if cfg_channels == "all" else cfg_channels or default_cfg_channels(in_channels)
+    if guided > in_channels:
+        raise UserError(f"--cfg-channels {guided}: the latents of this model have {in_channels} channels")
+    sampler = sampler or ("ddim" if str(num_steps).startswith("ddim") else "ddpm")
+    if eta and sampler != "ddim":
+        raise UserError(f"--eta {eta:g} is DDIM's noise: pass --sampler ddim with it")
+    return ImageMaker(model, codec, diffusion, cfg_scale, guided, sampler, eta)
+
+
+@dataclass
+class ImageMaker:
+    """Turns labels and noise into images.
+
+    model         a DiT in evaluation mode
+    codec         from `runtime.latents`
+    diffusion     the process to sample with, respaced
+    cfg_scale     guidance: 1 for none (one pass of the network a step, not two)
+    cfg_channels  how many latent channels are guided; None: the model's default
+    sampler       "ddpm" or "ddim"
+    eta           DDIM's noise: 0 is deterministic
+    """
+
+    model: torch.nn.Module
+    codec: object
+    diffusion: object
+    cfg_scale: float = 1.0
+    cfg_channels: int = None
+    sampler: str = "ddpm"
+    eta: float = 0.0
+
+    def __post_init__(self):
+        if self.cfg_scale < 1:
+            raise UserError(f"--cfg-scale {self.cfg_scale:g}: guidance starts at 1, which means none")
+        if self.cfg_scale > 1 and self.model.y_embedder.dropout_prob == 0:
+            raise UserError(f"--cfg-scale {self.cfg_scale:g}: this model was trained without label dropout and has no "
+                            "null class to guide away from; pass --cfg-scale 1")
+
+    @torch.no_grad()
+    def __call__(self, labels, noise, on_step=None, progress=False):
+        """Make one image a label.
+
+        labels   (N,) on the model's device
+        noise    `GlobalNoise` or `SampleNoise`
+        on_step  called with (step, x_t) after each step, and with (-1, x_T) before the first
+        return   (N, C, H, W) float32, about [-1, 1]
+        """
+        shape = (len(labels), self.model.in_channels, *self.model.x_embedder.input_size)
+        loop = (self.diffusion.ddim_sample_loop_progressive if self.sampler == "ddim"
+                else self.diffusion.p_sample_loop_progressive)
+        extra = dict(eta=self.eta) if self.sampler == "ddim" else {}
+        x = noise.initial(shape)
+        if on_step:
+            on_step(-1, x)
+        for step, out in enumerate(loop(self._denoiser(labels), shape, x, clip_denoised=False, progress=progress,
+                                        device=labels.device, noise_fn=noise.step, **extra)):
+            x = out["sample"]
+            if on_step:
+                on_step(step, x)
+        return self.codec.decode(x)
+
+    def _denoiser(self, labels):
+        """What the sampler calls: (x, t) -> the network's output, guided."""
+        if self.cfg_scale == 1:
+            return lambda x, t: self.model(x, t, labels)
+        null = torch.full_like(labels, self.model.y_embedder.num_classes)
+        both = torch.cat([labels, null])
+
+        def guided(x, t):
+            out = self.model.forward_with_cfg(torch.cat([x, x]), torch.cat([t, t]), both, self.cfg_scale,
+                                              self.cfg_channels)
+            return out[: len(x)]
+
+        return guided
+
+
+def to_uint8(images):
+    """(N, C, H, W) in [-1, 1] -> (N, H, W, 3) uint8 by the rule of published sample sets: 127.5 x + 128, truncated.
+
+    One channel is repeated to three.
+    """
+    images = (127.5 * images.float() + 128.0).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
+    return images.expand(*images.shape[:3], 3) if images.shape[3] == 1 else images
+
+
+# Tiles of tiny images are enlarged to this, so that a person can see them.
+SMALLEST_TILE = 64
+
+
+def image_grid(images, columns):
+    """(N, C, H, W) in [-1, 1] -> one (3, H', W') image in [0, 1], `columns` images a row."""
+    enlarge = max(1, SMALLEST_TILE // images.shape[-1])
+    images = images.float().cpu().repeat_interleave(enlarge, dim=2).repeat_interleave(enlarge, dim=3)
+    return make_grid(images, nrow=columns, normalize=True, value_range=(-1, 1))
+
+
+def save_grid(images, columns, path):
+    """Write images (N, C, H, W) in [-1, 1] as one PNG, `columns` a row."""
+    try:
+        save_image(image_grid(images, columns), path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot write the picture {path}: {error}") from None
+
+
+class PathRecorder:
+    """Keeps x_t at about `frames` moments of a sampling run (an `on_step` of `ImageMaker`), to show as an animation."""
+
+    def __init__(self, num_steps, frames=50):
+        self.kept = {round(i) - 1 for i in torch.linspace(0, num_steps, min(frames, num_steps) + 1).tolist()}
+        self.latents = []
+
+    def __call__(self, step, x):
+        if step in self.kept:
+            self.latents.append(x)
+
+    def save(self, codec, columns, path, milliseconds=60):
+        """Decode the kept latents and write an animated GIF that rests on its last frame."""
+        frames = [to_pil_image(image_grid(codec.decode(x), columns)) for x in self.latents]
+        try:
+            frames[0].save(path, save_all=True, append_images=frames[1:], loop=0,
+                           duration=[milliseconds] * (len(frames) - 1) + [2000])
+        except OSError as error:
+            raise UserError(f"cannot write the animation {path}: {error}") from None

@@ -1,0 +1,151 @@
+"""A set of samples on disk: made in any order by any number of processes, never twice, then one .npz for ADM's suite.
+"""
+import hashlib
+import itertools
+import os
+import re
+import shutil
+import zipfile
+
+import numpy as np
+from PIL import Image
+
+from .errors import UserError
+from .randomness import SAMPLE_LABEL
+
+
+def random_labels(seed, indices, num_classes):
+    """Uniform random class labels; that of sample i is a function of (seed, i)."""
+    return np.array([np.random.default_rng([seed, SAMPLE_LABEL, i]).integers(num_classes) for i in indices])
+
+
+def fingerprint(*modules):
+    """Eight hexadecimal digits that tell the weights of some modules from any others."""
+    digest = hashlib.sha256()
+    for module in modules:
+        for name, tensor in module.state_dict().items():
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().numpy().data)
+    return digest.hexdigest()[:8]
+
+
+class SampleSet:
+    """Images 0 .. N-1 and their labels: parts in `FOLDER/parts` while they are being made, `FOLDER.npz` at the end.
+
+    The file holds arr_0 (N, H, W, 3) uint8 and arr_1 (N,) int64. A set that is there already is a beginning of a
+    larger one.
+    """
+
+    def __init__(self, folder):
+        self.folder, self.npz, self.parts = folder, folder + ".npz", os.path.join(folder, "parts")
+
+    def finished(self):
+        """How many images the .npz holds; 0 if there is none."""
+        return len(npz_array(self.npz, "arr_0")) if os.path.exists(self.npz) else 0
+
+    def missing(self, num_samples, batch_size):
+        """What is left to make: ranges (first, end), each within a batch of the grid 0, batch_size, 2 batch_size, ...
+
+        The grid depends on nothing but the batch size, so that neither a kill nor the number of processes changes
+        which samples are computed together.
+        """
+        done = np.zeros(num_samples, dtype=bool)
+        done[: self.finished()] = True
+        for first, end, _ in self._parts():
+            done[first:end] = True
+        ranges = []
+        for start in range(0, num_samples, batch_size):
+            todo = [i for i in range(start, min(start + batch_size, num_samples)) if not done[i]]
+            cuts = [0, *(k for k in range(1, len(todo)) if todo[k] != todo[k - 1] + 1), len(todo)]
+            ranges += [(todo[a], todo[b - 1] + 1) for a, b in itertools.pairwise(cuts) if b > a]
+        return ranges
+
+    def _parts(self):
+        """(first, end, path) of the parts on disk, in order."""
+        names = os.listdir(self.parts) if os.path.isdir(self.parts) else []
+        found = [(int(match[1]), int(match[2]), os.path.join(self.parts, name))
+                 for name in names if (match := re.fullmatch(r"(\d+)-(\d+)\.npz", name))]
+        return sorted(found)
+
+    def add(self, first, images, labels):
+        """Keep a batch: images (n, H, W, 3) uint8 and labels (n,) of the samples first .. first + n - 1."""
+        path = os.path.join(self.parts, f"{first:07d}-{first + len(images):07d}.npz")
+        with _written(path) as file:
+            np.savez(file, arr_0=images, arr_1=labels)
+
+    def assemble(self, num_samples):
+        """Write the .npz from all parts, a part in memory at a time, and remove them."""
+        pieces = [(0, self.npz)] if self.finished() else []
+        pieces += [(first, path) for first, _, path in self._parts()]
+        images = npz_array(pieces[0][1], "arr_0")
+        with _written(self.npz) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+            for name, shape, dtype in (("arr_0", (num_samples, *images.shape[1:]), images.dtype),
+                                       ("arr_1", (num_samples,), np.dtype(np.int64))):
+                with archive.open(f"{name}.npy", "w", force_zip64=True) as entry:
+                    header = dict(descr=np.lib.format.dtype_to_descr(dtype), fortran_order=False, shape=shape)
+                    np.lib.format.write_array_header_1_0(entry, header)
+                    self._copy(pieces, name, num_samples, entry)
+        shutil.rmtree(self.folder + "/parts", ignore_errors=True)
+
+    @staticmethod
+    def _copy(pieces, name, num_samples, entry, block=256):
+        """Write rows 0 .. num_samples - 1 of an array to `entry`, in order, each once."""
+        at = 0
+        for first, path in pieces:
+            rows = npz_array(path, name)
+            stop = min(first + len(rows), num_samples)
+            while at < stop:  # parts made with another batch size may overlap: then only their rest is new
+                piece = rows[at - first: min(at - first + block, stop - first)]
+                entry.write(np.ascontiguousarray(piece).tobytes())
+                at += len(piece)
+
+    def write_pngs(self, num_samples, rank, world):
+        """Write the images rank, rank + world, ... that are not there yet as FOLDER/000000.png."""
+        images = npz_array(self.npz, "arr_0")
+        os.makedirs(self.folder, exist_ok=True)
+        for i in range(rank, num_samples, world):
+            path = os.path.join(self.folder, f"{i:06d}.png")
+            if not os.path.exists(path):
+                with _written(path) as file:
+                    Image.fromarray(images[i]).save(file, format="PNG")
+
+
+def npz_array(path, name):
+    """An array of an uncompressed .npz as a memory map: nothing is read before it is used."""
+    try:
+        with zipfile.ZipFile(path) as archive, open(path, "rb") as file:
+            entry = archive.getinfo(f"{name}.npy")
+            if entry.compress_type != zipfile.ZIP_STORED:
+                raise UserError(f"{path} is compressed; it was not written by this program")
+            file.seek(entry.header_offset + 26)  # behind the lengths of the local header's name and extra field
+            lengths = np.frombuffer(file.read(4), dtype="<u2")
+            file.seek(entry.header_offset + 30 + int(lengths.sum()))
+            version = np.lib.format.read_magic(file)
+            read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+            shape, fortran, dtype = read_header[version](file)
+            if dtype.hasobject or fortran:
+                raise UserError(f"{path}: {name} is no plain array")
+            return np.memmap(path, dtype=dtype, mode="r", offset=file.tell(), shape=shape)
+    except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path} is damaged or no set of samples ({error}); remove it to make it again") from None
+
+
+class _written:
+    """A file that appears under its name when it is whole, or not at all."""
+
+    def __init__(self, path):
+        self.path, self.temporary = path, f"{path}.{os.getpid()}.tmp"
+
+    def __enter__(self):
+        os.makedirs(os.path.dirname(os.path.abspath(self.path)), exist_ok=True)
+        self.file = open(self.temporary, "wb")
+        return self.file
+
+    def __exit__(self, kind, error, traceback):
+        self.file.close()
+        if kind is None:
+            os.replace(self.temporary, self.path)
+            return
+        os.remove(self.temporary)
+        if isinstance(error, OSError):
+            raise UserError(f"cannot write {self.path}: {error}") from None

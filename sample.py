@@ -1,0 +1,69 @@
+"""Make a picture: a grid of samples of a trained DiT.
+
+    python sample.py --image-size 512 --seed 1                        # the published DiT-XL/2
+    python sample.py --ckpt results/000-DiT-S-2/checkpoints/0004000.pt --class-labels 3 7 --samples-per-label 8
+    python sample.py --class-labels "golden retriever" "macaw" 88 --num-sampling-steps ddim50
+"""
+import argparse
+import os
+
+import torch
+
+from runtime import pretrained, processes
+from runtime.classes import parse_labels
+from runtime.errors import UserError, run_command
+from runtime.flags import add_model_flags, add_sampling_flags, non_negative_int, parse, positive_int
+from runtime.generate import GlobalNoise, PathRecorder, image_maker, save_grid
+from runtime.trained_model import load_trained
+
+# The classes of the published picture: golden retriever, otter, red panda, geyser, macaw, valley, balloon, Arctic fox
+IMAGENET_LABELS = [207, 360, 387, 974, 88, 979, 417, 279]
+
+
+def build_parser():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_model_flags(parser, vae="mse")
+    add_sampling_flags(parser, cfg_scale=4.0)
+    group = parser.add_argument_group("picture")
+    group.add_argument("--seed", type=non_negative_int, default=0)
+    group.add_argument("--class-labels", nargs="+", metavar="LABEL",
+                       help="numbers or names; default: eight of ImageNet, or the first ten classes of other data")
+    group.add_argument("--samples-per-label", type=positive_int, default=1, help="more than 1: a row of the grid each")
+    group.add_argument("--columns", type=positive_int, help="images a row; default: --samples-per-label, or 4 for 1")
+    group.add_argument("--output", default="sample.png", help="the picture's file")
+    group.add_argument("--trajectory", action="store_true", help="also write the way from noise to image, as a .gif")
+    return parser
+
+
+def main():
+    flags, given = parse(build_parser())
+    folder = os.path.dirname(os.path.abspath(flags.output))
+    if not os.path.isdir(folder):
+        raise UserError(f"--output {flags.output}: there is no folder {folder}")
+    device = processes.start().device
+    checkpoint = flags.ckpt or pretrained.published_name(flags.model, flags.image_size, flags.num_classes)
+    trained = load_trained(pretrained.find_checkpoint(checkpoint), vars(flags), given, device)
+    print(f"{checkpoint}: {trained.description()}")
+
+    num_classes = trained.model.y_embedder.num_classes
+    if flags.class_labels:
+        chosen = parse_labels(flags.class_labels, trained.class_names, num_classes)
+    else:
+        chosen = IMAGENET_LABELS if num_classes == 1000 else list(range(min(10, num_classes)))
+    labels = torch.tensor(chosen, device=device).repeat_interleave(flags.samples_per_label)
+    columns = flags.columns or (flags.samples_per_label if flags.samples_per_label > 1 else 4)
+
+    make = image_maker(trained.model, trained.codec, flags.num_sampling_steps, flags.cfg_scale, flags.cfg_channels,
+                       flags.sampler, flags.eta)
+    path = PathRecorder(make.diffusion.num_timesteps) if flags.trajectory else None
+    images = make(labels, GlobalNoise(flags.seed, device), on_step=path, progress=True)
+    save_grid(images, columns, flags.output)
+    print(f"wrote {flags.output}")
+    if path:
+        gif = os.path.splitext(flags.output)[0] + ".gif"
+        path.save(trained.codec, columns, gif)
+        print(f"wrote {gif}")
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,86 @@
+"""Make a set of samples for evaluation: an .npz as ADM's suite takes it, by any number of processes.
+
+    torchrun --nproc_per_node=8 sample_ddp.py --num-fid-samples 50000
+    python sample_ddp.py --ckpt results/000-DiT-S-2/checkpoints/0004000.pt --num-fid-samples 500
+
+Sample i is a function of (--global-seed, i): processes and batch size do not matter. Killed, it goes on where it was.
+"""
+import argparse
+import os
+
+import torch
+from tqdm.auto import tqdm
+
+from runtime import pretrained, processes
+from runtime.errors import run_command
+from runtime.flags import add_model_flags, add_sampling_flags, non_negative_int, parse, positive_int
+from runtime.generate import SampleNoise, image_maker, to_uint8
+from runtime.sample_set import SampleSet, fingerprint, random_labels
+from runtime.trained_model import load_trained
+
+
+def build_parser():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_model_flags(parser, vae="ema")
+    add_sampling_flags(parser, cfg_scale=1.5)
+    group = parser.add_argument_group("set")
+    group.add_argument("--sample-dir", default="samples", help="where the .npz goes")
+    group.add_argument("--num-fid-samples", type=positive_int, default=50000)
+    group.add_argument("--per-proc-batch-size", type=positive_int, default=32)
+    group.add_argument("--global-seed", type=non_negative_int, default=0)
+    group.add_argument("--png", action="store_true", help="also write every image as a PNG")
+    group.add_argument("--tf32", action=argparse.BooleanOptionalAction, default=True, help="TF32 matrix products")
+    return parser
+
+
+def main():
+    flags, given = parse(build_parser())
+    accelerator = processes.start()
+    processes.allow_tf32(flags.tf32)
+    with processes.together(accelerator):
+        checkpoint = flags.ckpt or pretrained.published_name(flags.model, flags.image_size, flags.num_classes)
+        checkpoint = pretrained.find_checkpoint(checkpoint)
+        trained = load_trained(checkpoint, vars(flags), given, accelerator.device)
+        make = image_maker(trained.model, trained.codec, flags.num_sampling_steps, flags.cfg_scale, flags.cfg_channels,
+                           flags.sampler, flags.eta)
+    samples = SampleSet(os.path.join(flags.sample_dir, folder_name(checkpoint, trained, make, flags)))
+    accelerator.print(f"{checkpoint}: {trained.description()}")
+
+    todo = processes.on_main(accelerator, lambda: samples.missing(flags.num_fid_samples, flags.per_proc_batch_size))
+    left = sum(end - first for first, end in todo)
+    accelerator.print(f"{samples.npz}: {flags.num_fid_samples - left} of {flags.num_fid_samples} samples are there")
+    bar = tqdm(total=left, unit="image", dynamic_ncols=True, disable=not accelerator.is_main_process)
+    for first, end in todo[accelerator.process_index::accelerator.num_processes]:
+        indices = range(first, end)
+        labels = random_labels(flags.global_seed, indices, trained.model.y_embedder.num_classes)
+        noise = SampleNoise(flags.global_seed, indices, accelerator.device)
+        images = make(torch.from_numpy(labels).to(accelerator.device), noise)
+        samples.add(first, to_uint8(images).cpu().numpy(), labels)
+        bar.update(min((end - first) * accelerator.num_processes, bar.total - bar.n))
+    bar.close()
+
+    accelerator.wait_for_everyone()
+    if todo:
+        processes.on_main(accelerator, lambda: samples.assemble(flags.num_fid_samples))
+    if flags.png:
+        samples.write_pngs(flags.num_fid_samples, accelerator.process_index, accelerator.num_processes)
+    count = processes.on_main(accelerator, samples.finished)
+    more = f"; --num-fid-samples asks for the first {flags.num_fid_samples}" if count > flags.num_fid_samples else ""
+    accelerator.print(f"{samples.npz} holds {count} images (arr_0) and labels (arr_1){more}")
+    accelerator.end_training()
+
+
+def folder_name(checkpoint, trained, make, flags):
+    """A name with everything in it that changes the images."""
+    name = os.path.splitext(os.path.basename(checkpoint))[0]
+    vae = os.path.basename(os.path.normpath(trained.codec.name))
+    modules = [module for module in (trained.model, getattr(trained.codec, "vae", None)) if module is not None]
+    parts = [trained.name.replace("/", "-"), name, fingerprint(*modules), f"size-{trained.image_size}", f"vae-{vae}",
+             f"cfg-{flags.cfg_scale:g}", f"channels-{make.cfg_channels}", f"{make.sampler}-{flags.num_sampling_steps}"]
+    parts += [f"eta-{flags.eta:g}"] if flags.eta else []
+    parts += [f"seed-{flags.global_seed}"] + ([] if flags.tf32 else ["fp32"])
+    return "-".join(parts)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,249 @@
+"""Train a DiT.
+
+    torchrun --nnodes=1 --nproc_per_node=8 train.py --model DiT-XL/2 --data-path /path/to/imagenet/train
+    python train.py --data-path digits                   # no GPU, no download: minutes on a laptop
+
+Without flags this is the paper's recipe: AdamW, learning rate 1e-4, batch 256, EMA 0.9999, horizontal flips.
+"""
+import argparse
+import contextlib
+import math
+import os
+from dataclasses import dataclass
+
+import torch
+
+import models
+from diffusion import create_diffusion
+from diffusion.timestep_sampler import create_named_schedule_sampler
+from runtime import data, experiment, latents, processes
+from runtime.errors import UserError, run_command
+from runtime.flags import fraction, non_negative_int, parse, positive_float, positive_int
+from runtime.generate import SampleNoise, image_maker
+from runtime.randomness import LABEL_DROP, NOISE, POSTERIOR, WEIGHTS, BatchRandomness, seed_of
+from runtime.training_state import TrainingState
+
+# What --data-path digits means for every flag that is not typed.
+DIGITS = dict(image_size=8, num_classes=10, vae="none", model="DiT-S/2", depth=6, hidden_size=192, num_heads=6,
+              num_workers=0, global_batch_size=128, lr=1e-3, ema_decay=0.999, max_steps=4000, ckpt_every=1000)
+
+
+def build_parser():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    group = parser.add_argument_group("data")
+    group.add_argument("--data-path", required=True, help="folder with a folder of images a class, or: digits")
+    group.add_argument("--image-size", type=positive_int, default=256, help="pixels")
+    group.add_argument("--num-classes", type=positive_int, default=1000)
+    group.add_argument("--vae", default="ema", help="ema, mse, a diffusers directory or hub name, or none (pixels)")
+    group.add_argument("--flip", action=argparse.BooleanOptionalAction, help="mirror half of the images (not digits)")
+    group.add_argument("--num-workers", type=non_negative_int, default=4, help="processes that load images")
+    group = parser.add_argument_group("model")
+    group.add_argument("--model", choices=models.DiT_models, default="DiT-XL/2", help="sizes, which these override:")
+    group.add_argument("--depth", type=positive_int, help="number of blocks")
+    group.add_argument("--hidden-size", type=positive_int, help="width")
+    group.add_argument("--num-heads", type=positive_int, help="attention heads")
+    group.add_argument("--patch-size", type=positive_int, help="latents a side of a token")
+    group.add_argument("--class-dropout-prob", type=fraction, default=0.1, help="0: no null class, no guidance")
+    group = parser.add_argument_group("optimisation")
+    group.add_argument("--epochs", type=positive_int, default=1400)
+    group.add_argument("--max-steps", type=positive_int, help="stop after so many steps, or after --epochs")
+    group.add_argument("--global-batch-size", type=positive_int, default=256, help="images a step, over all processes")
+    group.add_argument("--global-seed", type=non_negative_int, default=0)
+    group.add_argument("--lr", type=positive_float, default=1e-4, help="learning rate")
+    group.add_argument("--ema-decay", type=fraction, default=0.9999)
+    group.add_argument("--grad-accum-steps", type=positive_int, default=1, help="cut the batch in so many parts")
+    group.add_argument("--max-grad-norm", type=positive_float, help="clip the gradient to this norm")
+    group.add_argument("--schedule-sampler", choices=["uniform", "loss-second-moment"], default="uniform")
+    group = parser.add_argument_group("results and faults")
+    group.add_argument("--results-dir", default="results")
+    group.add_argument("--log-every", type=positive_int, default=100, help="steps")
+    group.add_argument("--ckpt-every", type=positive_int, default=50000, help="steps")
+    group.add_argument("--sample-every", type=positive_int, help="steps between grids of EMA samples")
+    group.add_argument("--resume", metavar="PATH", help="a checkpoint, an experiment's folder, or: auto (the newest)")
+    return parser
+
+
+def main():
+    flags, given = parse(build_parser())
+    if flags.data_path == "digits":
+        vars(flags).update({name: value for name, value in DIGITS.items() if name not in given})
+    accelerator = processes.start()
+    processes.allow_tf32(True)
+    train(accelerator, flags)
+    accelerator.end_training()
+
+
+def train(accelerator, flags):
+    device, is_main = accelerator.device, accelerator.is_main_process
+    with processes.together(accelerator):
+        rows = own_rows(flags, accelerator)
+        dataset = open_dataset(flags)
+        codec = latents.open_codec(flags.vae, dataset.channels, device)
+        model = build_model(flags, codec).to(device)
+    network = accelerator.prepare(model)  # the model itself, or behind DDP where there are several processes
+    optimizer = torch.optim.AdamW(model.parameters(), lr=flags.lr, weight_decay=0)
+    diffusion = create_diffusion(timestep_respacing="")
+    schedule_sampler = create_named_schedule_sampler(flags.schedule_sampler, diffusion)
+    state = TrainingState(model, optimizer, schedule_sampler, flags.ema_decay, vars(flags),
+                          dict(image_channels=dataset.channels, class_names=dataset.class_names))
+
+    folder, resumed = processes.on_main(accelerator, lambda: experiment.open_folder(
+        flags.results_dir, flags.model, flags.resume))
+    with processes.together(accelerator):
+        first_step, changes = state.restore(resumed) if resumed else (0, [])
+    steps_per_epoch = len(dataset) // flags.global_batch_size
+    last_step = min(flags.epochs * steps_per_epoch, flags.max_steps or math.inf)
+    logger = experiment.open_log(folder, is_main)
+    for line in opening_lines(flags, folder, accelerator, model, dataset, resumed, first_step, last_step, changes):
+        logger.info(line)
+
+    batches = data.GlobalBatches(len(dataset), flags.global_batch_size, rows, flags.global_seed, first_step, last_step,
+                                 flips=dataset.flips if flags.flip is None else flags.flip)
+    random = BatchRandomness(flags.global_seed, flags.global_batch_size, rows, device)
+    loss_of = Loss(accelerator, network, codec, diffusion, schedule_sampler, random, flags.grad_accum_steps)
+    monitor = experiment.Monitor(accelerator, logger, folder, first_step, last_step, flags.global_batch_size)
+    network.train()
+    for step, (images, labels) in enumerate(data.load_batches(dataset, batches, flags.num_workers, device), first_step):
+        if step % steps_per_epoch == 0 and steps_per_epoch >= flags.log_every:
+            logger.info(f"Beginning epoch {step // steps_per_epoch}...")
+        losses = loss_of.backward(step, images, labels)
+        done = step + 1
+        show = done % flags.log_every == 0 or done == last_step
+        grad_norm = gradient_norm(model, flags.max_grad_norm) if show or flags.max_grad_norm else None
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        state.ema.update(model)
+
+        monitor.add(losses)
+        if show:
+            monitor.show(done, grad_norm=grad_norm, learning_rate=flags.lr)
+        if is_main and (done % flags.ckpt_every == 0 or done == last_step):
+            path = os.path.join(folder, "checkpoints", f"{done:07d}.pt")
+            state.save(path, done)
+            logger.info(f"Saved checkpoint to {path}")
+        if is_main and flags.sample_every and done % flags.sample_every == 0:
+            monitor.show_images(done, *sample_grid(state.ema.model, codec, dataset.class_names))
+    monitor.close()
+    logger.info("Done!")
+
+
+@dataclass
+class Loss:
+    """The loss of a training step and its gradients: encode, add noise, predict it, compare (algorithm 1 of DDPM).
+
+    Every random number comes from `random`, so that it follows from (seed, step, position in the global batch).
+    parts  the rows are computed in so many parts, to save memory
+    """
+
+    accelerator: object
+    network: torch.nn.Module
+    codec: object
+    diffusion: object
+    schedule_sampler: object
+    random: BatchRandomness
+    parts: int
+
+    def backward(self, step, images, labels):
+        """Add the gradients over this process' rows of the global batch.
+
+        images  (n, C, H, W) in [-1, 1]; labels (n,)
+        return  dictionary of scalars on the device, means over the rows: loss, mse, vb
+        """
+        model = self.accelerator.unwrap_model(self.network)
+        latent_shape = (model.in_channels, *model.x_embedder.input_size)
+        t, weights = self.random.timesteps(step, self.schedule_sampler)
+        draws = dict(
+            images=images, labels=labels, t=t, weights=weights,
+            noise=self.random.normal(NOISE, step, latent_shape),
+            posterior_noise=self.random.normal(POSTERIOR, step, latent_shape) if self.codec.is_random else images,
+            drop=self.random.uniform(LABEL_DROP, step) < model.y_embedder.dropout_prob)
+        all_terms = []
+        for part in range(self.parts):
+            rows = {name: values.chunk(self.parts)[part] for name, values in draws.items()}
+            more_to_come = part + 1 < self.parts
+            with self.accelerator.no_sync(self.network) if more_to_come else contextlib.nullcontext():
+                terms, loss = self._terms(**rows)
+                self.accelerator.backward(loss / self.parts)
+            all_terms.append(terms)
+        terms = {name: torch.cat([terms[name] for terms in all_terms]) for name in all_terms[0]}
+        self.schedule_sampler.update_with_local_losses(t, terms["loss"])
+        return {name: values.mean() for name, values in terms.items()}
+
+    def _terms(self, images, labels, t, weights, noise, posterior_noise, drop):
+        latents = self.codec.encode(images, posterior_noise)
+        drop_ids = drop if self.accelerator.unwrap_model(self.network).y_embedder.dropout_prob > 0 else None
+        terms = self.diffusion.training_losses(self.network, latents, t, dict(y=labels, force_drop_ids=drop_ids), noise)
+        return {name: values.detach() for name, values in terms.items()}, (terms["loss"] * weights).mean()
+
+
+def own_rows(flags, accelerator):
+    """The slice of the global batch that this process computes."""
+    world, parts = accelerator.num_processes, flags.grad_accum_steps
+    if flags.global_batch_size % (world * parts):
+        raise UserError(f"--global-batch-size {flags.global_batch_size} cannot be shared by {world} processes "
+                        f"in {parts} parts each (--grad-accum-steps): it must be a multiple of {world * parts}")
+    share = flags.global_batch_size // world
+    return slice(accelerator.process_index * share, (accelerator.process_index + 1) * share)
+
+
+def open_dataset(flags):
+    dataset = data.open_data(flags.data_path, flags.image_size)
+    if len(dataset.class_names) > flags.num_classes:
+        raise UserError(f"--num-classes {flags.num_classes}: {flags.data_path} has {len(dataset.class_names)} classes")
+    if len(dataset) < flags.global_batch_size:
+        raise UserError(f"--global-batch-size {flags.global_batch_size}: {flags.data_path} has {len(dataset)} images, "
+                        "not enough for one batch")
+    return dataset
+
+
+def build_model(flags, codec):
+    """The DiT of --model, with whatever sizes were given beside it; the same initial weights on every process."""
+    sizes = {name: getattr(flags, name) for name in ("depth", "hidden_size", "num_heads", "patch_size")}
+    torch.manual_seed(seed_of(flags.global_seed, WEIGHTS))
+    try:
+        return models.DiT_models[flags.model](
+            input_size=latents.latent_size(codec, flags.image_size), in_channels=codec.channels,
+            num_classes=flags.num_classes, class_dropout_prob=flags.class_dropout_prob,
+            **{name: value for name, value in sizes.items() if value is not None})
+    except ValueError as error:
+        raise UserError(f"--model {flags.model} at --image-size {flags.image_size}: {error}") from None
+
+
+def gradient_norm(model, max_norm):
+    """The gradient's norm (a scalar on the device), after which it is clipped to max_norm, if any."""
+    return torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm or math.inf)
+
+
+def opening_lines(flags, folder, accelerator, model, dataset, resumed, first_step, last_step, changes):
+    """What log.txt begins with."""
+    parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    yield f"Experiment directory created at {folder}" if not resumed else f"Experiment directory: {folder}"
+    yield f"{accelerator.num_processes} process(es) on {accelerator.device.type}, " + ", ".join(
+        f"{name}={value}" for name, value in vars(flags).items())
+    yield f"DiT Parameters: {parameters:,}"
+    yield f"Dataset contains {len(dataset):,} images in {len(dataset.class_names)} classes ({flags.data_path})"
+    if len(dataset.class_names) < flags.num_classes:
+        yield (f"WARNING: --num-classes is {flags.num_classes}: the classes {len(dataset.class_names)} .. "
+               f"{flags.num_classes - 1} have no image and will not be learned")
+    if resumed:
+        yield f"Resuming from {resumed} at step {first_step}"
+    elif flags.resume:
+        yield f"--resume auto: no checkpoint of {flags.model} in {flags.results_dir}, starting from the beginning"
+    yield from (f"WARNING: {change}" for change in changes)
+    yield f"Training for {last_step - first_step} steps, to step {last_step}" if first_step < last_step else (
+        f"Nothing to do: {first_step} steps are done, --epochs and --max-steps ask for {last_step}")
+
+
+def sample_grid(model, codec, class_names, columns=8):
+    """EMA samples of up to ten classes, one a row: images (N, C, H, W), and the number of columns.
+
+    DDIM in 50 steps, guided as sample.py does; the same noise every time, so that grids can be compared.
+    """
+    classes = torch.linspace(0, len(class_names) - 1, min(10, len(class_names))).long()
+    labels = classes.repeat_interleave(columns).to(model.pos_embed.device)
+    make = image_maker(model, codec, "ddim50", cfg_scale=4.0 if model.y_embedder.dropout_prob > 0 else 1.0)
+    return make(labels, SampleNoise(0, range(len(labels)), labels.device)), columns
+
+
+if __name__ == "__main__":
+    run_command(main)
