@@ -8,6 +8,7 @@ import argparse
 import os
 
 import torch
+from PIL import Image
 
 from runtime import pretrained, processes
 from runtime.classes import parse_labels
@@ -37,9 +38,7 @@ def build_parser():
 
 def main():
     flags, given = parse(build_parser())
-    folder = os.path.dirname(os.path.abspath(flags.output))
-    if not os.path.isdir(folder):
-        raise UserError(f"--output {flags.output}: there is no folder {folder}")
+    check_output(flags.output)
     device = processes.start().device
     checkpoint = flags.ckpt or pretrained.published_name(flags.model, flags.image_size, flags.num_classes)
     trained = load_trained(pretrained.find_checkpoint(checkpoint), vars(flags), given, device)
@@ -63,6 +62,15 @@ def main():
         gif = os.path.splitext(flags.output)[0] + ".gif"
         path.save(trained.codec, columns, gif)
         print(f"wrote {gif}")
+
+
+def check_output(path):
+    """Before the work, not after it: can a picture be written there?"""
+    folder, extension = os.path.dirname(os.path.abspath(path)), os.path.splitext(path)[1].lower()
+    if not os.path.isdir(folder):
+        raise UserError(f"--output {path}: there is no folder {folder}")
+    if Image.registered_extensions().get(extension) not in Image.SAVE:
+        raise UserError(f"--output {path}: no picture format has the ending {extension!r}; take .png")
 
 
 if __name__ == "__main__":

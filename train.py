@@ -124,7 +124,6 @@ def train(accelerator, flags):
         if is_main and flags.sample_every and done % flags.sample_every == 0:
             monitor.show_images(done, *sample_grid(state.ema.model, codec, dataset.class_names))
     monitor.close()
-    logger.info("Done!")
 
 
 @dataclass

@@ -64,7 +64,6 @@ def open_folder(results_dir, model_name, resume):
 def open_log(folder, is_main):
     """The run's logger: stdout and log.txt on the main process, silence on the others."""
     logger = logging.getLogger("dit")
-    logger.handlers.clear()
     logger.propagate = False
     logger.setLevel(logging.INFO)
     handlers = [logging.NullHandler()]
@@ -130,10 +129,15 @@ class Monitor:
         self.logger.info(f"(step={step:07d}) Samples: {path}")
 
     def close(self):
+        """End the run: no line can be logged after it."""
+        self.logger.info("Done!")
         self.bar.close()
         if self.tensorboard:
             self.tensorboard.close()
         self._redirect.__exit__(None, None, None)
+        for handler in list(self.logger.handlers):
+            self.logger.removeHandler(handler)
+            handler.close()
 
 
 def memory_gb():

@@ -1,0 +1,230 @@
+"""What users type: the published command lines are frozen, and a mistake gets a sentence and exit status 2."""
+import ast
+import re
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import DIGITS, ROOT, TINY, run_process
+
+PUBLISHED_FLAGS = {
+    "train": dict(data_path=None, results_dir="results", model="DiT-XL/2", image_size=256, num_classes=1000, epochs=1400,
+                  global_batch_size=256, global_seed=0, vae="ema", num_workers=4, log_every=100, ckpt_every=50000),
+    "sample": dict(model="DiT-XL/2", vae="mse", image_size=256, num_classes=1000, cfg_scale=4.0, num_sampling_steps=250,
+                   seed=0, ckpt=None),
+    "sample_ddp": dict(model="DiT-XL/2", vae="ema", sample_dir="samples", per_proc_batch_size=32, num_fid_samples=50000,
+                       image_size=256, num_classes=1000, cfg_scale=1.5, num_sampling_steps=250, global_seed=0, tf32=True,
+                       ckpt=None),
+}
+PAPER_DEFAULTS = dict(lr=1e-4, ema_decay=0.9999, class_dropout_prob=0.1, grad_accum_steps=1, max_grad_norm=None,
+                      schedule_sampler="uniform", max_steps=None, sample_every=None, resume=None)
+
+
+@pytest.mark.parametrize("name", PUBLISHED_FLAGS)
+def test_published_flags_keep_their_defaults(name):
+    parser = __import__(name).build_parser()
+    assert {flag: parser.get_default(flag) for flag in PUBLISHED_FLAGS[name]} == PUBLISHED_FLAGS[name]
+
+
+def test_no_flags_are_the_paper():
+    """Whatever train.py can do beside the published flags is off, or the paper's value."""
+    parser = __import__("train").build_parser()
+    assert {flag: parser.get_default(flag) for flag in PAPER_DEFAULTS} == PAPER_DEFAULTS
+
+
+@pytest.mark.parametrize("name", ["train", "sample", "sample_ddp", "download"])
+def test_help_is_complete(command, name):
+    status, out, _ = command(name, "--help")
+    assert status == 0
+    assert not re.search(r"\n +--\w[\w-]*(?! *\S)\n", out.split("optimisation")[0]) and "usage" in out
+
+
+@pytest.mark.parametrize("flags, sentence", [
+    (["--data-path", "nowhere"], r"--data-path nowhere: there is no such folder"),
+    ([*DIGITS, "--image-size", "256"], r"--image-size 256: the digits are 8 pixels wide"),
+    ([*DIGITS, "--num-classes", "9"], r"--num-classes 9: digits has 10 classes"),
+    ([*DIGITS, "--global-batch-size", "2000"], r"--global-batch-size 2000: digits has 1438 images"),
+    ([*DIGITS, "--grad-accum-steps", "3"], r"--global-batch-size 8 .* multiple of 3"),
+    ([*DIGITS, "--patch-size", "3"], r"--model DiT-S/2 at --image-size 8: .*\(8, 8\) .* patch_size 3"),
+    ([*DIGITS, "--num-heads", "5"], r"hidden_size 16 is not a multiple of num_heads 5"),
+    ([*DIGITS, "--hidden-size", "18"], r"multiple of 4, not 18"),
+    ([*DIGITS, "--resume", "gone.pt"], r"--resume gone.pt: there is no such checkpoint"),
+    ([*DIGITS, "--lr", "-1"], r"argument --lr: -1 is not a positive number"),
+    ([*DIGITS, "--epochs", "0"], r"argument --epochs: 0 is not a positive whole number"),
+    ([*DIGITS, "--epochs", "x"], r"argument --epochs: invalid number value: 'x'"),
+    ([*DIGITS, "--ema-decay", "1.5"], r"argument --ema-decay: 1.5 does not lie in 0 .. 1"),
+    ([*DIGITS, "--model", "DiT-M/2"], r"argument --model: invalid choice: 'DiT-M/2'"),
+    ([], r"required: --data-path"),
+])
+def test_train_mistakes(command, tmp_path, flags, sentence):
+    """Nothing is left behind by a run that could not start."""
+    status, _, err = command("train", *flags, "--results-dir", tmp_path / "results")
+    assert status == 2 and re.search(sentence, err), err
+    assert "Traceback" not in err and not (tmp_path / "results").exists()
+
+
+def test_image_folder_mistakes(command, image_folder, vae_folder, tmp_path):
+    """An empty class, a broken image, a size that the VAE cannot take, a VAE that is not there."""
+    flags = ["--image-size", 32, "--num-classes", 3, "--vae", "none", *TINY, "--global-batch-size", 2, "--num-workers", 0,
+             "--results-dir", tmp_path / "results"]
+    (tmp_path / "data" / "empty").mkdir(parents=True)
+    status, _, err = command("train", "--data-path", tmp_path / "data", *flags)
+    assert status == 2 and "empty" in err and "one folder a class" in err
+    (tmp_path / "data" / "empty" / "broken.png").write_bytes(b"no picture")
+    (tmp_path / "data" / "empty" / "broken2.png").write_bytes(b"")
+    status, _, err = command("train", "--data-path", tmp_path / "data", *flags)
+    assert status == 2 and re.search(r"cannot read the image \S+broken2?\.png", err)
+    status, _, err = command("train", "--data-path", image_folder, *flags, "--vae", vae_folder, "--image-size", 30)
+    assert status == 2 and "--image-size 30 is not a multiple of 4" in err
+    status, _, err = command("train", "--data-path", image_folder, *flags, "--vae", tmp_path)
+    assert status == 2 and "--vae" in err and "config.json" in err
+
+
+def test_a_flag_of_too_many_classes_is_told(command, tmp_path):
+    """The published default of 1000 stands also for smaller data, but not in silence."""
+    status, out, _ = command("train", *DIGITS, "--num-classes", 12, "--max-steps", 1, "--results-dir", tmp_path)
+    assert status == 0 and "WARNING: --num-classes is 12: the classes 10 .. 11 have no image" in out
+
+
+@pytest.fixture(scope="module")
+def plain_checkpoint(tmp_path_factory):
+    """A model without a null class."""
+    results = tmp_path_factory.mktemp("plain")
+    run_process("train.py", *DIGITS, "--max-steps", 1, "--class-dropout-prob", 0, "--results-dir", results)
+    return results / "000-DiT-S-2" / "checkpoints" / "0000001.pt"
+
+
+@pytest.mark.parametrize("flags, sentence", [
+    (["--cfg-scale", "0.5"], r"guidance starts at 1, which means none; 0.5"),
+    (["--cfg-scale", "2"], r"--cfg-scale 2: this model was trained without label dropout"),
+    (["--cfg-channels", "2"], r"--cfg-channels 2: the latents of this model have 1 channels"),
+    (["--class-labels", "10"], r"--class-labels 10: this model has the classes 0 .. 9"),
+    (["--class-labels", "-1"], r"--class-labels -1: this model has the classes 0 .. 9"),
+    (["--class-labels", "ostrich"], r"--class-labels 'ostrich': no class has this name"),
+    (["--num-sampling-steps", "2000"], r"--num-sampling-steps 2000: cannot keep 2000 steps"),
+    (["--num-sampling-steps", "ddim600"], r"--num-sampling-steps ddim600: .*exactly 600 of 1000"),
+    (["--num-sampling-steps", "many"], r"argument --num-sampling-steps: invalid number value: 'many'"),
+    (["--eta", "0.5"], r"--eta 0.5 is DDIM's noise: pass --sampler ddim"),
+    (["--image-size", "256"], r"--image-size 256: .* was trained with 8; leave the flag out"),
+    (["--model", "DiT-B/2"], r"--model DiT-B/2: .* was trained with DiT-S/2"),
+    (["--output", "nowhere/x.png"], r"--output nowhere/x.png: there is no folder"),
+    (["--output", "x.docx"], r"--output x.docx: .*'.docx'"),
+])
+def test_sample_mistakes(command, plain_checkpoint, tmp_path, monkeypatch, flags, sentence):
+    monkeypatch.chdir(tmp_path)
+    unguided = [] if "--cfg-scale" in flags else ["--cfg-scale", 1]
+    steps = [] if "--num-sampling-steps" in flags else ["--num-sampling-steps", 2]
+    status, _, err = command("sample", "--ckpt", plain_checkpoint, *unguided, *steps, *flags)
+    assert status == 2 and re.search(sentence, err), err
+    assert "Traceback" not in err and not list(tmp_path.iterdir())
+
+
+def test_unguided_model_samples_at_scale_1(command, plain_checkpoint, tmp_path):
+    status, _, err = command("sample", "--ckpt", plain_checkpoint, "--cfg-scale", 1, "--num-sampling-steps", 2,
+                             "--output", tmp_path / "x.png")
+    assert status == 0, err
+
+
+def test_wrong_checkpoints(command, tmp_path):
+    """Not there, not a checkpoint, of another model, and published weights that do not exist."""
+    import models
+    status, _, err = command("sample", "--ckpt", tmp_path / "gone.pt")
+    assert status == 2 and "there is no checkpoint file" in err
+    (tmp_path / "text.pt").write_text("hello")
+    status, _, err = command("sample_ddp", "--ckpt", tmp_path / "text.pt")
+    assert status == 2 and "text.pt" in err
+    model = models.DiT(input_size=8, hidden_size=16, depth=1, num_heads=2, num_classes=10)
+    torch.save(model.state_dict(), tmp_path / "small.pt")
+    status, _, err = command("sample", "--ckpt", tmp_path / "small.pt", "--model", "DiT-S/8", "--vae", "none",
+                             "--image-size", 8)
+    assert status == 2 and "do not fit this model" in err and "Do --model" in err
+    status, _, err = command("sample", "--model", "DiT-B/4")
+    assert status == 2 and "published weights of DiT-XL/2 alone" in err
+
+
+def test_no_network_is_a_sentence(command, tmp_path, monkeypatch):
+    """The published weights, asked for where nothing answers: the address, and where to put the file."""
+    from runtime import pretrained
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(pretrained, "BASE_URL", "http://127.0.0.1:9/")
+    monkeypatch.setattr(pretrained.download, "__defaults__", ("pretrained_models", "http://127.0.0.1:9/", None))
+    status, _, err = command("sample", "--image-size", 256)
+    place = str(tmp_path / "pretrained_models" / "DiT-XL-2-256x256.pt")
+    assert status == 2 and "http://127.0.0.1:9/DiT-XL-2-256x256.pt" in err and place in err
+
+
+def test_one_sentence_from_several_processes(tmp_path):
+    """What fails on every process is told once."""
+    done = run_process("train.py", *DIGITS, "--global-batch-size", 9, "--results-dir", tmp_path, processes=2, check=False)
+    assert done.returncode != 0
+    assert done.stderr.count("--global-batch-size 9 cannot be shared by 2 processes") == 1
+
+
+LAYERS = {"commands": {"train", "sample", "sample_ddp", "download", "benchmark"}, "parts": {"runtime"},
+          "ideas": {"models", "diffusion"}}
+MAY_IMPORT = {"commands": {"parts", "ideas"}, "parts": {"parts", "ideas"}, "ideas": set()}
+
+
+def layer_of(module):
+    return next((layer for layer, names in LAYERS.items() if module in names), None)
+
+
+def project_files():
+    return [path for path in ROOT.rglob("*.py") if not {".venv", "tests", "demo"} & set(path.relative_to(ROOT).parts)]
+
+
+def imports_of(path):
+    """Top-level names of the modules that a file imports, at any depth; relative imports stay inside their package."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.split(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            yield node.module.split(".")[0]
+
+
+def test_imports_go_down_only():
+    """Commands use parts and ideas, parts use ideas, ideas use neither, and no command uses another."""
+    files = project_files()
+    assert len(files) > 20
+    for path in files:
+        own = path.relative_to(ROOT).parts[0].removesuffix(".py")
+        assert layer_of(own), f"{path} belongs to no layer: add it to LAYERS"
+        for imported in imports_of(path):
+            if layer_of(imported) and imported != own:
+                assert layer_of(imported) in MAY_IMPORT[layer_of(own)], f"{path} imports {imported}"
+
+
+def test_ideas_know_no_files_and_no_command_line():
+    for path in project_files():
+        if layer_of(path.relative_to(ROOT).parts[0].removesuffix(".py")) == "ideas":
+            assert not {"os", "pathlib", "argparse", "sys", "accelerate", "PIL"} & set(imports_of(path)), path
+
+
+def test_requirements_name_every_import():
+    """Each package that the code imports is required, and environment.yml takes the same list."""
+    required = set(re.findall(r"^([\w-]+)", (ROOT / "requirements.txt").read_text(), re.MULTILINE))
+    package = {"PIL": "pillow", "sklearn": "scikit-learn"}
+    imported = {name for path in project_files() for name in imports_of(path)}
+    foreign = {name for name in imported if name not in sys.stdlib_module_names and not layer_of(name)}
+    assert {package.get(name, name) for name in foreign} <= required
+    assert "-r requirements.txt" in (ROOT / "environment.yml").read_text()
+    assert "-r requirements.txt" in (ROOT / "requirements-dev.txt").read_text()
+
+
+def test_benchmark_compares_equal_things():
+    """The plain formulas give the numbers of the fast ones, so that the ratio of their times means something."""
+    import benchmark
+    from diffusion import create_diffusion
+    diffusion = create_diffusion("")
+    plain = benchmark.PlainFormulas(diffusion)
+    x, output = torch.randn(4, 4, 8, 8), torch.randn(4, 8, 8, 8)
+    t = torch.tensor([0, 1, 500, 999])
+    torch.manual_seed(1)
+    want = plain.sample_step(output, x, t)
+    torch.manual_seed(1)
+    got = diffusion.p_sample(lambda *_: output, x, t, clip_denoised=False)["sample"]
+    assert np.allclose(got, want, rtol=1e-5, atol=1e-5)
+    noise = torch.randn_like(x)
+    losses = diffusion.training_losses(lambda *_: output, x, t, noise=noise)["loss"]
+    assert torch.allclose(losses, plain.losses(output, x, t, noise), rtol=1e-5)

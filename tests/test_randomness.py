@@ -1,0 +1,81 @@
+"""Random numbers as a function of what they are for."""
+import itertools
+
+import pytest
+import torch
+
+from diffusion.timestep_sampler import LossSecondMomentResampler, UniformSampler
+from runtime import randomness
+from runtime.randomness import FLIP, LABEL_DROP, NOISE, POSTERIOR, BatchRandomness, generator, seed_of
+
+WHOLE = slice(0, 6)
+
+
+def importance():
+    sampler = LossSecondMomentResampler(4, history_per_term=1)
+    sampler.update_with_local_losses(torch.arange(4), torch.tensor([1.0, 2.0, 3.0, 4.0]))
+    return sampler
+
+
+DRAWS = {
+    "normal": lambda random, step: random.normal(NOISE, step, (2, 3)),
+    "uniform": lambda random, step: random.uniform(LABEL_DROP, step),
+    "timesteps": lambda random, step: random.timesteps(step, UniformSampler(1000))[0],
+    "importance": lambda random, step: torch.stack(random.timesteps(step, importance())),
+}
+
+
+@pytest.mark.parametrize("draw", DRAWS.values(), ids=DRAWS)
+def test_processes_share_the_draws_of_one(draw):
+    """Trap 12: whatever the number of processes, and whatever was drawn before."""
+    whole = draw(BatchRandomness(3, 6, WHOLE, "cpu"), 10)
+    for cuts in ((0, 3, 6), (0, 2, 4, 6)):
+        shares = []
+        for start, stop in itertools.pairwise(cuts):
+            random = BatchRandomness(3, 6, slice(start, stop), "cpu")
+            draw(random, 9)
+            shares.append(draw(random, 10))
+        assert torch.equal(torch.cat(shares, dim=-1 if whole.ndim == 2 else 0), whole)
+
+
+@pytest.mark.parametrize("draw", DRAWS.values(), ids=DRAWS)
+def test_steps_and_seeds_differ(draw):
+    first = draw(BatchRandomness(0, 64, slice(0, 64), "cpu"), 1)
+    for seed, step in ((0, 2), (1, 1), (1, 0)):
+        assert not torch.equal(first, draw(BatchRandomness(seed, 64, slice(0, 64), "cpu"), step))
+
+
+def test_streams_differ():
+    random = BatchRandomness(0, 6, WHOLE, "cpu")
+    draws = [random.normal(stream, 1, (2,)) for stream in (NOISE, POSTERIOR, LABEL_DROP)]
+    assert all(not torch.equal(one, other) for one, other in itertools.combinations(draws, 2))
+    timesteps = random.timesteps(1, UniformSampler(1000))[0]
+    for stream in (NOISE, LABEL_DROP, FLIP):
+        own = torch.randint(1000, (6,), generator=generator(0, stream, 1))
+        assert not torch.equal(timesteps, own)
+
+
+def test_shapes_and_ranges():
+    random = BatchRandomness(0, 4000, slice(0, 4000), "cpu")
+    normal, uniform = random.normal(NOISE, 0, (3, 2)), random.uniform(LABEL_DROP, 0)
+    assert normal.shape == (4000, 3, 2) and uniform.shape == (4000,)
+    assert abs(normal.mean()) < 5 / 24000**0.5 and abs(normal.std() - 1) < 5 / 48000**0.5
+    assert 0 <= uniform.min() < 0.01 and 0.99 < uniform.max() < 1
+
+
+def test_near_keys_give_unrelated_seeds():
+    keys = list(itertools.product(range(12), range(9), range(40)))
+    seeds = {seed_of(*key) for key in keys}
+    assert len(seeds) == len(keys)
+    assert all(0 <= seed < 2**63 for seed in seeds)
+    assert 0.45 < sum(seed & 1 for seed in seeds) / len(seeds) < 0.55
+
+
+def test_the_keying_is_frozen():
+    """A change here changes every training run and sample set: it must be meant."""
+    names = "WEIGHTS DATA_ORDER FLIP TIMESTEP NOISE LABEL_DROP POSTERIOR SAMPLE_LABEL SAMPLE_NOISE".split()
+    assert [getattr(randomness, name) for name in names] == list(range(9))
+    assert seed_of(1, 3, 5) == 1016219022010848146
+    assert seed_of(0, 8, 49999) == 6241079440899466424
+    assert seed_of(123456789, 2, 2**33) == 7555577333645495932
+    assert generator(1, 3, 5).initial_seed() == seed_of(1, 3, 5)
