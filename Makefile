@@ -19,12 +19,12 @@ $(VENV)/ready: requirements.txt requirements-dev.txt
 demo: $(VENV)/ready  ## train on the digits, sample, make a set of samples and judge it
 	rm -rf $(DEMO)
 	$(PY) train.py --data-path digits --image-size 8 --num-classes 10 --vae none \
-	    --model DiT-S/2 --depth 4 --hidden-size 128 --num-heads 4 \
-	    --global-batch-size 64 --lr 1e-3 --ema-decay 0.999 --max-steps 2500 \
-	    --log-every 250 --sample-every 500 --num-workers 0 --results-dir $(DEMO)
-	$(PY) sample.py --ckpt $(DEMO)/000-DiT-S-2/checkpoints/0002500.pt --cfg-scale 1.5 \
+	    --model DiT-S/2 --depth 4 --hidden-size 96 --num-heads 4 \
+	    --global-batch-size 64 --lr 4e-3 --ema-decay 0.997 --max-steps 3000 \
+	    --log-every 250 --ckpt-every 1000 --sample-every 500 --num-workers 0 --results-dir $(DEMO)
+	$(PY) sample.py --ckpt $(DEMO)/000-DiT-S-2/checkpoints/0003000.pt --cfg-scale 1.5 \
 	    --samples-per-label 10 --trajectory --output $(DEMO)/digits.png
-	$(PY) sample_ddp.py --ckpt $(DEMO)/000-DiT-S-2/checkpoints/0002500.pt --cfg-scale 1.5 \
+	$(PY) sample_ddp.py --ckpt $(DEMO)/000-DiT-S-2/checkpoints/0003000.pt --cfg-scale 1.5 \
 	    --num-fid-samples 500 --per-proc-batch-size 250 --sample-dir $(DEMO)/samples
 	$(PY) -m runtime.digits $(DEMO)/samples/*.npz
 	@echo "Look at $(DEMO)/digits.png (a digit a row) and $(DEMO)/digits.gif (from noise to digits)."

@@ -4,6 +4,7 @@ Read from the bottom up for the whole picture, or in order: position table, embe
 Shapes: N batch, C channels, H W latent height and width, p patch size, T tokens, D width.
 """
 import math
+import operator
 
 import numpy as np
 import torch
@@ -24,8 +25,11 @@ def modulate(x, shift, scale):
 
 def as_pair(value, name):
     """An int or a pair of ints, both at least 1, as a pair (height, width)."""
-    pair = (value, value) if isinstance(value, int) else tuple(value)
-    if len(pair) != 2 or not all(isinstance(side, int) and side > 0 for side in pair):
+    try:
+        pair = tuple(map(operator.index, value if isinstance(value, (tuple, list)) else (value, value)))
+    except TypeError:
+        pair = ()
+    if len(pair) != 2 or min(pair) < 1:
         raise ValueError(f"{name} must be a positive integer or a pair of them (height, width), not {value!r}")
     return pair
 
@@ -218,7 +222,7 @@ class DiT(nn.Module):
         config = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         super().__init__()
         self.config = config
-        if hidden_size % num_heads:
+        if num_heads < 1 or hidden_size % num_heads:
             raise ValueError(f"hidden_size {hidden_size} is not a multiple of num_heads {num_heads}")
         self.in_channels = in_channels
         self.out_channels = in_channels * 2 if learn_sigma else in_channels
@@ -288,15 +292,17 @@ class DiT(nn.Module):
         cfg_channels  how many channels are guided. None: all, but 3 of 4 where there are 4 (what the published sampler
                       does, by an oversight that is part of the published FIDs)
         return        (2N, out_channels, H, W), the guided noise in both halves
-        raise         ValueError for an odd batch, or a model without a null class
+        raise         ValueError for an odd batch, a model without a null class, or channels that there are not
         """
         if self.y_embedder.dropout_prob == 0:
             raise ValueError("guidance needs a null class, and this model was built with class_dropout_prob=0")
         if len(x) % 2:
             raise ValueError(f"guidance takes a conditional and a null half, not an odd batch of {len(x)}")
+        guided = default_cfg_channels(self.in_channels) if cfg_channels is None else cfg_channels
+        if not 1 <= guided <= self.in_channels:
+            raise ValueError(f"cfg_channels must lie in 1 .. {self.in_channels}, the latents' channels, not {guided}")
         half = x[: len(x) // 2]
         out = self.forward(torch.cat([half, half]), t, y)
-        guided = default_cfg_channels(self.in_channels) if cfg_channels is None else cfg_channels
         eps, rest = out[:, :guided], out[:, guided:]
         eps_cond, eps_null = eps.chunk(2)
         eps = eps_null + cfg_scale * (eps_cond - eps_null)

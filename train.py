@@ -24,8 +24,8 @@ from runtime.randomness import LABEL_DROP, NOISE, POSTERIOR, WEIGHTS, BatchRando
 from runtime.training_state import TrainingState
 
 # What --data-path digits means for every flag that is not typed.
-DIGITS = dict(image_size=8, num_classes=10, vae="none", model="DiT-S/2", depth=6, hidden_size=192, num_heads=6,
-              num_workers=0, global_batch_size=128, lr=1e-3, ema_decay=0.999, max_steps=4000, ckpt_every=1000)
+DIGITS = dict(image_size=8, num_classes=10, vae="none", model="DiT-S/2", depth=4, hidden_size=96, num_heads=4,
+              num_workers=0, global_batch_size=64, lr=4e-3, ema_decay=0.997, max_steps=3000, ckpt_every=1000)
 
 
 def build_parser():
@@ -151,28 +151,24 @@ class Loss:
         model = self.accelerator.unwrap_model(self.network)
         latent_shape = (model.in_channels, *model.x_embedder.input_size)
         t, weights = self.random.timesteps(step, self.schedule_sampler)
-        draws = dict(
-            images=images, labels=labels, t=t, weights=weights,
-            noise=self.random.normal(NOISE, step, latent_shape),
-            posterior_noise=self.random.normal(POSTERIOR, step, latent_shape) if self.codec.is_random else images,
-            drop=self.random.uniform(LABEL_DROP, step) < model.y_embedder.dropout_prob)
+        noise = self.random.normal(NOISE, step, latent_shape)
+        posterior_noise = self.random.normal(POSTERIOR, step, latent_shape) if self.codec.is_random else noise
+        dropout_prob = model.y_embedder.dropout_prob
+        drop = self.random.uniform(LABEL_DROP, step) < dropout_prob
+
         all_terms = []
+        share = len(labels) // self.parts
         for part in range(self.parts):
-            rows = {name: values.chunk(self.parts)[part] for name, values in draws.items()}
-            more_to_come = part + 1 < self.parts
-            with self.accelerator.no_sync(self.network) if more_to_come else contextlib.nullcontext():
-                terms, loss = self._terms(**rows)
-                self.accelerator.backward(loss / self.parts)
-            all_terms.append(terms)
+            rows, is_last = slice(part * share, (part + 1) * share), part == self.parts - 1
+            condition = dict(y=labels[rows], force_drop_ids=drop[rows]) if dropout_prob > 0 else dict(y=labels[rows])
+            x = self.codec.encode(images[rows], posterior_noise[rows])
+            with contextlib.nullcontext() if is_last else self.accelerator.no_sync(self.network):
+                terms = self.diffusion.training_losses(self.network, x, t[rows], condition, noise[rows])
+                self.accelerator.backward((terms["loss"] * weights[rows]).mean() / self.parts)
+            all_terms.append({name: values.detach() for name, values in terms.items()})
         terms = {name: torch.cat([terms[name] for terms in all_terms]) for name in all_terms[0]}
         self.schedule_sampler.update_with_local_losses(t, terms["loss"])
         return {name: values.mean() for name, values in terms.items()}
-
-    def _terms(self, images, labels, t, weights, noise, posterior_noise, drop):
-        latents = self.codec.encode(images, posterior_noise)
-        drop_ids = drop if self.accelerator.unwrap_model(self.network).y_embedder.dropout_prob > 0 else None
-        terms = self.diffusion.training_losses(self.network, latents, t, dict(y=labels, force_drop_ids=drop_ids), noise)
-        return {name: values.detach() for name, values in terms.items()}, (terms["loss"] * weights).mean()
 
 
 def own_rows(flags, accelerator):

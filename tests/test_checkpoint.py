@@ -99,8 +99,9 @@ def test_load_runs_nothing(tmp_path, wrap, zipped):
 
 
 @pytest.mark.parametrize("name", ["x.pt", "x.safetensors"])
-@pytest.mark.parametrize("damage", [lambda raw: raw[: len(raw) // 2], lambda raw: raw[:-9], lambda raw: b"",
-                                    lambda raw: b"no checkpoint at all"], ids=["half", "end", "empty", "garbage"])
+@pytest.mark.parametrize("damage", [
+    lambda raw: raw[: len(raw) // 2], lambda raw: raw[:-9], lambda raw: b"", lambda raw: b"no checkpoint",
+], ids=["half", "end", "empty", "garbage"])
 def test_load_of_a_damaged_file(tmp_path, name, damage):
     path = tmp_path / name
     state = {"w": torch.arange(100.0)}
@@ -132,7 +133,8 @@ def test_which_weights(stored, which):
 
 
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
-@pytest.mark.parametrize("wrap", [lambda state: state, lambda state: dict(model=state), lambda state: dict(ema=state)])
+@pytest.mark.parametrize("wrap", [lambda state: state, lambda state: dict(model=state),
+                                  lambda state: dict(ema=state)])
 def test_prefixes_of_wrappers_are_taken_off(prefix, wrap):
     """Only at the front: a part of the model may be called `module`."""
     state = {f"{prefix}blocks.0.module.w": torch.ones(1), f"{prefix}b": torch.ones(1)}
@@ -175,7 +177,7 @@ def test_newest(tmp_path):
     folder = tmp_path / "checkpoints"
     folder.mkdir()
     assert checkpoint.newest(str(tmp_path)) is None
-    for name in ("12000000.pt", "0000200.pt", "9000000.pt", "13000000.pt.77.tmp", "13000000.pt.bak", "best14000000.pt",
-                 "99000000.safetensors", "last.pt"):
+    for name in ("12000000.pt", "0000200.pt", "9000000.pt", "13000000.pt.77.tmp", "13000000.pt.bak",
+                 "best14000000.pt", "99000000.safetensors", "last.pt"):
         (folder / name).touch()
     assert checkpoint.newest(str(tmp_path)) == str(folder / "12000000.pt")

@@ -16,6 +16,7 @@ WNIDS = [f"n{i:08d}" for i in range(1000)]
     (["2"], ["2", "0", "1"], 3, [0]),  # a name that is a number is a name
     (["golden retriever", "Otter", "88"], None, 1000, [207, 360, 88]),
     (["golden retriever", WNIDS[207], "207"], WNIDS, 1000, [207] * 3),
+    (["b", "9"], ["a", "b"], 10, [1, 9]),  # a model may have more classes than its data
 ])
 def test_labels(texts, names, classes, labels):
     assert parse_labels(texts, names, classes) == labels
@@ -31,6 +32,7 @@ def test_labels(texts, names, classes, labels):
     ("lion", ANIMALS, 3, r"give a number in 0 \.\. 2"),
     ("1.5", None, 5, r"give a number in 0 \.\. 4"),
     ("golden retriever", [f"class {i}" for i in range(1000)], 1000, "no class has this name"),  # not ImageNet
+    ("goldfish", ["n01440764", "n02102040"], 1000, "no class has this name"),  # two of its classes
 ])
 def test_no_label(text, names, classes, sentence):
     with pytest.raises(UserError, match=rf"--class-labels '?{text}'?: .*{sentence}"):

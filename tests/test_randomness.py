@@ -73,8 +73,9 @@ def test_near_keys_give_unrelated_seeds():
 
 def test_the_keying_is_frozen():
     """A change here changes every training run and sample set: it must be meant."""
-    names = "WEIGHTS DATA_ORDER FLIP TIMESTEP NOISE LABEL_DROP POSTERIOR SAMPLE_LABEL SAMPLE_NOISE".split()
-    assert [getattr(randomness, name) for name in names] == list(range(9))
+    streams = ["WEIGHTS", "DATA_ORDER", "FLIP", "TIMESTEP", "NOISE", "LABEL_DROP", "POSTERIOR",
+               "SAMPLE_LABEL", "SAMPLE_NOISE"]
+    assert [getattr(randomness, stream) for stream in streams] == list(range(9))
     assert seed_of(1, 3, 5) == 1016219022010848146
     assert seed_of(0, 8, 49999) == 6241079440899466424
     assert seed_of(123456789, 2, 2**33) == 7555577333645495932

@@ -135,7 +135,7 @@ def test_resuming_another_model_is_refused(command, tmp_path):
     status, _, err = command("train", *DIGITS, "--depth", 2, "--max-steps", 2, "--results-dir", tmp_path, "--resume", "auto")
     assert status == 2 and "depth=1" in err and "depth=2" in err
     status, out, _ = command("train", *DIGITS, "--lr", 0.5, "--max-steps", 2, "--results-dir", tmp_path, "--resume", "auto")
-    assert status == 0 and "--lr is 0.5, it was 0.001" in out
+    assert status == 0 and "--lr is 0.5, it was 0.004" in out
     assert trained(tmp_path, 2)["opt"]["param_groups"][0]["lr"] == 0.5
 
 

@@ -1,0 +1,155 @@
+"""Between pixels and latents: the scale, shift, channels and stride of a VAE, in both directions."""
+import huggingface_hub.constants
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from runtime import latents
+from runtime.errors import UserError
+
+# diffusers' own call of huggingface_hub
+pytestmark = pytest.mark.filterwarnings("ignore:.*local_dir_use_symlinks:UserWarning")
+
+
+@pytest.fixture(autouse=True)
+def _offline(monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+
+
+def saved_vae(folder, **config):
+    """A small VAE of random weights, as a directory."""
+    from diffusers import AutoencoderKL
+    torch.manual_seed(0)
+    levels = config.pop("levels", 2)
+    vae = AutoencoderKL(**dict(
+        block_out_channels=(8, 16, 16)[:levels], layers_per_block=1, norm_num_groups=4,
+        down_block_types=("DownEncoderBlock2D",) * levels, up_block_types=("UpDecoderBlock2D",) * levels,
+        latent_channels=4, scaling_factor=0.5) | config)
+    vae.save_pretrained(folder)
+    return str(folder)
+
+
+CONFIGS = {
+    "scale alone": dict(scaling_factor=0.18215),
+    "scale and shift": dict(scaling_factor=0.5, shift_factor=0.25),
+    "16 channels": dict(latent_channels=16, scaling_factor=1.5, shift_factor=-0.1),
+    "stride 4": dict(levels=3),
+}
+
+
+@pytest.fixture(params=CONFIGS.values(), ids=CONFIGS)
+def case(request, tmp_path):
+    """A codec, and what was asked for."""
+    name = saved_vae(tmp_path / "vae", **request.param)
+    defaults = dict(scaling_factor=0.5, latent_channels=4, shift_factor=None, levels=2)
+    return latents.open_codec(name), defaults | request.param
+
+
+def test_sizes_come_from_the_config(case, tmp_path):
+    codec, config = case
+    assert codec.name == str(tmp_path / "vae")
+    assert codec.channels == config["latent_channels"]
+    assert codec.stride == 2 ** (config["levels"] - 1)
+    assert latents.latent_size(codec, 32) == 32 // codec.stride
+    assert codec.is_random
+
+
+def test_encode(case):
+    """By hand: (mean + std noise - shift) scale."""
+    codec, config = case
+    images = torch.rand(2, 3, 16, 16) * 2 - 1
+    noise = torch.randn(2, codec.channels, 16 // codec.stride, 16 // codec.stride)
+    with torch.no_grad():
+        posterior = codec.vae.encode(images).latent_dist
+    drawn = posterior.mean + posterior.std * noise
+    expected = (drawn - (config["shift_factor"] or 0)) * config["scaling_factor"]
+    assert posterior.std.mean() > 0.1  # or the noise would not show
+    torch.testing.assert_close(codec.encode(images, noise), expected)
+
+
+def test_decode(case):
+    """The VAE is given latents as it made them itself: scaled back, then shifted back."""
+    codec, config = case
+    scaled = torch.randn(2, codec.channels, 4, 4)
+    with torch.no_grad():
+        expected = codec.vae.decode(scaled / config["scaling_factor"] + (config["shift_factor"] or 0)).sample
+    images = codec.decode(scaled)
+    assert images.shape == (2, 3, 4 * codec.stride, 4 * codec.stride)
+    torch.testing.assert_close(images, expected)
+
+
+def test_decode_undoes_the_scale_of_encode(case):
+    codec, _ = case
+    images = torch.rand(2, 3, 16, 16) * 2 - 1
+    with torch.no_grad():
+        mean = codec.vae.encode(images).latent_dist.mean
+        expected = codec.vae.decode(mean).sample
+    torch.testing.assert_close(codec.decode(codec.encode(images, torch.zeros_like(mean))), expected)
+
+
+def test_the_vae_is_frozen(tmp_path):
+    codec = latents.open_codec(saved_vae(tmp_path / "vae"))
+    assert not codec.vae.training
+    assert not any(weight.requires_grad for weight in codec.vae.parameters())
+    images = torch.rand(1, 3, 16, 16, requires_grad=True)
+    scaled = codec.encode(images, torch.zeros(1, 4, 8, 8))
+    assert not scaled.requires_grad
+    assert not codec.decode(scaled.requires_grad_()).requires_grad
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_no_vae(channels):
+    codec = latents.open_codec("none", channels)
+    images = torch.randn(2, channels, 8, 8)
+    assert (codec.name, codec.channels, codec.stride, codec.is_random) == ("none", channels, 1, False)
+    assert torch.equal(codec.encode(images, None), images)
+    assert torch.equal(codec.decode(images), images)
+    assert latents.latent_size(codec, 7) == 7
+
+
+def test_an_image_size_that_does_not_fit(tmp_path):
+    codec = latents.open_codec(saved_vae(tmp_path / "vae", levels=3))
+    with pytest.raises(UserError, match=r"--image-size 30 is not a multiple of 4"):
+        latents.latent_size(codec, 30)
+
+
+@pytest.mark.parametrize("name, hub_name", [
+    ("ema", "stabilityai/sd-vae-ft-ema"), ("mse", "stabilityai/sd-vae-ft-mse"), ("some/vae", "some/vae")])
+def test_a_vae_that_is_not_there(name, hub_name, tmp_path, monkeypatch):
+    """Without a network the sentence says what to fetch, and what to pass."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(UserError, match=rf"--vae '{name}' .*huggingface\.co/{hub_name} .*--vae none"):
+        latents.open_codec(name)
+
+
+def test_a_directory_that_is_not_there(tmp_path):
+    """A path is no name on the hub."""
+    with pytest.raises(UserError, match=f"--vae '{tmp_path}/vae'") as caught:
+        latents.open_codec(str(tmp_path / "vae"))
+    assert "huggingface.co//" not in str(caught.value)
+
+
+def without_a_tensor(config, weights):
+    state = load_file(weights)
+    state.pop("decoder.conv_out.weight")
+    save_file(state, weights)
+
+
+@pytest.mark.parametrize("spoil", [
+    lambda config, weights: config.unlink(),
+    lambda config, weights: config.write_text("{"),
+    lambda config, weights: config.write_text(config.read_text().replace('"latent_channels": 4',
+                                                                         '"latent_channels": 8')),
+    lambda config, weights: weights.unlink(),
+    lambda config, weights: weights.write_bytes(weights.read_bytes()[:5000]),
+    without_a_tensor,
+], ids=["no config", "broken config", "another config", "no weights", "half the weights", "a tensor missing"])
+def test_a_directory_that_is_no_vae(tmp_path, spoil):
+    """What is missing in it, or spoilt, or of another size, must not be made up."""
+    folder = tmp_path / "vae"
+    saved_vae(folder)
+    config, weights = folder / "config.json", folder / "diffusion_pytorch_model.safetensors"
+    spoil(config, weights)
+    with pytest.raises(UserError, match=rf"--vae '{folder}' .*must hold config\.json") as caught:
+        latents.open_codec(str(folder))
+    assert "\n" not in str(caught.value)
