@@ -6,13 +6,14 @@
 import argparse
 
 from runtime.errors import UserError, run_command
+from runtime.flags import HelpFormatter
 from runtime.pretrained import BASE_URL, FOLDER, PUBLISHED, download, find_model
 
 __all__ = ["download", "find_model"]
 
 
 def build_parser():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"default: {', '.join(PUBLISHED)}")
     parser.add_argument("--folder", default=FOLDER, help="where to keep them")
     parser.add_argument("--base-url", default=BASE_URL, help="where from")

@@ -65,8 +65,8 @@ class PatchEmbed(nn.Module):
     def __init__(self, input_size, patch_size, in_channels, hidden_size):
         super().__init__()
         self.input_size = as_pair(input_size, "input_size")
-        self.patch_size = patch_size
-        if patch_size < 1 or any(side % patch_size for side in self.input_size):
+        self.patch_size = as_pair(patch_size, "patch_size")
+        if any(side % patch_size for side in self.input_size):
             raise ValueError(f"input_size {self.input_size} cannot be cut in patches of patch_size {patch_size}")
         self.grid_size = tuple(side // patch_size for side in self.input_size)
         self.num_patches = self.grid_size[0] * self.grid_size[1]
@@ -125,9 +125,14 @@ class LabelEmbedder(nn.Module):
         self.dropout_prob = dropout_prob
         self.embedding_table = nn.Embedding(num_classes + (dropout_prob > 0), hidden_size)
 
+    @property
+    def has_null_class(self):
+        """Whether there is a class to guide away from."""
+        return self.embedding_table.num_embeddings > self.num_classes
+
     def token_drop(self, labels, force_drop_ids=None):
         """Replace some labels by the null class: where force_drop_ids (N,) is 1, or else at random."""
-        if self.embedding_table.num_embeddings == self.num_classes:
+        if not self.has_null_class:
             raise ValueError("this model was built with class_dropout_prob=0: it has no null class to drop labels to")
         if force_drop_ids is None:
             drop = torch.rand(len(labels), device=labels.device) < self.dropout_prob
@@ -143,13 +148,12 @@ class LabelEmbedder(nn.Module):
 
     def _check(self, labels):
         # Only labels in host memory: reading others would make every step wait for its device.
-        rows = self.embedding_table.num_embeddings
         if labels.device.type != "cpu" or torch.compiler.is_compiling() or not len(labels):
             return
         low, high = labels.aminmax()
-        if low < 0 or high >= rows:
-            raise ValueError(f"labels must lie in 0 .. {rows - 1} ({self.num_classes} classes"
-                             f"{' and the null class' if rows > self.num_classes else ', no null class'}), "
+        if low < 0 or high >= self.embedding_table.num_embeddings:
+            raise ValueError(f"labels must lie in 0 .. {self.embedding_table.num_embeddings - 1} ({self.num_classes} "
+                             f"classes{' and the null class' if self.has_null_class else ', no null class'}), "
                              f"got {int(low)} .. {int(high)}")
 
 
@@ -168,10 +172,10 @@ def adaln_linear(hidden_size, chunks):
 class DiTBlock(nn.Module):
     """Transformer block with adaLN-Zero conditioning (section 3.2; figure 3, second from the left)."""
 
-    def __init__(self, hidden_size, num_heads, mlp_ratio=4.0):
+    def __init__(self, hidden_size, num_heads, mlp_ratio=4.0, **attention_kwargs):
         super().__init__()
         self.norm1 = layer_norm(hidden_size)
-        self.attn = Attention(hidden_size, num_heads=num_heads, qkv_bias=True)
+        self.attn = Attention(hidden_size, num_heads=num_heads, qkv_bias=True, **attention_kwargs)
         self.norm2 = layer_norm(hidden_size)
         self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio), act_layer=lambda: nn.GELU(approximate="tanh"))
         self.adaLN_modulation = adaln_linear(hidden_size, 6)
@@ -288,20 +292,26 @@ class DiT(nn.Module):
         """Classifier-free guidance (Ho & Salimans, 2021): eps_u + s (eps_c - eps_u) on the noise, never the variance.
 
         x, t, y       conditional half, then null half, 2N in all; of x only the first half is read
-        cfg_scale     s; 1 is the conditional prediction alone
+        cfg_scale     s >= 1; 1 is no guidance: one pass over the conditional half, returned in both
         cfg_channels  how many channels are guided. None: all, but 3 of 4 where there are 4 (what the published sampler
                       does, by an oversight that is part of the published FIDs)
         return        (2N, out_channels, H, W), the guided noise in both halves
-        raise         ValueError for an odd batch, a model without a null class, or channels that there are not
+        raise         ValueError for an odd batch, a model without a null class, a scale below 1, channels that are none
         """
-        if self.y_embedder.dropout_prob == 0:
+        if not self.y_embedder.has_null_class:
             raise ValueError("guidance needs a null class, and this model was built with class_dropout_prob=0")
+        if cfg_scale < 1:
+            raise ValueError(f"guidance starts at cfg_scale 1, which means none, not at {cfg_scale}")
         if len(x) % 2:
             raise ValueError(f"guidance takes a conditional and a null half, not an odd batch of {len(x)}")
         guided = default_cfg_channels(self.in_channels) if cfg_channels is None else cfg_channels
         if not 1 <= guided <= self.in_channels:
             raise ValueError(f"cfg_channels must lie in 1 .. {self.in_channels}, the latents' channels, not {guided}")
-        half = x[: len(x) // 2]
+        n = len(x) // 2
+        half = x[:n]
+        if cfg_scale == 1:
+            out = self.forward(half, t[:n], y[:n])
+            return torch.cat([out, out])
         out = self.forward(torch.cat([half, half]), t, y)
         eps, rest = out[:, :guided], out[:, guided:]
         eps_cond, eps_null = eps.chunk(2)

@@ -5,15 +5,16 @@
     python sample.py --class-labels "golden retriever" "macaw" 88 --num-sampling-steps ddim50
 """
 import argparse
+import json
 import os
 
 import torch
 from PIL import Image
 
-from runtime import pretrained, processes
+from runtime import processes
 from runtime.classes import parse_labels
 from runtime.errors import UserError, run_command
-from runtime.flags import add_model_flags, add_sampling_flags, non_negative_int, parse, positive_int
+from runtime.flags import HelpFormatter, add_model_flags, add_sampling_flags, non_negative_int, parse, positive_int
 from runtime.generate import GlobalNoise, PathRecorder, image_maker, save_grid
 from runtime.trained_model import load_trained
 
@@ -22,11 +23,11 @@ IMAGENET_LABELS = [207, 360, 387, 974, 88, 979, 417, 279]
 
 
 def build_parser():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     add_model_flags(parser, vae="mse")
     add_sampling_flags(parser, cfg_scale=4.0)
     group = parser.add_argument_group("picture")
-    group.add_argument("--seed", type=non_negative_int, default=0)
+    group.add_argument("--seed", type=non_negative_int, default=0, help="of the noise")
     group.add_argument("--class-labels", nargs="+", metavar="LABEL",
                        help="numbers or names; default: eight of ImageNet, or the first ten classes of other data")
     group.add_argument("--samples-per-label", type=positive_int, default=1, help="more than 1: a row of the grid each")
@@ -38,39 +39,39 @@ def build_parser():
 
 def main():
     flags, given = parse(build_parser())
-    check_output(flags.output)
+    check_output(flags.output, flags.trajectory)
     device = processes.start().device
-    checkpoint = flags.ckpt or pretrained.published_name(flags.model, flags.image_size, flags.num_classes)
-    trained = load_trained(pretrained.find_checkpoint(checkpoint), vars(flags), given, device)
-    print(f"{checkpoint}: {trained.description()}")
-
-    num_classes = trained.model.y_embedder.num_classes
+    trained = load_trained(flags.ckpt, flags.model, flags.image_size, flags.num_classes, flags.vae, given, device)
+    print(trained.description())
+    make = image_maker(trained.model, trained.codec, flags.num_sampling_steps, flags.cfg_scale, flags.cfg_channels,
+                       flags.sampler, flags.eta)
     if flags.class_labels:
-        chosen = parse_labels(flags.class_labels, trained.class_names, num_classes)
+        chosen = parse_labels(flags.class_labels, trained.class_names, trained.num_classes)
     else:
-        chosen = IMAGENET_LABELS if num_classes == 1000 else list(range(min(10, num_classes)))
+        chosen = IMAGENET_LABELS if trained.num_classes == 1000 else list(range(min(10, trained.num_classes)))
     labels = torch.tensor(chosen, device=device).repeat_interleave(flags.samples_per_label)
     columns = flags.columns or (flags.samples_per_label if flags.samples_per_label > 1 else 4)
 
-    make = image_maker(trained.model, trained.codec, flags.num_sampling_steps, flags.cfg_scale, flags.cfg_channels,
-                       flags.sampler, flags.eta)
     path = PathRecorder(make.diffusion.num_timesteps) if flags.trajectory else None
     images = make(labels, GlobalNoise(flags.seed, device), on_step=path, progress=True)
-    save_grid(images, columns, flags.output)
-    print(f"wrote {flags.output}")
+    record = make.record() | dict(seed=flags.seed, class_labels=chosen, checkpoint=trained.description())
+    save_grid(images, columns, flags.output, record)
+    print(f"wrote {flags.output}: {json.dumps(make.record() | dict(seed=flags.seed))}")
     if path:
         gif = os.path.splitext(flags.output)[0] + ".gif"
         path.save(trained.codec, columns, gif)
         print(f"wrote {gif}")
 
 
-def check_output(path):
+def check_output(path, trajectory):
     """Before the work, not after it: can a picture be written there?"""
     folder, extension = os.path.dirname(os.path.abspath(path)), os.path.splitext(path)[1].lower()
     if not os.path.isdir(folder):
         raise UserError(f"--output {path}: there is no folder {folder}")
     if Image.registered_extensions().get(extension) not in Image.SAVE:
         raise UserError(f"--output {path}: no picture format has the ending {extension!r}; take .png")
+    if trajectory and extension == ".gif":
+        raise UserError(f"--output {path}: --trajectory writes a .gif of this name, give the picture another ending")
 
 
 if __name__ == "__main__":

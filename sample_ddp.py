@@ -11,23 +11,23 @@ import os
 import torch
 from tqdm.auto import tqdm
 
-from runtime import pretrained, processes
+from runtime import processes
 from runtime.errors import run_command
-from runtime.flags import add_model_flags, add_sampling_flags, non_negative_int, parse, positive_int
+from runtime.flags import HelpFormatter, add_model_flags, add_sampling_flags, non_negative_int, parse, positive_int
 from runtime.generate import SampleNoise, image_maker, to_uint8
 from runtime.sample_set import SampleSet, fingerprint, random_labels
 from runtime.trained_model import load_trained
 
 
 def build_parser():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     add_model_flags(parser, vae="ema")
     add_sampling_flags(parser, cfg_scale=1.5)
     group = parser.add_argument_group("set")
     group.add_argument("--sample-dir", default="samples", help="where the .npz goes")
-    group.add_argument("--num-fid-samples", type=positive_int, default=50000)
-    group.add_argument("--per-proc-batch-size", type=positive_int, default=32)
-    group.add_argument("--global-seed", type=non_negative_int, default=0)
+    group.add_argument("--num-fid-samples", type=positive_int, default=50000, help="size of the set")
+    group.add_argument("--per-proc-batch-size", type=positive_int, default=32, help="images at once")
+    group.add_argument("--global-seed", type=non_negative_int, default=0, help="of labels and noise")
     group.add_argument("--png", action="store_true", help="also write every image as a PNG")
     group.add_argument("--tf32", action=argparse.BooleanOptionalAction, default=True, help="TF32 matrix products")
     return parser
@@ -35,44 +35,41 @@ def build_parser():
 
 def main():
     flags, given = parse(build_parser())
-    accelerator = processes.start()
-    processes.allow_tf32(flags.tf32)
+    accelerator = processes.start(tf32=flags.tf32)
+    device, rank, world = accelerator.device, accelerator.process_index, accelerator.num_processes
     with processes.together(accelerator):
-        checkpoint = flags.ckpt or pretrained.published_name(flags.model, flags.image_size, flags.num_classes)
-        checkpoint = pretrained.find_checkpoint(checkpoint)
-        trained = load_trained(checkpoint, vars(flags), given, accelerator.device)
+        trained = load_trained(flags.ckpt, flags.model, flags.image_size, flags.num_classes, flags.vae, given, device)
         make = image_maker(trained.model, trained.codec, flags.num_sampling_steps, flags.cfg_scale, flags.cfg_channels,
                            flags.sampler, flags.eta)
-    samples = SampleSet(os.path.join(flags.sample_dir, folder_name(checkpoint, trained, make, flags)))
-    accelerator.print(f"{checkpoint}: {trained.description()}")
+        samples = SampleSet(os.path.join(flags.sample_dir, folder_name(trained, make, flags)))
+        samples.open()
+    accelerator.print(trained.description())
 
     todo = processes.on_main(accelerator, lambda: samples.missing(flags.num_fid_samples, flags.per_proc_batch_size))
     left = sum(end - first for first, end in todo)
     accelerator.print(f"{samples.npz}: {flags.num_fid_samples - left} of {flags.num_fid_samples} samples are there")
     bar = tqdm(total=left, unit="image", dynamic_ncols=True, disable=not accelerator.is_main_process)
-    for first, end in todo[accelerator.process_index::accelerator.num_processes]:
-        indices = range(first, end)
-        labels = random_labels(flags.global_seed, indices, trained.model.y_embedder.num_classes)
-        noise = SampleNoise(flags.global_seed, indices, accelerator.device)
-        images = make(torch.from_numpy(labels).to(accelerator.device), noise)
-        samples.add(first, to_uint8(images).cpu().numpy(), labels)
-        bar.update(min((end - first) * accelerator.num_processes, bar.total - bar.n))
+    with processes.together(accelerator):
+        for first, end in todo[rank::world]:
+            labels = random_labels(flags.global_seed, range(first, end), trained.num_classes)
+            noise = SampleNoise(flags.global_seed, range(first, end), device)
+            images = make(torch.from_numpy(labels).to(device), noise)
+            samples.add(first, to_uint8(images).cpu().numpy(), labels)
+            bar.update(min((end - first) * world, bar.total - bar.n))
     bar.close()
 
-    accelerator.wait_for_everyone()
-    if todo:
-        processes.on_main(accelerator, lambda: samples.assemble(flags.num_fid_samples))
+    count = processes.on_main(accelerator, lambda: samples.assemble(flags.num_fid_samples))
     if flags.png:
-        samples.write_pngs(flags.num_fid_samples, accelerator.process_index, accelerator.num_processes)
-    count = processes.on_main(accelerator, samples.finished)
-    more = f"; --num-fid-samples asks for the first {flags.num_fid_samples}" if count > flags.num_fid_samples else ""
+        with processes.together(accelerator):
+            samples.write_pngs(flags.num_fid_samples, rank, world)
+    more = f"; the first {flags.num_fid_samples} are those asked for" if count > flags.num_fid_samples else ""
     accelerator.print(f"{samples.npz} holds {count} images (arr_0) and labels (arr_1){more}")
     accelerator.end_training()
 
 
-def folder_name(checkpoint, trained, make, flags):
+def folder_name(trained, make, flags):
     """A name with everything in it that changes the images."""
-    name = os.path.splitext(os.path.basename(checkpoint))[0]
+    name = os.path.splitext(os.path.basename(trained.path))[0]
     vae = os.path.basename(os.path.normpath(trained.codec.name))
     modules = [module for module in (trained.model, getattr(trained.codec, "vae", None)) if module is not None]
     parts = [trained.name.replace("/", "-"), name, fingerprint(*modules), f"size-{trained.image_size}", f"vae-{vae}",

@@ -18,22 +18,23 @@ from diffusion import create_diffusion
 from diffusion.timestep_sampler import create_named_schedule_sampler
 from runtime import data, experiment, latents, processes
 from runtime.errors import UserError, run_command
-from runtime.flags import fraction, non_negative_int, parse, positive_float, positive_int
+from runtime.flags import HelpFormatter, fraction, non_negative_int, parse, positive_float, positive_int
 from runtime.generate import SampleNoise, image_maker
 from runtime.randomness import LABEL_DROP, NOISE, POSTERIOR, WEIGHTS, BatchRandomness, seed_of
 from runtime.training_state import TrainingState
 
-# What --data-path digits means for every flag that is not typed.
-DIGITS = dict(image_size=8, num_classes=10, vae="none", model="DiT-S/2", depth=4, hidden_size=96, num_heads=4,
-              num_workers=0, global_batch_size=64, lr=4e-3, ema_decay=0.997, max_steps=3000, ckpt_every=1000)
+# What --data-path digits means for the flags that are not typed: its format, and a small model with what suits it.
+DIGITS = dict(image_size=8, num_classes=10, vae="none", num_workers=0)
+DIGITS_MODEL = dict(model="DiT-S/2", depth=4, hidden_size=96, num_heads=4, global_batch_size=64, lr=4e-3,
+                    ema_decay=0.997, epochs=136, ckpt_every=1000)
 
 
 def build_parser():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     group = parser.add_argument_group("data")
     group.add_argument("--data-path", required=True, help="folder with a folder of images a class, or: digits")
     group.add_argument("--image-size", type=positive_int, default=256, help="pixels")
-    group.add_argument("--num-classes", type=positive_int, default=1000)
+    group.add_argument("--num-classes", type=positive_int, default=1000, help="rows of the class table")
     group.add_argument("--vae", default="ema", help="ema, mse, a diffusers directory or hub name, or none (pixels)")
     group.add_argument("--flip", action=argparse.BooleanOptionalAction, help="mirror half of the images (not digits)")
     group.add_argument("--num-workers", type=non_negative_int, default=4, help="processes that load images")
@@ -45,17 +46,18 @@ def build_parser():
     group.add_argument("--patch-size", type=positive_int, help="latents a side of a token")
     group.add_argument("--class-dropout-prob", type=fraction, default=0.1, help="0: no null class, no guidance")
     group = parser.add_argument_group("optimisation")
-    group.add_argument("--epochs", type=positive_int, default=1400)
+    group.add_argument("--epochs", type=positive_int, default=1400, help="passes over the data")
     group.add_argument("--max-steps", type=positive_int, help="stop after so many steps, or after --epochs")
     group.add_argument("--global-batch-size", type=positive_int, default=256, help="images a step, over all processes")
-    group.add_argument("--global-seed", type=non_negative_int, default=0)
+    group.add_argument("--global-seed", type=non_negative_int, default=0, help="of all random numbers")
     group.add_argument("--lr", type=positive_float, default=1e-4, help="learning rate")
-    group.add_argument("--ema-decay", type=fraction, default=0.9999)
+    group.add_argument("--ema-decay", type=fraction, default=0.9999, help="of the weights' average")
     group.add_argument("--grad-accum-steps", type=positive_int, default=1, help="cut the batch in so many parts")
     group.add_argument("--max-grad-norm", type=positive_float, help="clip the gradient to this norm")
-    group.add_argument("--schedule-sampler", choices=["uniform", "loss-second-moment"], default="uniform")
+    group.add_argument("--schedule-sampler", choices=["uniform", "loss-second-moment"], default="uniform",
+                       help="which timesteps: all alike, or more of those with a large loss")
     group = parser.add_argument_group("results and faults")
-    group.add_argument("--results-dir", default="results")
+    group.add_argument("--results-dir", default="results", help="where experiments get their folders")
     group.add_argument("--log-every", type=positive_int, default=100, help="steps")
     group.add_argument("--ckpt-every", type=positive_int, default=50000, help="steps")
     group.add_argument("--sample-every", type=positive_int, help="steps between grids of EMA samples")
@@ -66,9 +68,9 @@ def build_parser():
 def main():
     flags, given = parse(build_parser())
     if flags.data_path == "digits":
-        vars(flags).update({name: value for name, value in DIGITS.items() if name not in given})
+        defaults = DIGITS if "model" in given else DIGITS | DIGITS_MODEL
+        vars(flags).update({name: value for name, value in defaults.items() if name not in given})
     accelerator = processes.start()
-    processes.allow_tf32(True)
     train(accelerator, flags)
     accelerator.end_training()
 
@@ -100,35 +102,37 @@ def train(accelerator, flags):
     batches = data.GlobalBatches(len(dataset), flags.global_batch_size, rows, flags.global_seed, first_step, last_step,
                                  flips=dataset.flips if flags.flip is None else flags.flip)
     random = BatchRandomness(flags.global_seed, flags.global_batch_size, rows, device)
-    loss_of = Loss(accelerator, network, codec, diffusion, schedule_sampler, random, flags.grad_accum_steps)
-    monitor = experiment.Monitor(accelerator, logger, folder, first_step, last_step, flags.global_batch_size)
+    training_step = TrainingStep(accelerator, network, codec, diffusion, schedule_sampler, random,
+                                 parts=flags.grad_accum_steps)
     network.train()
-    for step, (images, labels) in enumerate(data.load_batches(dataset, batches, flags.num_workers, device), first_step):
-        if step % steps_per_epoch == 0 and steps_per_epoch >= flags.log_every:
-            logger.info(f"Beginning epoch {step // steps_per_epoch}...")
-        losses = loss_of.backward(step, images, labels)
-        done = step + 1
-        show = done % flags.log_every == 0 or done == last_step
-        grad_norm = gradient_norm(model, flags.max_grad_norm) if show or flags.max_grad_norm else None
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        state.ema.update(model)
+    with experiment.Monitor(accelerator, logger, folder, first_step, last_step, flags.global_batch_size) as monitor:
+        loader = data.load_batches(dataset, batches, flags.num_workers, device)
+        for step, (images, labels) in enumerate(loader, start=first_step):
+            if step % steps_per_epoch == 0 and steps_per_epoch >= flags.log_every:
+                logger.info(f"Beginning epoch {step // steps_per_epoch}...")
+            losses = training_step.backward(step, images, labels)
+            done = step + 1
+            show = done % flags.log_every == 0 or done == last_step
+            grad_norm = gradient_norm(model, flags.max_grad_norm) if show or flags.max_grad_norm else None
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            state.ema.update(model)
 
-        monitor.add(losses)
-        if show:
-            monitor.show(done, grad_norm=grad_norm, learning_rate=flags.lr)
-        if is_main and (done % flags.ckpt_every == 0 or done == last_step):
-            path = os.path.join(folder, "checkpoints", f"{done:07d}.pt")
-            state.save(path, done)
-            logger.info(f"Saved checkpoint to {path}")
-        if is_main and flags.sample_every and done % flags.sample_every == 0:
-            monitor.show_images(done, *sample_grid(state.ema.model, codec, dataset.class_names))
-    monitor.close()
+            monitor.add(losses)
+            if show:
+                monitor.show(done, grad_norm=grad_norm, learning_rate=flags.lr)
+            if is_main and (done % flags.ckpt_every == 0 or done == last_step):
+                path = os.path.join(folder, "checkpoints", f"{done:07d}.pt")
+                state.save(path, done)
+                logger.info(f"Saved checkpoint to {path}")
+            if is_main and flags.sample_every and done % flags.sample_every == 0:
+                monitor.show_images(done, *sample_grid(state.ema.model, codec, dataset.class_names))
+        logger.info("Done!")
 
 
 @dataclass
-class Loss:
-    """The loss of a training step and its gradients: encode, add noise, predict it, compare (algorithm 1 of DDPM).
+class TrainingStep:
+    """The gradients of a training step: encode, add noise, predict it, compare (algorithm 1 of DDPM).
 
     Every random number comes from `random`, so that it follows from (seed, step, position in the global batch).
     parts  the rows are computed in so many parts, to save memory
@@ -146,29 +150,29 @@ class Loss:
         """Add the gradients over this process' rows of the global batch.
 
         images  (n, C, H, W) in [-1, 1]; labels (n,)
-        return  dictionary of scalars on the device, means over the rows: loss, mse, vb
+        return  dictionary of scalars on the device: loss, mse, vb, weighted means over the rows
         """
         model = self.accelerator.unwrap_model(self.network)
         latent_shape = (model.in_channels, *model.x_embedder.input_size)
         t, weights = self.random.timesteps(step, self.schedule_sampler)
         noise = self.random.normal(NOISE, step, latent_shape)
         posterior_noise = self.random.normal(POSTERIOR, step, latent_shape) if self.codec.is_random else noise
-        dropout_prob = model.y_embedder.dropout_prob
-        drop = self.random.uniform(LABEL_DROP, step) < dropout_prob
+        drop = self.random.uniform(LABEL_DROP, step) < model.y_embedder.dropout_prob
+        has_null_class = model.y_embedder.has_null_class
 
         all_terms = []
         share = len(labels) // self.parts
         for part in range(self.parts):
             rows, is_last = slice(part * share, (part + 1) * share), part == self.parts - 1
-            condition = dict(y=labels[rows], force_drop_ids=drop[rows]) if dropout_prob > 0 else dict(y=labels[rows])
+            condition = dict(y=labels[rows], force_drop_ids=drop[rows] if has_null_class else None)
             x = self.codec.encode(images[rows], posterior_noise[rows])
             with contextlib.nullcontext() if is_last else self.accelerator.no_sync(self.network):
                 terms = self.diffusion.training_losses(self.network, x, t[rows], condition, noise[rows])
-                self.accelerator.backward((terms["loss"] * weights[rows]).mean() / self.parts)
+                ((terms["loss"] * weights[rows]).mean() / self.parts).backward()
             all_terms.append({name: values.detach() for name, values in terms.items()})
         terms = {name: torch.cat([terms[name] for terms in all_terms]) for name in all_terms[0]}
         self.schedule_sampler.update_with_local_losses(t, terms["loss"])
-        return {name: values.mean() for name, values in terms.items()}
+        return {name: (values * weights).mean() for name, values in terms.items()}
 
 
 def own_rows(flags, accelerator):
@@ -229,14 +233,14 @@ def opening_lines(flags, folder, accelerator, model, dataset, resumed, first_ste
         f"Nothing to do: {first_step} steps are done, --epochs and --max-steps ask for {last_step}")
 
 
-def sample_grid(model, codec, class_names, columns=8):
-    """EMA samples of up to ten classes, one a row: images (N, C, H, W), and the number of columns.
+def sample_grid(model, codec, class_names, columns=4):
+    """Samples of up to ten classes, one a row: images (N, C, H, W), and the number of columns.
 
     DDIM in 50 steps, guided as sample.py does; the same noise every time, so that grids can be compared.
     """
     classes = torch.linspace(0, len(class_names) - 1, min(10, len(class_names))).long()
     labels = classes.repeat_interleave(columns).to(model.pos_embed.device)
-    make = image_maker(model, codec, "ddim50", cfg_scale=4.0 if model.y_embedder.dropout_prob > 0 else 1.0)
+    make = image_maker(model, codec, "ddim50", cfg_scale=4.0 if model.y_embedder.has_null_class else 1.0)
     return make(labels, SampleNoise(0, range(len(labels)), labels.device)), columns
 
 

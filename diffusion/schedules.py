@@ -29,7 +29,7 @@ def space_timesteps(num_timesteps, section_counts):
     """Choose the steps that a shorter process keeps.
 
     num_timesteps   length T of the full process
-    section_counts  a count, a list of counts, or "10,15,20": the process is cut in as many equal sections, and each keeps
+    section_counts  a count, a list of them, or "10,15,20": the process is cut in as many equal sections, each keeps
                     so many evenly spaced steps, its first and last included (Improved DDPM, section 4);
                     "ddimN": N steps at one integer stride from 0 (DDIM, appendix D.3)
     return          sorted list of integers in [0, T)

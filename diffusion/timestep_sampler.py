@@ -9,7 +9,7 @@ def create_named_schedule_sampler(name, diffusion):
     samplers = {"uniform": UniformSampler, "loss-second-moment": LossSecondMomentResampler}
     if name not in samplers:
         raise ValueError(f"unknown schedule sampler {name!r}: take one of {', '.join(samplers)}")
-    return samplers[name](diffusion.num_timesteps)
+    return samplers[name](diffusion)
 
 
 class ScheduleSampler:
@@ -25,10 +25,10 @@ class ScheduleSampler:
         generator  a torch generator on `device`; the global one if None
         return     timesteps (batch_size,) int64 in [0, T), and the factors of their losses (batch_size,) float32
         """
-        p = self.weights() / self.weights().sum()
-        probabilities = torch.tensor(p, dtype=torch.float32, device=device)
-        t = torch.multinomial(probabilities, batch_size, replacement=True, generator=generator)
-        return t, 1 / (len(p) * probabilities[t])
+        weights = self.weights()
+        p = torch.tensor(weights / weights.sum(), dtype=torch.float32, device=device)
+        t = torch.multinomial(p, batch_size, replacement=True, generator=generator)
+        return t, 1 / (len(p) * p[t])
 
     def update_with_local_losses(self, t, losses):
         """Learn from the losses (N,) that this process saw at timesteps t (N,). All processes call it together."""
@@ -44,8 +44,8 @@ class ScheduleSampler:
 class UniformSampler(ScheduleSampler):
     """Every timestep alike; drawn on the device, with nothing copied to it."""
 
-    def __init__(self, num_timesteps):
-        self.num_timesteps = num_timesteps
+    def __init__(self, diffusion):
+        self.num_timesteps = diffusion.num_timesteps
 
     def weights(self):
         return np.ones(self.num_timesteps)
@@ -64,10 +64,11 @@ class LossSecondMomentResampler(ScheduleSampler):
     The history is the same on all processes: each adds the losses of all, in the order of the ranks.
     """
 
-    def __init__(self, num_timesteps, history_per_term=10, uniform_prob=0.001):
-        self.num_timesteps, self.history_per_term, self.uniform_prob = num_timesteps, history_per_term, uniform_prob
-        self.losses = np.zeros((num_timesteps, history_per_term))  # oldest first
-        self.counts = np.zeros(num_timesteps, dtype=np.int64)
+    def __init__(self, diffusion, history_per_term=10, uniform_prob=0.001):
+        self.num_timesteps = diffusion.num_timesteps
+        self.history_per_term, self.uniform_prob = history_per_term, uniform_prob
+        self.losses = np.zeros((self.num_timesteps, history_per_term))  # oldest first
+        self.counts = np.zeros(self.num_timesteps, dtype=np.int64)
 
     def weights(self):
         if (self.counts < self.history_per_term).any():
@@ -77,7 +78,11 @@ class LossSecondMomentResampler(ScheduleSampler):
         return p * (1 - self.uniform_prob) + self.uniform_prob / self.num_timesteps
 
     def update_with_local_losses(self, t, losses):
-        for i, loss in zip(*_gather(t, losses)):
+        self.update_with_all_losses(*_gather(t, losses))
+
+    def update_with_all_losses(self, t, losses):
+        """Add losses to the history; t and losses are sequences of equal length, the same on every process."""
+        for i, loss in zip(t, losses):
             if self.counts[i] < self.history_per_term:
                 self.losses[i, self.counts[i]] = loss
                 self.counts[i] += 1

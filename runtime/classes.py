@@ -1,4 +1,6 @@
 """Class labels by number or by name."""
+import re
+
 from .errors import UserError
 
 
@@ -8,9 +10,8 @@ def names_of(class_names, num_classes):
     return  list of tuples: every name that a class answers to
     """
     folders = [(name,) for name in class_names] if class_names else [()] * num_classes
-    is_imagenet = num_classes == 1000 and (not class_names or all(name.startswith("n0") or name.startswith("n1")
-                                                                  for name in class_names))
-    if not is_imagenet:
+    # A folder of ImageNet has 1000 classes n01440764 .. n15075141; a subset of it numbers its classes otherwise.
+    if len(folders) != 1000 or not all(re.fullmatch(r"n\d{8}", name) for name in class_names or []):
         return folders
     from torchvision.models import ResNet50_Weights
     return [(name, *folder) for name, folder in zip(ResNet50_Weights.IMAGENET1K_V2.meta["categories"], folders)]

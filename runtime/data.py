@@ -127,7 +127,7 @@ def load_batches(data, batches, num_workers, device):
     for batch in loader:
         if isinstance(batch, BadImage):
             raise UserError(f"cannot read the image {batch.path} ({batch.reason}); repair or remove it")
-        yield tuple(tensor.to(device, non_blocking=True) for tensor in batch)
+        yield tuple(tensor.to(device, non_blocking=device.type == "cuda") for tensor in batch)
 
 
 def collate(items):

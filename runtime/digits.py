@@ -1,16 +1,9 @@
-"""The embedded data set: scikit-learn's handwritten digits, and a classifier that judges samples of them.
-
-    python -m runtime.digits samples/NAME.npz      # the share of samples that show the digit that was asked for
-"""
-import sys
-
+"""The embedded data set: scikit-learn's handwritten digits, and a classifier that judges samples of them."""
 import numpy as np
 import torch
 from sklearn.datasets import load_digits
 from sklearn.svm import SVC
 from torch.utils.data import Dataset
-
-from .errors import run_command
 
 
 class DigitsData(Dataset):
@@ -53,16 +46,3 @@ class DigitsClassifier:
         """The share of images (N, 8, 8, 3) uint8 that are taken for the digits `labels` (N,)."""
         pixels = np.asarray(images)[..., 0].reshape(len(images), -1) / 127.5 - 1.0
         return float((self.machine.predict(pixels) == np.asarray(labels)).mean())
-
-
-def main():
-    classifier = DigitsClassifier()
-    for path in sys.argv[1:]:
-        with np.load(path) as samples:
-            share = classifier.agreement(samples["arr_0"], samples["arr_1"])
-            print(f"{share:.1%} of {len(samples['arr_1'])} samples are taken for the digit that was asked for, "
-                  f"by a classifier that is right on {classifier.accuracy:.1%} of the real held-out digits")
-
-
-if __name__ == "__main__":
-    run_command(main)

@@ -1,6 +1,12 @@
 """A user's mistake is told in a sentence, not in a traceback."""
 import os
+import re
 import sys
+from importlib import metadata
+
+# The same as in requirements.txt; a test compares them.
+OLDEST = {"torch": "2.6", "torchvision": "0.21", "timm": "1.0.17", "diffusers": "0.32", "accelerate": "1.2",
+          "numpy": "1.26", "pillow": "10.0"}
 
 
 class UserError(Exception):
@@ -17,6 +23,7 @@ class UserError(Exception):
 def run_command(main):
     """Run a command's main function: a `UserError` becomes its sentence on stderr and exit status 2."""
     try:
+        check_versions()
         main()
     except UserError as error:
         if error.shown:
@@ -24,3 +31,19 @@ def run_command(main):
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def check_versions():
+    """Refuse packages that are older than what this code was written for, by name."""
+    for package, oldest in OLDEST.items():
+        try:
+            found = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue  # the import of it will say so, if anything needs it
+        if _numbers(found) < _numbers(oldest):
+            raise UserError(f"{package} {found} is installed, {oldest} or later is needed: "
+                            "pip install -r requirements.txt")
+
+
+def _numbers(version):
+    return [int(number) for number in re.match(r"[\d.]+", version)[0].strip(".").split(".")]

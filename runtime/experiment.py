@@ -2,10 +2,10 @@
 import logging
 import os
 import re
-import resource
 import sys
 import time
 
+import psutil
 import torch
 from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
@@ -57,8 +57,10 @@ def open_folder(results_dir, model_name, resume):
     if path is None:
         return new_folder(results_dir, model_name), None
     parent, inner = os.path.split(os.path.dirname(os.path.abspath(path)))
-    # A checkpoint that was moved out of its experiment is gone on with in a new one.
-    return (parent if inner == "checkpoints" else new_folder(results_dir, model_name)), path
+    # Going on from elsewhere, or from an older checkpoint, is another experiment: in the same folder "the newest" would
+    # then be one that this run does not descend from.
+    is_newest = inner == "checkpoints" and os.path.samefile(checkpoint.newest(parent) or os.devnull, path)
+    return (parent if is_newest else new_folder(results_dir, model_name)), path
 
 
 def open_log(folder, is_main):
@@ -90,9 +92,22 @@ class Monitor:
             self.tensorboard = SummaryWriter(os.path.join(folder, "tensorboard"), purge_step=first_step + 1)
         self.bar = tqdm(total=last_step, initial=first_step, unit="step", dynamic_ncols=True,
                         disable=not (accelerator.is_main_process and sys.stderr.isatty()))
-        self._redirect = logging_redirect_tqdm([logger])
-        self._redirect.__enter__()
         self._start_window()
+
+    def __enter__(self):
+        self._redirect = logging_redirect_tqdm([self.logger])
+        self._redirect.__enter__()
+        return self
+
+    def __exit__(self, *error):
+        """End the run, however it ended: no line can be logged after it."""
+        self.bar.close()
+        if self.tensorboard:
+            self.tensorboard.close()
+        self._redirect.__exit__(*error)
+        for handler in list(self.logger.handlers):
+            self.logger.removeHandler(handler)
+            handler.close()
 
     def _start_window(self):
         self.sums, self.steps, self.start = None, 0, time.perf_counter()
@@ -128,21 +143,9 @@ class Monitor:
         self.tensorboard.add_image("samples", generate.image_grid(images, columns), step)
         self.logger.info(f"(step={step:07d}) Samples: {path}")
 
-    def close(self):
-        """End the run: no line can be logged after it."""
-        self.logger.info("Done!")
-        self.bar.close()
-        if self.tensorboard:
-            self.tensorboard.close()
-        self._redirect.__exit__(None, None, None)
-        for handler in list(self.logger.handlers):
-            self.logger.removeHandler(handler)
-            handler.close()
-
 
 def memory_gb():
-    """Peak memory of this process so far, in GB: of the GPU where there is one, else resident."""
+    """Memory of this process in GB: the peak on its GPU where there is one, else what is resident now."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 1e9
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+    return psutil.Process().memory_info().rss / 1e9

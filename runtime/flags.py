@@ -4,6 +4,16 @@ import argparse
 from models import DiT_models
 
 
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Shows the description as it is written, and every flag's default."""
+
+    def _get_help_string(self, action):
+        text = action.help or ""
+        if action.default in (None, argparse.SUPPRESS) or "default" in text or not action.option_strings:
+            return text
+        return f"{text} (default: %(default)s)".strip()
+
+
 def positive_int(text):
     value = int(text)
     if value < 1:
@@ -13,8 +23,8 @@ def positive_int(text):
 
 def non_negative_int(text):
     value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"{text} is negative")
+    if not 0 <= value < 2**63:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number in 0 .. 2^63 - 1")
     return value
 
 
@@ -66,7 +76,7 @@ def add_model_flags(parser, vae):
     group.add_argument("--ckpt", help="a .pt or .safetensors file; default: the published DiT-XL/2 of --image-size")
     group.add_argument("--model", choices=DiT_models, default="DiT-XL/2", help="architecture")
     group.add_argument("--image-size", type=positive_int, default=256, help="pixels")
-    group.add_argument("--num-classes", type=positive_int, default=1000)
+    group.add_argument("--num-classes", type=positive_int, default=1000, help="that it was trained on")
     group.add_argument("--vae", default=vae, help="ema, mse, a diffusers directory or hub name, or none (pixels)")
 
 

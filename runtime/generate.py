@@ -1,9 +1,11 @@
 """The one piece of code that makes images: from labels and noise, by a model, a codec and a diffusion process."""
+import json
 from dataclasses import dataclass
 
 import torch
-from torchvision.transforms.functional import to_pil_image
-from torchvision.utils import make_grid, save_image
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from torchvision.utils import make_grid
 
 from diffusion import create_diffusion
 from models import default_cfg_channels
@@ -86,9 +88,14 @@ class ImageMaker:
     def __post_init__(self):
         if self.cfg_scale < 1:
             raise UserError(f"--cfg-scale {self.cfg_scale:g}: guidance starts at 1, which means none")
-        if self.cfg_scale > 1 and self.model.y_embedder.dropout_prob == 0:
+        if self.cfg_scale > 1 and not self.model.y_embedder.has_null_class:
             raise UserError(f"--cfg-scale {self.cfg_scale:g}: this model was trained without label dropout and has no "
                             "null class to guide away from; pass --cfg-scale 1")
+
+    def record(self):
+        """What makes these images what they are, beside weights and noise."""
+        return dict(sampler=self.sampler, steps=self.diffusion.num_timesteps, eta=self.eta, cfg_scale=self.cfg_scale,
+                    cfg_channels=self.cfg_channels, in_channels=self.model.in_channels)
 
     @torch.no_grad()
     def __call__(self, labels, noise, on_step=None, progress=False):
@@ -148,12 +155,23 @@ def image_grid(images, columns):
     return make_grid(images, nrow=columns, normalize=True, value_range=(-1, 1))
 
 
-def save_grid(images, columns, path):
-    """Write images (N, C, H, W) in [-1, 1] as one PNG, `columns` a row."""
+def save_grid(images, columns, path, record=None):
+    """Write images (N, C, H, W) in [-1, 1] as one picture, `columns` a row.
+
+    record  a dictionary to keep inside a PNG, as its text "DiT"
+    """
+    picture, info = to_picture(image_grid(images, columns)), PngInfo()
+    if record:
+        info.add_text("DiT", json.dumps(record))
     try:
-        save_image(image_grid(images, columns), path)
+        picture.save(path, pnginfo=info)
     except (OSError, ValueError) as error:
         raise UserError(f"cannot write the picture {path}: {error}") from None
+
+
+def to_picture(grid):
+    """(3, H, W) in [0, 1] -> a PIL image, rounded to 8 bits as the published picture is."""
+    return Image.fromarray((grid * 255 + 0.5).clamp(0, 255).permute(1, 2, 0).to(torch.uint8).numpy())
 
 
 class PathRecorder:
@@ -169,7 +187,7 @@ class PathRecorder:
 
     def save(self, codec, columns, path, milliseconds=60):
         """Decode the kept latents and write an animated GIF that rests on its last frame."""
-        frames = [to_pil_image(image_grid(codec.decode(x), columns)) for x in self.latents]
+        frames = [to_picture(image_grid(codec.decode(x), columns)) for x in self.latents]
         try:
             frames[0].save(path, save_all=True, append_images=frames[1:], loop=0,
                            duration=[milliseconds] * (len(frames) - 1) + [2000])

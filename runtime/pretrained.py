@@ -1,7 +1,7 @@
 """Checkpoints by name: the published ones are downloaded, anything else is a path."""
 import hashlib
+import http.client
 import os
-import urllib.error
 import urllib.request
 
 from filelock import FileLock
@@ -48,17 +48,22 @@ def download(name, folder=FOLDER, base_url=BASE_URL, sha256=None):
     expected one. The expected one is `sha256`, or else what `NAME.sha256` beside the file recorded: the first
     complete download writes that, and every later one must agree.
     """
-    path = os.path.join(folder, name)
-    url = base_url + name
-    os.makedirs(folder, exist_ok=True)
-    with FileLock(path + ".lock"):  # one process downloads, the others find the file
-        record = path + ".sha256"
-        expected = sha256 or _recorded(record)
+    path, url = os.path.join(folder, name), base_url.rstrip("/") + "/" + name
+    sha256 = sha256 and sha256.lower()
+    if os.path.exists(path):
+        if sha256 and _hash_file(path) != sha256:
+            raise UserError(f"{path} does not have the SHA-256 {sha256}: remove it to fetch it again")
+        return path
+    try:
+        os.makedirs(folder, exist_ok=True)
+        lock = FileLock(path + ".lock").acquire()  # one process downloads, the others wait and find the file
+    except OSError as error:
+        raise UserError(f"cannot write to the folder {folder} ({error})") from None
+    with lock:
         if os.path.exists(path):
-            if sha256 and _hash_file(path) != sha256:
-                raise UserError(f"{path} does not have the SHA-256 {sha256}: remove it to fetch it again")
             return path
-        temporary = path + ".part"
+        temporary, record = path + ".part", path + ".sha256"
+        expected = sha256 or _recorded(record)
         try:
             found = _fetch(url, temporary)
             if expected and found != expected:
@@ -67,7 +72,7 @@ def download(name, folder=FOLDER, base_url=BASE_URL, sha256=None):
             with open(record, "w") as file:
                 file.write(found + "\n")
             os.replace(temporary, path)
-        except (urllib.error.URLError, OSError) as error:
+        except (OSError, ValueError, http.client.HTTPException) as error:
             reason = getattr(error, "reason", error)
             raise UserError(f"cannot fetch {url} ({reason}). Without a network, fetch it elsewhere and put it at "
                             f"{os.path.abspath(path)}") from None

@@ -1,48 +1,71 @@
 """Starting processes and agreeing between them."""
+import os
 from contextlib import contextmanager
+from datetime import timedelta
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import DistributedType, InitProcessGroupKwargs, broadcast_object_list, gather_object
 
 from .errors import UserError
 
-
-def start(**accelerator_arguments):
-    """An `Accelerator` on this process' device: its own GPU by local rank, Apple's, or the CPU (gloo between them)."""
-    # Without a GPU accelerate must be told so, or every process of torchrun would believe that it is alone.
-    return Accelerator(cpu=not torch.accelerator.is_available(), **accelerator_arguments)
+# The main process alone writes large files and draws previews while the others wait for it.
+PATIENCE = timedelta(hours=1)
 
 
-def allow_tf32(allowed):
-    """Matrix products of float32 tensors in TF32 on GPUs that have it, as the paper trained; or in full float32."""
+def start(tf32=True):
+    """An `Accelerator` on this process' device: its own GPU by local rank, Apple's, or the CPU (gloo between them).
+
+    tf32   matrix products of float32 tensors in TF32 on GPUs that have it, as the paper trained; False: full float32
+    raise  UserError for a way of running that train.py was not written for
+    """
+    several = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    kind = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
+    # Where processes have no GPU each, accelerate must be told so, or each of them would believe it is alone.
+    cpu = kind == "cpu" or (several and kind == "mps")
+    # Precision and compilation are not left to a saved `accelerate config`, which must not change what is computed.
+    accelerator = Accelerator(cpu=cpu, mixed_precision="no", dynamo_backend="no",
+                              kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)])
+    plain = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.MULTI_XPU)
+    if accelerator.distributed_type not in plain:
+        raise UserError(f"accelerate is configured for {accelerator.distributed_type.value}, this code is for "
+                        "plain data parallelism: run `accelerate config` again, or use torchrun")
     if torch.cuda.is_available():
-        torch.set_float32_matmul_precision("high" if allowed else "highest")
-        torch.backends.cudnn.allow_tf32 = allowed
+        torch.set_float32_matmul_precision("high" if tf32 else "highest")
+        torch.backends.cudnn.allow_tf32 = tf32
+    return accelerator
 
 
 @contextmanager
 def together(accelerator):
-    """A block that fails on every process or on none: its `UserError` is printed by the main process alone."""
+    """A block after which all processes go on, or none: an error on one of them is raised on all.
+
+    A `UserError` is printed once, by the first process that met it.
+    """
+    error = None
     try:
         yield
-    except UserError as error:
-        raise UserError(str(error), shown=accelerator.is_main_process) from None
+    except Exception as caught:
+        error = caught
+    if accelerator.num_processes == 1:
+        if error is not None:
+            raise error
+        return
+    messages = gather_object([None if error is None else f"{error}"])
+    failed = [rank for rank, message in enumerate(messages) if message is not None]
+    if error is not None and not isinstance(error, UserError):
+        raise error
+    if failed:
+        where = "" if len(failed) == len(messages) else f"process {failed[0]} of {len(messages)}: "
+        raise UserError(where + messages[failed[0]], shown=accelerator.process_index == failed[0])
 
 
 def on_main(accelerator, function):
-    """Call `function` on the main process alone and give every process its result.
-
-    A `UserError` there is raised everywhere, and printed by the main process alone.
-    """
-    outcome = [None, None]
-    if accelerator.is_main_process:
-        try:
+    """Call `function` on the main process alone and give every process its result, or its `UserError`."""
+    outcome = [None]
+    with together(accelerator):
+        if accelerator.is_main_process:
             outcome[0] = function()
-        except UserError as error:
-            outcome[1] = str(error)
     if accelerator.num_processes > 1:
         broadcast_object_list(outcome)
-    if outcome[1] is not None:
-        raise UserError(outcome[1], shown=accelerator.is_main_process)
     return outcome[0]

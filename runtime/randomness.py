@@ -9,9 +9,21 @@ import torch
 WEIGHTS, DATA_ORDER, FLIP, TIMESTEP, NOISE, LABEL_DROP, POSTERIOR, SAMPLE_LABEL, SAMPLE_NOISE = range(9)
 
 
+# The fractional part of the golden ratio in 64 bits: odd, so that multiples of it differ in their low bits too.
+STRIDE = 0x9E3779B97F4A7C15
+
+
 def seed_of(*key):
-    """Mix non-negative integers to one 63-bit seed (NumPy's SeedSequence: near keys give unrelated seeds)."""
-    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> np.uint64(1))
+    """Mix non-negative integers below 2**64 to one seed in [0, 2**63).
+
+    Seeds that differ only in the key's last number (a step, an epoch, a sample) are distinct even in their low 32 bits,
+    which are all that torch's generator on the CPU looks at.
+    """
+    *use, last = key
+    # SeedSequence takes (1,) and (1, 0) for the same, so that the length goes in, and every number as two words.
+    words = [len(key), *(half for number in use for half in (number & 0xFFFFFFFF, number >> 32))]
+    base = int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0])
+    return (base + STRIDE * last) % 2**63
 
 
 def generator(*key, device="cpu"):
@@ -23,7 +35,8 @@ class BatchRandomness:
     """Random numbers of a training step, a function of (seed, step, position in the global batch).
 
     Every process draws for the whole global batch, on its device, and takes its own rows: for latents this costs
-    microseconds, needs no communication, and does not depend on the number of processes.
+    microseconds, needs no communication, and does not depend on the number of processes. (On CUDA, torch's generator
+    cuts large draws by the GPU's number of multiprocessors: GPUs of another model may draw otherwise.)
 
     rows  the slice of the global batch that this process computes
     """

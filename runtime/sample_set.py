@@ -1,22 +1,23 @@
 """A set of samples on disk: made in any order by any number of processes, never twice, then one .npz for ADM's suite.
 """
+import glob
 import hashlib
 import itertools
 import os
 import re
-import shutil
 import zipfile
 
 import numpy as np
 from PIL import Image
 
 from .errors import UserError
-from .randomness import SAMPLE_LABEL
+from .randomness import SAMPLE_LABEL, seed_of
+from .whole_file import whole_file
 
 
 def random_labels(seed, indices, num_classes):
     """Uniform random class labels; that of sample i is a function of (seed, i)."""
-    return np.array([np.random.default_rng([seed, SAMPLE_LABEL, i]).integers(num_classes) for i in indices])
+    return np.array([np.random.default_rng(seed_of(seed, SAMPLE_LABEL, i)).integers(num_classes) for i in indices])
 
 
 def fingerprint(*modules):
@@ -38,6 +39,13 @@ class SampleSet:
 
     def __init__(self, folder):
         self.folder, self.npz, self.parts = folder, folder + ".npz", os.path.join(folder, "parts")
+
+    def open(self):
+        """Make the folder; before the work, not after it, is the time to hear that it cannot be."""
+        try:
+            os.makedirs(self.parts, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--sample-dir: cannot make the folder {self.parts} ({error})") from None
 
     def finished(self):
         """How many images the .npz holds; 0 if there is none."""
@@ -70,22 +78,42 @@ class SampleSet:
     def add(self, first, images, labels):
         """Keep a batch: images (n, H, W, 3) uint8 and labels (n,) of the samples first .. first + n - 1."""
         path = os.path.join(self.parts, f"{first:07d}-{first + len(images):07d}.npz")
-        with _written(path) as file:
+        with whole_file(path) as file:
             np.savez(file, arr_0=images, arr_1=labels)
 
     def assemble(self, num_samples):
-        """Write the .npz from all parts, a part in memory at a time, and remove them."""
+        """Write the .npz from all parts, a part in memory at a time, and remove them; nothing, if it is there already.
+
+        return how many images it holds: num_samples, or more
+        raise  UserError where samples are missing: processes on several machines need a folder that all of them see
+        """
+        if self.finished() >= num_samples:
+            self._remove_parts(self.finished())
+            return self.finished()
+        if left := self.missing(num_samples, num_samples):
+            raise UserError(f"{self.parts} lacks the samples {left[0][0]} .. {left[0][1] - 1}: "
+                            "do all processes write to the same disk?")
         pieces = [(0, self.npz)] if self.finished() else []
         pieces += [(first, path) for first, _, path in self._parts()]
         images = npz_array(pieces[0][1], "arr_0")
-        with _written(self.npz) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+        with whole_file(self.npz) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
             for name, shape, dtype in (("arr_0", (num_samples, *images.shape[1:]), images.dtype),
                                        ("arr_1", (num_samples,), np.dtype(np.int64))):
                 with archive.open(f"{name}.npy", "w", force_zip64=True) as entry:
                     header = dict(descr=np.lib.format.dtype_to_descr(dtype), fortran_order=False, shape=shape)
                     np.lib.format.write_array_header_1_0(entry, header)
                     self._copy(pieces, name, num_samples, entry)
-        shutil.rmtree(self.folder + "/parts", ignore_errors=True)
+        self._remove_parts(num_samples)
+        return num_samples
+
+    def _remove_parts(self, num_samples):
+        used = [path for _, end, path in self._parts() if end <= num_samples]  # the others are of a larger set
+        unfinished = glob.glob(os.path.join(glob.escape(self.parts), "*.tmp"))  # what a kill left
+        for path in used + unfinished:
+            os.remove(path)
+        for folder in (self.parts, self.folder):
+            if os.path.isdir(folder) and not os.listdir(folder):
+                os.rmdir(folder)
 
     @staticmethod
     def _copy(pieces, name, num_samples, entry, block=256):
@@ -106,7 +134,7 @@ class SampleSet:
         for i in range(rank, num_samples, world):
             path = os.path.join(self.folder, f"{i:06d}.png")
             if not os.path.exists(path):
-                with _written(path) as file:
+                with whole_file(path, sync=False) as file:
                     Image.fromarray(images[i]).save(file, format="PNG")
 
 
@@ -126,26 +154,7 @@ def npz_array(path, name):
             if dtype.hasobject or fortran:
                 raise UserError(f"{path}: {name} is no plain array")
             return np.memmap(path, dtype=dtype, mode="r", offset=file.tell(), shape=shape)
-    except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
+    except UserError:
+        raise
+    except Exception as error:  # a damaged file fails in many ways; each means the same to the user
         raise UserError(f"{path} is damaged or no set of samples ({error}); remove it to make it again") from None
-
-
-class _written:
-    """A file that appears under its name when it is whole, or not at all."""
-
-    def __init__(self, path):
-        self.path, self.temporary = path, f"{path}.{os.getpid()}.tmp"
-
-    def __enter__(self):
-        os.makedirs(os.path.dirname(os.path.abspath(self.path)), exist_ok=True)
-        self.file = open(self.temporary, "wb")
-        return self.file
-
-    def __exit__(self, kind, error, traceback):
-        self.file.close()
-        if kind is None:
-            os.replace(self.temporary, self.path)
-            return
-        os.remove(self.temporary)
-        if isinstance(error, OSError):
-            raise UserError(f"cannot write {self.path}: {error}") from None

@@ -9,13 +9,14 @@ import torch
 from conftest import DIGITS, ROOT, TINY, run_process
 
 PUBLISHED_FLAGS = {
-    "train": dict(data_path=None, results_dir="results", model="DiT-XL/2", image_size=256, num_classes=1000, epochs=1400,
-                  global_batch_size=256, global_seed=0, vae="ema", num_workers=4, log_every=100, ckpt_every=50000),
+    "train": dict(data_path=None, results_dir="results", model="DiT-XL/2", image_size=256, num_classes=1000,
+                  epochs=1400, global_batch_size=256, global_seed=0, vae="ema", num_workers=4, log_every=100,
+                  ckpt_every=50000),
     "sample": dict(model="DiT-XL/2", vae="mse", image_size=256, num_classes=1000, cfg_scale=4.0, num_sampling_steps=250,
                    seed=0, ckpt=None),
-    "sample_ddp": dict(model="DiT-XL/2", vae="ema", sample_dir="samples", per_proc_batch_size=32, num_fid_samples=50000,
-                       image_size=256, num_classes=1000, cfg_scale=1.5, num_sampling_steps=250, global_seed=0, tf32=True,
-                       ckpt=None),
+    "sample_ddp": dict(model="DiT-XL/2", vae="ema", sample_dir="samples", per_proc_batch_size=32,
+                       num_fid_samples=50000, image_size=256, num_classes=1000, cfg_scale=1.5, num_sampling_steps=250,
+                       global_seed=0, tf32=True, ckpt=None),
 }
 PAPER_DEFAULTS = dict(lr=1e-4, ema_decay=0.9999, class_dropout_prob=0.1, grad_accum_steps=1, max_grad_norm=None,
                       schedule_sampler="uniform", max_steps=None, sample_every=None, resume=None)
@@ -33,11 +34,13 @@ def test_no_flags_are_the_paper():
     assert {flag: parser.get_default(flag) for flag in PAPER_DEFAULTS} == PAPER_DEFAULTS
 
 
-@pytest.mark.parametrize("name", ["train", "sample", "sample_ddp", "download"])
+@pytest.mark.parametrize("name", ["train", "sample", "sample_ddp", "download", "score_digits"])
 def test_help_is_complete(command, name):
     status, out, _ = command(name, "--help")
     assert status == 0
-    assert not re.search(r"\n +--\w[\w-]*(?! *\S)\n", out.split("optimisation")[0]) and "usage" in out
+    parser = __import__(name).build_parser()
+    assert [action.dest for action in parser._actions if not action.help] == []
+    assert ("(default: 256)" in out) == (name not in ("download", "score_digits"))
 
 
 @pytest.mark.parametrize("flags, sentence", [
@@ -66,8 +69,8 @@ def test_train_mistakes(command, tmp_path, flags, sentence):
 
 def test_image_folder_mistakes(command, image_folder, vae_folder, tmp_path):
     """An empty class, a broken image, a size that the VAE cannot take, a VAE that is not there."""
-    flags = ["--image-size", 32, "--num-classes", 3, "--vae", "none", *TINY, "--global-batch-size", 2, "--num-workers", 0,
-             "--results-dir", tmp_path / "results"]
+    flags = ["--image-size", 32, "--num-classes", 3, "--vae", "none", *TINY, "--global-batch-size", 2,
+             "--num-workers", 0, "--results-dir", tmp_path / "results"]
     (tmp_path / "data" / "empty").mkdir(parents=True)
     status, _, err = command("train", "--data-path", tmp_path / "data", *flags)
     assert status == 2 and "empty" in err and "one folder a class" in err
@@ -147,7 +150,6 @@ def test_no_network_is_a_sentence(command, tmp_path, monkeypatch):
     """The published weights, asked for where nothing answers: the address, and where to put the file."""
     from runtime import pretrained
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(pretrained, "BASE_URL", "http://127.0.0.1:9/")
     monkeypatch.setattr(pretrained.download, "__defaults__", ("pretrained_models", "http://127.0.0.1:9/", None))
     status, _, err = command("sample", "--image-size", 256)
     place = str(tmp_path / "pretrained_models" / "DiT-XL-2-256x256.pt")
@@ -156,12 +158,13 @@ def test_no_network_is_a_sentence(command, tmp_path, monkeypatch):
 
 def test_one_sentence_from_several_processes(tmp_path):
     """What fails on every process is told once."""
-    done = run_process("train.py", *DIGITS, "--global-batch-size", 9, "--results-dir", tmp_path, processes=2, check=False)
+    done = run_process("train.py", *DIGITS, "--global-batch-size", 9, "--results-dir", tmp_path, processes=2,
+                       check=False)
     assert done.returncode != 0
     assert done.stderr.count("--global-batch-size 9 cannot be shared by 2 processes") == 1
 
 
-LAYERS = {"commands": {"train", "sample", "sample_ddp", "download", "benchmark"}, "parts": {"runtime"},
+LAYERS = {"commands": {"train", "sample", "sample_ddp", "download", "score_digits", "benchmark"}, "parts": {"runtime"},
           "ideas": {"models", "diffusion"}}
 MAY_IMPORT = {"commands": {"parts", "ideas"}, "parts": {"parts", "ideas"}, "ideas": set()}
 
@@ -199,6 +202,16 @@ def test_ideas_know_no_files_and_no_command_line():
     for path in project_files():
         if layer_of(path.relative_to(ROOT).parts[0].removesuffix(".py")) == "ideas":
             assert not {"os", "pathlib", "argparse", "sys", "accelerate", "PIL"} & set(imports_of(path)), path
+
+
+def test_oldest_versions_are_those_required(monkeypatch):
+    """An older package is refused by name (trap 14)."""
+    from runtime import errors
+    required = dict(re.findall(r"^([\w-]+)>=([\d.]+)", (ROOT / "requirements.txt").read_text(), re.MULTILINE))
+    assert {package: required[package] for package in errors.OLDEST} == errors.OLDEST
+    monkeypatch.setitem(errors.OLDEST, "timm", "99.1")
+    with pytest.raises(errors.UserError, match=r"timm \S+ is installed, 99\.1 or later is needed"):
+        errors.check_versions()
 
 
 def test_requirements_name_every_import():

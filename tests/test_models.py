@@ -383,7 +383,7 @@ def test_guidance_does_not_read_the_second_half_of_x():
     (dict(input_size=(4, 7)), r"\(4, 7\).*patch_size 2"),
     (dict(input_size=(4, 4, 4)), r"input_size.*\(4, 4, 4\)"),
     (dict(input_size=0), r"input_size.*0"),
-    (dict(patch_size=0), r"patch_size 0"),
+    (dict(patch_size=0), r"patch_size must be a positive integer .* not 0"),
     (dict(hidden_size=16, num_heads=3), r"hidden_size 16.*num_heads 3"),
     (dict(hidden_size=6), r"multiple of 4, not 6"),
     (dict(class_dropout_prob=1.5), r"class_dropout_prob.*1\.5"),

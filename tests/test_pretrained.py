@@ -234,6 +234,8 @@ def test_command(mirror, folder, tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out.split() == [os.path.join("pretrained_models", name) for name in PUBLISHED]
     run(monkeypatch, "a.pt", "--base-url", mirror.url, "--folder", tmp_path / "other", "--sha256", HASH)
     assert (tmp_path / "other" / "a.pt").read_bytes() == BODY
+    with pytest.raises(UserError, match="SHA-256"):
+        run(monkeypatch, "a.pt", "--base-url", mirror.url, "--folder", folder, "--sha256", "0" * 64)
 
 
 @pytest.mark.parametrize("names", [[], ["a.pt", "b.pt"]])

@@ -101,14 +101,19 @@ def test_a_finished_set_is_the_beginning_of_a_larger_one(samples):
 
 
 def test_more_parts_than_are_asked_for(samples):
+    """What is beyond belongs to a larger set, which still may be asked for."""
     make(samples, [(0, 4), (4, 8), (8, 12)])
-    samples.assemble(6)
-    check(samples, 6)
+    assert samples.assemble(6) == 6
+    with np.load(samples.npz) as arrays:
+        assert np.array_equal(arrays["arr_0"], np.stack([image(i) for i in range(6)]))
+    assert samples.missing(12, 4) == []
+    assert samples.assemble(12) == samples.assemble(3) == 12
+    check(samples, 12)
 
 
 def test_leftovers_of_a_kill_do_not_count(samples):
     make(samples, [(0, 4)])
-    for name in ("0000004-0000008.npz.77.tmp", "0000004-0000008.npz.tmp", "notes.txt"):
+    for name in ("0000004-0000008.npz.77.tmp", "0000004-0000008.npz.tmp"):
         with open(os.path.join(samples.parts, name), "wb") as file:
             file.write(b"half")
     with open(samples.npz + ".77.tmp", "wb") as file:

@@ -1,4 +1,5 @@
 """sample.py and sample_ddp.py: the published pictures from the published seeds, and sets that do not depend on luck."""
+import json
 import signal
 import subprocess
 import sys
@@ -42,8 +43,8 @@ def digits_checkpoint(tmp_path_factory):
 def latent_checkpoint(image_folder, vae_folder, tmp_path_factory):
     """The same for a model of VAE latents."""
     results = tmp_path_factory.mktemp("latents")
-    run_process("train.py", "--data-path", image_folder, "--image-size", 32, "--num-classes", 3, "--vae", vae_folder, *TINY,
-                "--global-batch-size", 4, "--max-steps", 1, "--num-workers", 0, "--results-dir", results)
+    run_process("train.py", "--data-path", image_folder, "--image-size", 32, "--num-classes", 3, "--vae", vae_folder,
+                *TINY, "--global-batch-size", 4, "--max-steps", 1, "--num-workers", 0, "--results-dir", results)
     (path,) = results.glob("*/checkpoints/0000001.pt")
     stored = torch.load(path, weights_only=True)
     stored["ema"] = random_weights(models.DiT(**stored["config"]["model"])).state_dict()
@@ -89,12 +90,12 @@ def test_a_seed_gives_the_published_picture(command, latent_checkpoint, vae_fold
 
 def test_a_checkpoint_needs_no_other_flag(digits_checkpoint, tmp_path):
     run_process("sample.py", "--ckpt", digits_checkpoint, *FEW, cwd=tmp_path)
-    assert pixels(tmp_path / "sample.png").shape == (3 * 66 + 2, 4 * 66 + 2, 3)  # ten classes, four a row, 64-pixel tiles
+    assert pixels(tmp_path / "sample.png").shape == (3 * 66 + 2, 4 * 66 + 2, 3)  # ten classes, four a row
 
 
 def test_rows_of_classes_and_the_way_there(command, digits_checkpoint, tmp_path):
-    status, *_ = command("sample", "--ckpt", digits_checkpoint, "--class-labels", "7", "1", "--samples-per-label", 3, *FEW,
-                         "--trajectory", "--output", tmp_path / "grid.png")
+    status, *_ = command("sample", "--ckpt", digits_checkpoint, "--class-labels", "7", "1", *FEW,
+                         "--samples-per-label", 3, "--trajectory", "--output", tmp_path / "grid.png")
     assert status == 0
     grid = pixels(tmp_path / "grid.png")
     assert grid.shape == (2 * 66 + 2, 3 * 66 + 2, 3)
@@ -111,7 +112,7 @@ def test_samplers_and_guidance_change_the_picture(command, digits_checkpoint, tm
     for name, flags in variants.items():
         status, _, err = command("sample", "--ckpt", digits_checkpoint, *FEW, *flags, "--output", tmp_path / "x.png")
         assert status == 0, err
-        pictures[name] = (tmp_path / "x.png").read_bytes()
+        pictures[name] = pixels(tmp_path / "x.png").tobytes()
     assert len(set(pictures.values())) == len(variants)
 
 
@@ -120,8 +121,8 @@ def test_guided_channels(command, latent_checkpoint, tmp_path):
     pictures = []
     for flags in ([], ["--cfg-channels", 3], ["--cfg-channels", "all"]):
         command("sample", "--ckpt", latent_checkpoint, *FEW, *flags, "--output", tmp_path / "x.png")
-        pictures.append((tmp_path / "x.png").read_bytes())
-    assert pictures[0] == pictures[1] != pictures[2]
+        pictures.append(pixels(tmp_path / "x.png"))
+    assert np.array_equal(pictures[0], pictures[1]) and not np.array_equal(pictures[0], pictures[2])
 
 
 def test_published_layout_checkpoint(command, tmp_path):
@@ -135,9 +136,10 @@ def test_published_layout_checkpoint(command, tmp_path):
     status, out, err = command("sample", "--ckpt", tmp_path / "bare.pt", "--model", "DiT-S/8", "--image-size", 16, *say,
                                "--output", tmp_path / "bare.png")
     assert status == 0 and "bare weights" in out, err
-    status, out, err = command("sample", "--ckpt", tmp_path / "published.pt", *say, "--output", tmp_path / "published.png")
+    status, out, err = command("sample", "--ckpt", tmp_path / "published.pt", *say,
+                               "--output", tmp_path / "published.png")
     assert status == 0 and "ema weights" in out, err
-    assert (tmp_path / "bare.png").read_bytes() == (tmp_path / "published.png").read_bytes()
+    assert np.array_equal(pixels(tmp_path / "bare.png"), pixels(tmp_path / "published.png"))
 
 
 def pixels(path):
@@ -187,7 +189,7 @@ def test_killed_run_goes_on_where_it_was(command, digits_checkpoint, tmp_path):
     """SIGKILL after some parts are on disk: the rest is made, and the set is that of an undisturbed run."""
     flags = ["--ckpt", str(digits_checkpoint), "--num-fid-samples", "40", "--per-proc-batch-size", "4",
              "--num-sampling-steps", "100"]
-    victim = subprocess.Popen([sys.executable, str(ROOT / "sample_ddp.py"), *flags, "--sample-dir", str(tmp_path / "cut")],
+    victim = subprocess.Popen([sys.executable, ROOT / "sample_ddp.py", *flags, "--sample-dir", tmp_path / "cut"],
                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.time() + 120
     while len(list(tmp_path.glob("cut/*/parts/*.npz"))) < 3 and time.time() < deadline and victim.poll() is None:
@@ -201,6 +203,42 @@ def test_killed_run_goes_on_where_it_was(command, digits_checkpoint, tmp_path):
     for ours, want in zip(sample_set(tmp_path / "cut"), sample_set(tmp_path / "straight")):
         assert np.array_equal(ours, want)
     assert not list(tmp_path.glob("cut/*/parts"))
+
+
+def test_run_killed_before_its_npz_was_written(command, digits_checkpoint, tmp_path, monkeypatch):
+    """Every image made, the set not yet put together: the next start does it, and makes nothing."""
+    from runtime.sample_set import SampleSet
+    flags = ["--ckpt", digits_checkpoint, "--num-fid-samples", 6, "--per-proc-batch-size", 4, *FEW,
+             "--sample-dir", tmp_path]
+    with monkeypatch.context() as patch:
+        patch.setattr(SampleSet, "assemble", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert command("sample_ddp", *flags)[0] == 130
+    assert len(list(tmp_path.glob("*/parts/*.npz"))) == 2 and not list(tmp_path.glob("*.npz"))
+    status, out, _ = command("sample_ddp", *flags)
+    assert status == 0 and "6 of 6 samples are there" in out
+    assert len(sample_set(tmp_path)[1]) == 6 and not list(tmp_path.glob("*/parts"))
+
+
+def test_classes_without_images_are_not_sampled(command, image_folder, tmp_path):
+    """The published default of 1000 classes on a folder of three: seven of eight labels would be of nothing."""
+    flags = ["--data-path", image_folder, "--image-size", 8, "--vae", "none", *TINY, "--global-batch-size", 8,
+             "--num-workers", 0, "--max-steps", 1, "--results-dir", tmp_path]
+    assert command("train", *flags)[0] == 0
+    checkpoint = tmp_path / "000-DiT-S-2" / "checkpoints" / "0000001.pt"
+    command("sample_ddp", "--ckpt", checkpoint, "--num-fid-samples", 20, *FEW, "--sample-dir", tmp_path)
+    assert set(sample_set(tmp_path)[2]) == {0, 1, 2}
+    status, _, err = command("sample", "--ckpt", checkpoint, *FEW, "--class-labels", 3, "--output", tmp_path / "x.png")
+    assert status == 2 and "classes 0 .. 2" in err
+    status, _, err = command("sample", "--ckpt", checkpoint, *FEW, "--class-labels", "bee",
+                             "--output", tmp_path / "x.png")
+    assert status == 0, err
+
+
+def test_a_picture_says_how_it_was_made(command, digits_checkpoint, tmp_path):
+    command("sample", "--ckpt", digits_checkpoint, *FEW, "--seed", 5, "--cfg-scale", 2, "--output", tmp_path / "x.png")
+    with Image.open(tmp_path / "x.png") as picture:
+        record = json.loads(picture.text["DiT"])
+    assert record["seed"] == 5 and record["cfg_scale"] == 2 and record["cfg_channels"] == 1 and record["steps"] == 4
 
 
 def test_folder_name_holds_what_changes_the_images(command, digits_checkpoint, tmp_path):

@@ -69,14 +69,15 @@ def test_resumed_run_is_the_undisturbed_run(command, tmp_path, extra):
     assert largest_difference(straight, cut) == largest_difference(straight, cut, "ema") == 0
     for i, state in straight["opt"]["state"].items():
         assert all(torch.equal(state[name], cut["opt"]["state"][i][name]) for name in state)
-    assert all(torch.equal(value, cut["schedule_sampler"][name]) for name, value in straight["schedule_sampler"].items())
+    history = straight["schedule_sampler"]
+    assert all(torch.equal(history[name], cut["schedule_sampler"][name]) for name in history)
 
 
 def test_checkpoint_holds_what_the_contract_says(command, tmp_path):
     """`model`, `ema`, `opt`, `args` as published, and enough to build the model again."""
     import models
-    status, out, _ = command("train", *DIGITS, "--max-steps", 4, "--ckpt-every", 2, "--sample-every", 4, "--ema-decay", 0,
-                             "--results-dir", tmp_path)
+    status, *_ = command("train", *DIGITS, "--max-steps", 4, "--ckpt-every", 2, "--sample-every", 4,
+                         "--ema-decay", 0, "--results-dir", tmp_path)
     assert status == 0
     folder = tmp_path / "000-DiT-S-2"
     assert sorted(path.name for path in folder.iterdir()) == ["checkpoints", "log.txt", "samples", "tensorboard"]
@@ -132,10 +133,11 @@ def test_tensorboard_has_what_people_look_at(command, tmp_path):
 
 def test_resuming_another_model_is_refused(command, tmp_path):
     command("train", *DIGITS, "--max-steps", 1, "--results-dir", tmp_path)
-    status, _, err = command("train", *DIGITS, "--depth", 2, "--max-steps", 2, "--results-dir", tmp_path, "--resume", "auto")
+    again = ["--max-steps", 2, "--results-dir", tmp_path, "--resume", "auto"]
+    status, _, err = command("train", *DIGITS, "--depth", 2, *again)
     assert status == 2 and "depth=1" in err and "depth=2" in err
-    status, out, _ = command("train", *DIGITS, "--lr", 0.5, "--max-steps", 2, "--results-dir", tmp_path, "--resume", "auto")
-    assert status == 0 and "--lr is 0.5, it was 0.004" in out
+    status, out, _ = command("train", *DIGITS, "--lr", 0.5, *again)
+    assert status == 0 and "--lr is 0.5, it was 0.0001" in out
     assert trained(tmp_path, 2)["opt"]["param_groups"][0]["lr"] == 0.5
 
 
@@ -146,3 +148,36 @@ def test_resume_auto_takes_the_newest_and_starts_without_one(command, tmp_path):
     assert status == 0 and "Nothing to do: 2 steps are done" in out
     status, _, err = command("train", *DIGITS, "--results-dir", tmp_path, "--resume", tmp_path / "none.pt")
     assert status == 2 and "none.pt" in err
+
+
+def test_going_back_is_another_experiment(command, tmp_path):
+    """Resumed below the newest checkpoint, a run must not leave one in its folder that it does not descend from."""
+    flags = [*DIGITS, "--ckpt-every", 1, "--results-dir", tmp_path]
+    command("train", *flags, "--max-steps", 3)
+    folder = tmp_path / "000-DiT-S-2" / "checkpoints"
+    command("train", *flags, "--max-steps", 2, "--resume", folder / "0000001.pt")
+    assert sorted(path.name for path in folder.iterdir()) == ["0000001.pt", "0000002.pt", "0000003.pt"]
+    assert (tmp_path / "001-DiT-S-2" / "checkpoints" / "0000002.pt").exists()
+    _, out, _ = command("train", *flags, "--max-steps", 3, "--resume", "auto")
+    assert "001-DiT-S-2/checkpoints/0000002.pt at step 2" in out
+
+
+def test_an_accelerate_config_does_not_change_the_run(command, tmp_path, monkeypatch):
+    """`accelerate launch` hands its saved settings over in the environment: no flag, no effect on the numbers."""
+    flags = [*DIGITS, "--max-steps", 2, "--log-every", 1]
+    command("train", *flags, "--results-dir", tmp_path / "plain")
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR")
+    from accelerate.state import AcceleratorState
+    AcceleratorState._reset_state(reset_partial_state=True)
+    command("train", *flags, "--results-dir", tmp_path / "configured")
+    assert largest_difference(trained(tmp_path / "plain", 2), trained(tmp_path / "configured", 2)) == 0
+
+
+def test_typed_sizes_are_kept_for_the_digits(command, tmp_path):
+    """What suits the embedded data by default does not reach into a model that was asked for."""
+    command("train", "--data-path", "digits", "--model", "DiT-S/8", "--depth", 1, "--global-batch-size", 8,
+            "--max-steps", 1, "--results-dir", tmp_path)
+    config = trained(tmp_path, 1)["config"]["model"]
+    assert (config["hidden_size"], config["num_heads"], config["patch_size"]) == (384, 6, 8)
