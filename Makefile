@@ -25,7 +25,7 @@ demo: $(VENV)/ready  ## train on the digits, sample, make a set of samples and j
 	$(PY) sample.py --ckpt $(DEMO)/000-DiT-S-2/checkpoints/0003000.pt --cfg-scale 1.5 \
 	    --samples-per-label 10 --trajectory --output $(DEMO)/digits.png
 	$(PY) sample_ddp.py --ckpt $(DEMO)/000-DiT-S-2/checkpoints/0003000.pt --cfg-scale 1.5 \
-	    --num-fid-samples 500 --num-sampling-steps 100 --per-proc-batch-size 250 --sample-dir $(DEMO)/samples
+	    --num-fid-samples 500 --per-proc-batch-size 250 --sample-dir $(DEMO)/samples
 	$(PY) score_digits.py $(DEMO)/samples/*.npz
 	@echo "Look at $(DEMO)/digits.png (a digit a row) and $(DEMO)/digits.gif (from noise to digits)."
 

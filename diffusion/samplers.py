@@ -21,7 +21,7 @@ class Samplers:
             mean = self.condition_mean(cond_fn, step, x, t, model_kwargs)
             log_variance, pred_xstart = step["log_variance"], step["pred_xstart"]
         (adds_noise,) = self._at(t, x.ndim, "adds_noise")
-        sigma = (0.5 * log_variance).exp_() * adds_noise
+        sigma = (0.5 * log_variance).exp_().mul_(adds_noise)
         return dict(sample=mean.add_(sigma * noise_fn(x)), pred_xstart=pred_xstart)
 
     def ddim_sample(self, model, x, t, clip_denoised=True, denoised_fn=None, cond_fn=None, model_kwargs=None,
