@@ -70,6 +70,8 @@ def main():
     if flags.data_path == "digits":
         defaults = DIGITS if "model" in given else DIGITS | DIGITS_MODEL
         vars(flags).update({name: value for name, value in defaults.items() if name not in given})
+    if os.path.isdir(flags.vae):
+        flags.vae = os.path.abspath(flags.vae)  # checkpoints keep it, and are sampled from elsewhere
     accelerator = processes.start()
     train(accelerator, flags)
     accelerator.end_training()
@@ -186,6 +188,7 @@ def own_rows(flags, accelerator):
 
 
 def open_dataset(flags):
+    """The images of --data-path; a `UserError` where the other flags do not fit them."""
     dataset = data.open_data(flags.data_path, flags.image_size)
     if len(dataset.class_names) > flags.num_classes:
         raise UserError(f"--num-classes {flags.num_classes}: {flags.data_path} has {len(dataset.class_names)} classes")
