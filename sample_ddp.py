@@ -1,7 +1,7 @@
 """Make a set of samples for evaluation: an .npz as ADM's suite takes it, by any number of processes.
 
     torchrun --nproc_per_node=8 sample_ddp.py --num-fid-samples 50000
-    python sample_ddp.py --ckpt results/000-DiT-S-2/checkpoints/0004000.pt --num-fid-samples 500
+    python sample_ddp.py --ckpt results/000-DiT-S-2/checkpoints/0002992.pt --num-fid-samples 500
 
 Sample i is a function of (--global-seed, i): processes and batch size do not matter. Killed, it goes on where it was.
 """

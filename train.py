@@ -39,7 +39,7 @@ def build_parser():
     group.add_argument("--flip", action=argparse.BooleanOptionalAction, help="mirror half of the images (not digits)")
     group.add_argument("--num-workers", type=non_negative_int, default=4, help="processes that load images")
     group = parser.add_argument_group("model")
-    group.add_argument("--model", choices=models.DiT_models, default="DiT-XL/2", help="sizes, which these override:")
+    group.add_argument("--model", choices=models.DiT_models, default="DiT-XL/2", help="its sizes, unless given:")
     group.add_argument("--depth", type=positive_int, help="number of blocks")
     group.add_argument("--hidden-size", type=positive_int, help="width")
     group.add_argument("--num-heads", type=positive_int, help="attention heads")

@@ -9,7 +9,8 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
     def _get_help_string(self, action):
         text = action.help or ""
-        if action.default in (None, argparse.SUPPRESS) or "default" in text or not action.option_strings:
+        is_off = any(action.default is nothing for nothing in (None, False, argparse.SUPPRESS))
+        if is_off or "default" in text or not action.option_strings:
             return text
         return f"{text} (default: %(default)s)".strip()
 
