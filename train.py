@@ -18,7 +18,7 @@ from diffusion import create_diffusion
 from diffusion.timestep_sampler import create_named_schedule_sampler
 from runtime import data, experiment, latents, processes
 from runtime.errors import UserError, run_command
-from runtime.flags import HelpFormatter, fraction, non_negative_int, parse, positive_float, positive_int
+from runtime.flags import HelpFormatter, decay, fraction, non_negative_int, parse, positive_float, positive_int
 from runtime.generate import SampleNoise, image_maker
 from runtime.randomness import LABEL_DROP, NOISE, POSTERIOR, WEIGHTS, BatchRandomness, seed_of
 from runtime.training_state import TrainingState
@@ -51,7 +51,7 @@ def build_parser():
     group.add_argument("--global-batch-size", type=positive_int, default=256, help="images a step, over all processes")
     group.add_argument("--global-seed", type=non_negative_int, default=0, help="of all random numbers")
     group.add_argument("--lr", type=positive_float, default=1e-4, help="learning rate")
-    group.add_argument("--ema-decay", type=fraction, default=0.9999, help="of the weights' average")
+    group.add_argument("--ema-decay", type=decay, default=0.9999, help="of the weights' average")
     group.add_argument("--grad-accum-steps", type=positive_int, default=1, help="cut the batch in so many parts")
     group.add_argument("--max-grad-norm", type=positive_float, help="clip the gradient to this norm")
     group.add_argument("--schedule-sampler", choices=["uniform", "loss-second-moment"], default="uniform",
@@ -61,7 +61,7 @@ def build_parser():
     group.add_argument("--log-every", type=positive_int, default=100, help="steps")
     group.add_argument("--ckpt-every", type=positive_int, default=50000, help="steps")
     group.add_argument("--sample-every", type=positive_int, help="steps between grids of EMA samples")
-    group.add_argument("--resume", metavar="PATH", help="a checkpoint, an experiment's folder, or: auto (the newest)")
+    group.add_argument("--resume", metavar="PATH", help="a checkpoint, an experiment's folder, or: auto (the latest)")
     return parser
 
 
@@ -69,7 +69,8 @@ def main():
     flags, given = parse(build_parser())
     if flags.data_path == "digits":
         defaults = DIGITS if "model" in given else DIGITS | DIGITS_MODEL
-        vars(flags).update({name: value for name, value in defaults.items() if name not in given})
+        typed = given | {"epochs"} if "max_steps" in given else given
+        vars(flags).update({name: value for name, value in defaults.items() if name not in typed})
     if os.path.isdir(flags.vae):
         flags.vae = os.path.abspath(flags.vae)  # checkpoints keep it, and are sampled from elsewhere
     accelerator = processes.start()
@@ -82,6 +83,7 @@ def train(accelerator, flags):
     with processes.together(accelerator):
         rows = own_rows(flags, accelerator)
         dataset = open_dataset(flags)
+        flags.flip = dataset.flips if flags.flip is None else flags.flip
         codec = latents.open_codec(flags.vae, dataset.channels, device)
         model = build_model(flags, codec).to(device)
     network = accelerator.prepare(model)  # the model itself, or behind DDP where there are several processes
@@ -102,7 +104,7 @@ def train(accelerator, flags):
         logger.info(line)
 
     batches = data.GlobalBatches(len(dataset), flags.global_batch_size, rows, flags.global_seed, first_step, last_step,
-                                 flips=dataset.flips if flags.flip is None else flags.flip)
+                                 flips=flags.flip)
     random = BatchRandomness(flags.global_seed, flags.global_batch_size, rows, device)
     training_step = TrainingStep(accelerator, network, codec, diffusion, schedule_sampler, random,
                                  parts=flags.grad_accum_steps)
@@ -232,7 +234,8 @@ def opening_lines(flags, folder, accelerator, model, dataset, resumed, first_ste
     elif flags.resume:
         yield f"--resume auto: no checkpoint of {flags.model} in {flags.results_dir}, starting from the beginning"
     yield from (f"WARNING: {change}" for change in changes)
-    yield f"Training for {last_step - first_step} steps, to step {last_step}" if first_step < last_step else (
+    limit = "--max-steps" if last_step == flags.max_steps else f"--epochs {flags.epochs}"
+    yield f"Training for {last_step - first_step} steps, to step {last_step} ({limit})" if first_step < last_step else (
         f"Nothing to do: {first_step} steps are done, --epochs and --max-steps ask for {last_step}")
 
 

@@ -26,6 +26,8 @@ def load(path):
     Only tensors and plain values are accepted, and the `argparse.Namespace` in which published checkpoints keep their
     flags: anything else in a pickle could run code.
     """
+    if os.path.isdir(path):
+        raise UserError(f"{path} is a folder: name a file in it, such as {newest(path) or 'checkpoints/0050000.pt'}")
     if not os.path.isfile(path):
         raise UserError(f"there is no checkpoint file {path}")
     try:
@@ -35,10 +37,9 @@ def load(path):
         with torch.serialization.safe_globals([argparse.Namespace]):
             # Mapped, not read: of 10 GB of a DiT-XL/2's training state, sampling needs the quarter that is its EMA.
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except pickle.UnpicklingError as error:
-        reason = str(error).split("\n")[0]
+    except pickle.UnpicklingError:
         raise UserError(f"{path} was refused: it holds something else than tensors and plain values, "
-                        f"or is no checkpoint at all ({reason})") from None
+                        "or is no checkpoint at all") from None
     except Exception as error:  # a damaged file fails in many ways; each means the same to the user
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{path} cannot be read: it is damaged, or not a checkpoint ({reason})") from None

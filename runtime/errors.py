@@ -4,6 +4,8 @@ import re
 import sys
 from importlib import metadata
 
+import torch.distributed as dist
+
 # The same as in requirements.txt; a test compares them.
 OLDEST = {"torch": "2.6", "torchvision": "0.21", "timm": "1.0.17", "diffusers": "0.32", "accelerate": "1.2",
           "numpy": "1.26", "pillow": "10.0"}
@@ -28,6 +30,8 @@ def run_command(main):
     except UserError as error:
         if error.shown:
             print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr, flush=True)
+        if dist.is_available() and dist.is_initialized():
+            dist.destroy_process_group()  # threads of connections that outlive the interpreter would abort it
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

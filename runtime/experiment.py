@@ -1,4 +1,5 @@
 """An experiment's folder, and what people see of a run: log.txt, progress bar, TensorBoard, pictures."""
+import contextlib
 import logging
 import os
 import re
@@ -36,7 +37,7 @@ def new_folder(results_dir, model_name):
 
 def checkpoint_to_resume(resume, results_dir, model_name):
     """The checkpoint that --resume names: a path, the newest in an experiment's folder, or "auto": the newest of the
-    latest experiment of this model in results_dir that has one; None where auto finds none.
+    experiment of this model in results_dir that has the highest number and a checkpoint; None where there is none.
     """
     if resume == "auto":
         found = [path for folder in experiment_folders(results_dir, model_name) if (path := checkpoint.newest(folder))]
@@ -95,7 +96,9 @@ class Monitor:
         self._start_window()
 
     def __enter__(self):
-        self._redirect = logging_redirect_tqdm([self.logger])
+        # Lines go above the bar. Not on the other processes: the redirection would give their silent loggers a voice.
+        is_main = self.accelerator.is_main_process
+        self._redirect = logging_redirect_tqdm([self.logger]) if is_main else contextlib.nullcontext()
         self._redirect.__enter__()
         return self
 

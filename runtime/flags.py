@@ -43,6 +43,13 @@ def fraction(text):
     return value
 
 
+def decay(text):
+    value = fraction(text)
+    if value == 1:
+        raise argparse.ArgumentTypeError("an average with decay 1 never leaves the initial weights; it must be below 1")
+    return value
+
+
 def guidance_scale(text):
     value = float(text)
     if not 1 <= value < float("inf"):
@@ -59,7 +66,8 @@ def sampling_steps(text):
     return text if text.startswith("ddim") else positive_int(text)
 
 
-for kind in (positive_int, non_negative_int, positive_float, fraction, guidance_scale, channels, sampling_steps):
+for kind in (positive_int, non_negative_int, positive_float, fraction, decay, guidance_scale, channels,
+             sampling_steps):
     kind.__name__ = "number"  # argparse says "invalid number value: 'x'" where the text is none
 
 

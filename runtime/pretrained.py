@@ -67,8 +67,9 @@ def download(name, folder=FOLDER, base_url=BASE_URL, sha256=None):
         try:
             found = _fetch(url, temporary)
             if expected and found != expected:
-                raise UserError(f"{url} gave a file with the SHA-256 {found}, expected {expected}: not kept. "
-                                f"If the new file is the right one, remove {record}")
+                source = "what --sha256 says" if sha256 else f"what {record} recorded of an earlier download"
+                raise UserError(f"{url} gave a file with the SHA-256 {found}: not kept, since it is not {expected}, "
+                                f"{source}")
             with open(record, "w") as file:
                 file.write(found + "\n")
             os.replace(temporary, path)

@@ -157,4 +157,4 @@ def npz_array(path, name):
     except UserError:
         raise
     except Exception as error:  # a damaged file fails in many ways; each means the same to the user
-        raise UserError(f"{path} is damaged or no set of samples ({error}); remove it to make it again") from None
+        raise UserError(f"{path} is damaged, or no .npz of samples ({error})") from None

@@ -44,6 +44,7 @@ def test_help_is_complete(command, name):
 
 
 @pytest.mark.parametrize("flags, sentence", [
+    ([*DIGITS, "--ema-decay", "1"], r"decay 1 never leaves the initial weights"),
     (["--data-path", "nowhere"], r"--data-path nowhere: there is no such folder"),
     ([*DIGITS, "--image-size", "256"], r"--image-size 256: the digits are 8 pixels wide"),
     ([*DIGITS, "--num-classes", "9"], r"--num-classes 9: digits has 10 classes"),
@@ -134,6 +135,8 @@ def test_wrong_checkpoints(command, tmp_path):
     import models
     status, _, err = command("sample", "--ckpt", tmp_path / "gone.pt")
     assert status == 2 and "there is no checkpoint file" in err
+    status, _, err = command("sample", "--ckpt", tmp_path)
+    assert status == 2 and "is a folder: name a file in it" in err
     (tmp_path / "text.pt").write_text("hello")
     status, _, err = command("sample_ddp", "--ckpt", tmp_path / "text.pt")
     assert status == 2 and "text.pt" in err
@@ -162,6 +165,7 @@ def test_one_sentence_from_several_processes(tmp_path):
                        check=False)
     assert done.returncode != 0
     assert done.stderr.count("--global-batch-size 9 cannot be shared by 2 processes") == 1
+    assert "terminate called" not in done.stderr
 
 
 LAYERS = {"commands": {"train", "sample", "sample_ddp", "download", "score_digits", "benchmark"}, "parts": {"runtime"},

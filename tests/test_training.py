@@ -27,7 +27,8 @@ def test_one_and_two_processes_compute_the_same(tmp_path):
     """The same samples, noise, timesteps and label drops, whoever computes them; only sums are rounded otherwise."""
     flags = [*DIGITS, "--max-steps", 6, "--log-every", 1, "--class-dropout-prob", 0.5]
     run_process("train.py", *flags, "--results-dir", tmp_path / "one")
-    run_process("train.py", *flags, "--results-dir", tmp_path / "two", processes=2)
+    done = run_process("train.py", *flags, "--results-dir", tmp_path / "two", processes=2)
+    assert (done.stdout + done.stderr).count("step=0000006) Train Loss") == 1  # one process speaks
     one, two = trained(tmp_path / "one", 6), trained(tmp_path / "two", 6)
     assert len(losses(tmp_path / "one")) == 6
     assert losses(tmp_path / "one") == pytest.approx(losses(tmp_path / "two"), abs=1.1e-4)  # four digits are logged
@@ -173,6 +174,13 @@ def test_an_accelerate_config_does_not_change_the_run(command, tmp_path, monkeyp
     AcceleratorState._reset_state(reset_partial_state=True)
     command("train", *flags, "--results-dir", tmp_path / "configured")
     assert largest_difference(trained(tmp_path / "plain", 2), trained(tmp_path / "configured", 2)) == 0
+
+
+def test_typed_steps_are_kept_for_the_digits(command, tmp_path):
+    """The preset's epochs must not end a run before the steps that were asked for."""
+    _, out, _ = command("train", "--data-path", "digits", "--depth", 1, "--hidden-size", 16, "--num-heads", 2,
+                        "--global-batch-size", 1438, "--max-steps", 140, "--results-dir", tmp_path)
+    assert "Training for 140 steps, to step 140 (--max-steps)" in out
 
 
 def test_typed_sizes_are_kept_for_the_digits(command, tmp_path):
