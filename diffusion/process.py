@@ -152,9 +152,10 @@ class Process:
         if values is None:
             return self._at(t, x.ndim, "fixed_log_variance")[0]
         log_beta, log_small = self._at(t, x.ndim, "log_betas", "posterior_log_variance_clipped")
+        # Before, not after: in bfloat16 v and 1 - v do not add up to 1, and late in the process that is all there is.
+        values = values.to(torch.promote_types(values.dtype, log_beta.dtype))
         v = (values + 1).mul_(0.5)
-        rest = (1 - v).mul_(log_small)
-        return v.mul_(log_beta).add_(rest)
+        return weighted_sum(log_beta, v, log_small, 1 - v)
 
     def _predict_xstart_from_eps(self, x_t, t, eps):
         """Solve x_t = sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) eps for x_0."""

@@ -17,7 +17,7 @@ def start(tf32=True):
     """An `Accelerator` on this process' device: its own GPU by local rank, Apple's, or the CPU (gloo between them).
 
     tf32   matrix products of float32 tensors in TF32 on GPUs that have it, as the paper trained; False: full float32
-    raise  UserError for a way of running that train.py was not written for
+    raise  UserError for a way of running that this code was not written for
     """
     several = int(os.environ.get("WORLD_SIZE", 1)) > 1
     kind = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"

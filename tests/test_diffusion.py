@@ -624,6 +624,17 @@ def test_a_warm_step_needs_nothing_from_the_host(kwargs):
     assert tables == {key: id(table) for key, table in diffusion._on_device.items()} != {}
 
 
+def test_a_network_in_bfloat16_leaves_the_arithmetic_in_float32():
+    """Under autocast the output has 8 bits: a log variance, or a mean, of so few would drown the step in rounding."""
+    diffusion = create_diffusion("")
+    x, output = torch.randn(2, 2, 4, 4), torch.randn(2, 4, 4, 4).bfloat16()
+    t = torch.tensor([1, 999])
+    low, high = (diffusion.p_mean_variance(lambda *_, out=out: out, x, t) for out in (output, output.float()))
+    for name in high:
+        assert low[name].dtype == torch.float32
+        assert torch.allclose(low[name], high[name], rtol=1e-5, atol=1e-6), name
+
+
 # ---------------------------------------------------------------- losses
 
 def losses(**kwargs):
