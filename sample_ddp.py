@@ -11,11 +11,11 @@ import os
 import torch
 from tqdm.auto import tqdm
 
-from runtime import processes
+from runtime import checksum, processes
 from runtime.errors import run_command
 from runtime.flags import HelpFormatter, add_model_flags, add_sampling_flags, non_negative_int, parse, positive_int
 from runtime.generate import SampleNoise, image_maker, to_uint8
-from runtime.sample_set import SampleSet, fingerprint, random_labels
+from runtime.sample_set import SampleSet, random_labels
 from runtime.trained_model import load_trained
 
 
@@ -72,8 +72,9 @@ def folder_name(trained, make, flags):
     name = os.path.splitext(os.path.basename(trained.path))[0]
     vae = os.path.basename(os.path.normpath(trained.codec.name))
     modules = [module for module in (trained.model, getattr(trained.codec, "vae", None)) if module is not None]
-    parts = [trained.name.replace("/", "-"), name, fingerprint(*modules), f"size-{trained.image_size}", f"vae-{vae}",
-             f"cfg-{flags.cfg_scale:g}", f"channels-{make.cfg_channels}", f"{make.sampler}-{flags.num_sampling_steps}"]
+    parts = [trained.name.replace("/", "-"), name, checksum.of_weights(*modules)[:8], f"size-{trained.image_size}",
+             f"vae-{vae}", f"cfg-{flags.cfg_scale:g}", f"channels-{make.cfg_channels}",
+             f"{make.sampler}-{flags.num_sampling_steps}"]
     parts += [f"eta-{flags.eta:g}"] if flags.eta else []
     parts += [f"seed-{flags.global_seed}"] + ([] if flags.tf32 else ["fp32"])
     return "-".join(parts)

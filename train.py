@@ -1,6 +1,7 @@
 """Train a DiT.
 
     torchrun --nnodes=1 --nproc_per_node=8 train.py --model DiT-XL/2 --data-path /path/to/imagenet/train
+    torchrun --nnodes=1 --nproc_per_node=8 train.py --model DiT-XL/2 --features-path /path/to/latents
     python train.py --data-path digits                   # no GPU, no download: minutes on a laptop
 
 Without flags this is the paper's recipe: AdamW, learning rate 1e-4, batch 256, EMA 0.9999, horizontal flips.
@@ -16,7 +17,7 @@ import torch
 import models
 from diffusion import create_diffusion
 from diffusion.timestep_sampler import create_named_schedule_sampler
-from runtime import data, experiment, latents, processes
+from runtime import data, experiment, latent_cache, latents, processes
 from runtime.errors import UserError, run_command
 from runtime.flags import HelpFormatter, decay, fraction, non_negative_int, parse, positive_float, positive_int
 from runtime.generate import SampleNoise, image_maker
@@ -32,12 +33,17 @@ DIGITS_MODEL = dict(model="DiT-S/2", depth=4, hidden_size=96, num_heads=4, globa
 def build_parser():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     group = parser.add_argument_group("data")
-    group.add_argument("--data-path", required=True, help="folder with a folder of images a class, or: digits")
+    source = group.add_mutually_exclusive_group(required=True)
+    source.add_argument("--data-path", help="folder with a folder of images a class, or: digits")
+    source.add_argument("--features-path", help="instead: a latent cache of extract_features.py")
     group.add_argument("--image-size", type=positive_int, default=256, help="pixels")
     group.add_argument("--num-classes", type=positive_int, default=1000, help="rows of the class table")
     group.add_argument("--vae", default="ema", help="ema, mse, a diffusers directory or hub name, or none (pixels)")
     group.add_argument("--flip", action=argparse.BooleanOptionalAction, help="mirror half of the images (not digits)")
     group.add_argument("--num-workers", type=non_negative_int, default=4, help="processes that load images")
+    group.add_argument("--features-in-memory", action="store_true", help="keep the whole cache on the device")
+    group.add_argument("--max-bad-images", type=non_negative_int, default=0,
+                       help="so many files may be unreadable; each is replaced by the next one of the data set")
     group = parser.add_argument_group("model")
     group.add_argument("--model", choices=models.DiT_models, default="DiT-XL/2", help="its sizes, unless given:")
     group.add_argument("--depth", type=positive_int, help="number of blocks")
@@ -74,17 +80,15 @@ def main():
     if os.path.isdir(flags.vae):
         flags.vae = os.path.abspath(flags.vae)  # checkpoints keep it, and are sampled from elsewhere
     accelerator = processes.start()
-    train(accelerator, flags)
+    train(accelerator, flags, given)
     accelerator.end_training()
 
 
-def train(accelerator, flags):
+def train(accelerator, flags, given):
     device, is_main = accelerator.device, accelerator.is_main_process
     with processes.together(accelerator):
         rows = own_rows(flags, accelerator)
-        dataset = open_dataset(flags)
-        flags.flip = dataset.flips if flags.flip is None else flags.flip
-        codec = latents.open_codec(flags.vae, dataset.channels, device)
+        dataset, codec = open_dataset(flags, given, device)
         model = build_model(flags, codec).to(device)
     network = accelerator.prepare(model)  # the model itself, or behind DDP where there are several processes
     optimizer = torch.optim.AdamW(model.parameters(), lr=flags.lr, weight_decay=0)
@@ -100,9 +104,13 @@ def train(accelerator, flags):
     steps_per_epoch = len(dataset) // flags.global_batch_size
     last_step = min(flags.epochs * steps_per_epoch, flags.max_steps or math.inf)
     logger = experiment.open_log(folder, is_main)
-    for line in opening_lines(flags, folder, accelerator, model, dataset, resumed, first_step, last_step, changes):
-        logger.info(line)
+    if is_main:
+        for line in opening_lines(flags, folder, accelerator, model, dataset, resumed, first_step, last_step, changes):
+            logger.info(line)
+        for line in latents.first_look(codec, dataset.examples(latents.LOOKED_AT), device):
+            logger.info(line)
 
+    bad_images = data.BadImages(flags.max_bad_images, os.path.join(folder, "bad_images.txt"), logger.info)
     batches = data.GlobalBatches(len(dataset), flags.global_batch_size, rows, flags.global_seed, first_step, last_step,
                                  flips=flags.flip)
     random = BatchRandomness(flags.global_seed, flags.global_batch_size, rows, device)
@@ -110,7 +118,7 @@ def train(accelerator, flags):
                                  parts=flags.grad_accum_steps)
     network.train()
     with experiment.Monitor(accelerator, logger, folder, first_step, last_step, flags.global_batch_size) as monitor:
-        loader = data.load_batches(dataset, batches, flags.num_workers, device)
+        loader = data.load_batches(dataset, batches, flags.num_workers, device, bad_images.add)
         for step, (images, labels) in enumerate(loader, start=first_step):
             if step % steps_per_epoch == 0 and steps_per_epoch >= flags.log_every:
                 logger.info(f"Beginning epoch {step // steps_per_epoch}...")
@@ -153,7 +161,7 @@ class TrainingStep:
     def backward(self, step, images, labels):
         """Add the gradients over this process' rows of the global batch.
 
-        images  (n, C, H, W) in [-1, 1]; labels (n,)
+        images  (n, C, H, W) in [-1, 1], or what else the codec takes; labels (n,)
         return  dictionary of scalars on the device: loss, mse, vb, weighted means over the rows
         """
         model = self.accelerator.unwrap_model(self.network)
@@ -189,15 +197,32 @@ def own_rows(flags, accelerator):
     return slice(accelerator.process_index * share, (accelerator.process_index + 1) * share)
 
 
-def open_dataset(flags):
-    """The images of --data-path; a `UserError` where the other flags do not fit them."""
-    dataset = data.open_data(flags.data_path, flags.image_size)
+def open_dataset(flags, given, device):
+    """The images of --data-path, or the latents of --features-path, and their codec.
+
+    Flags that were not typed follow from the data. raise: `UserError` where those that were do not fit it.
+    """
+    if flags.features_path:
+        cache = latent_cache.LatentCache(flags.features_path)
+        codec = cache.codec(*(getattr(flags, name) if name in given else None for name in ("vae", "image_size")),
+                            device=device, decodes=bool(flags.sample_every))
+        flags.vae, flags.image_size = codec.name, cache.image_size
+        dataset = cache.in_memory(device) if flags.features_in_memory else cache
+    elif flags.features_in_memory:
+        raise UserError("--features-in-memory needs --features-path: only a latent cache is kept on the device")
+    else:
+        dataset = data.open_data(flags.data_path, flags.image_size, flags.max_bad_images)
+        codec = latents.open_codec(flags.vae, dataset.channels, device)
+    source = flags.features_path or flags.data_path
+    if flags.flip and flags.features_path and not dataset.flips:
+        raise UserError(f"--flip: the cache {source} was made without mirror images (--no-flip)")
+    flags.flip = dataset.flips if flags.flip is None else flags.flip
     if len(dataset.class_names) > flags.num_classes:
-        raise UserError(f"--num-classes {flags.num_classes}: {flags.data_path} has {len(dataset.class_names)} classes")
+        raise UserError(f"--num-classes {flags.num_classes}: {source} has {len(dataset.class_names)} classes")
     if len(dataset) < flags.global_batch_size:
-        raise UserError(f"--global-batch-size {flags.global_batch_size}: {flags.data_path} has {len(dataset)} images, "
+        raise UserError(f"--global-batch-size {flags.global_batch_size}: {source} has {len(dataset)} images, "
                         "not enough for one batch")
-    return dataset
+    return dataset, codec
 
 
 def build_model(flags, codec):
@@ -225,7 +250,8 @@ def opening_lines(flags, folder, accelerator, model, dataset, resumed, first_ste
     yield f"{accelerator.num_processes} process(es) on {accelerator.device.type}, " + ", ".join(
         f"{name}={value}" for name, value in vars(flags).items())
     yield f"DiT Parameters: {parameters:,}"
-    yield f"Dataset contains {len(dataset):,} images in {len(dataset.class_names)} classes ({flags.data_path})"
+    yield (f"Dataset contains {len(dataset):,} images in {len(dataset.class_names)} classes "
+           f"({flags.features_path or flags.data_path})")
     if len(dataset.class_names) < flags.num_classes:
         yield (f"WARNING: --num-classes is {flags.num_classes}: the classes {len(dataset.class_names)} .. "
                f"{flags.num_classes - 1} have no image and will not be learned")

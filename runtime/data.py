@@ -1,47 +1,69 @@
 """Training images, and the order in which they are seen."""
 import os
-from dataclasses import dataclass
+from typing import NamedTuple
 
-import numpy as np
 import torch
-from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from .errors import UserError
+from .images import BadImage, read_image
 from .randomness import DATA_ORDER, FLIP, generator
 
 
-def center_crop(image, size):
-    """ADM's preprocessing: a PIL image -> the `size` x `size` centre of it, its shorter side scaled to `size`.
+class Batch(NamedTuple):
+    """What a data set answers for a list of (index, flip).
 
-    Halved by box filtering while twice as large as needed, then scaled bicubically: sharper than one bicubic step and
-    free of aliasing (the published latents and reference statistics are made so).
+    images  (n, C, H, W) in [-1, 1], or whatever the codec of the data takes
+    labels  (n,) integers
+    bad     the `BadImage`s met on the way; where they are too many, images and labels are None
     """
-    while min(image.size) >= 2 * size:
-        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-    scale = size / min(image.size)
-    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
-    left, top = (image.width - size) // 2, (image.height - size) // 2
-    return image.crop((left, top, left + size, top + size))
+    images: torch.Tensor
+    labels: torch.Tensor
+    bad: list
 
 
-@dataclass
-class BadImage:
-    """An image that could not be read. Workers hand it over as a value, so that its sentence arrives whole."""
-    path: str
-    reason: str
+class ImageData(Dataset):
+    """Images with labels, asked for in batches of (index, flip).
 
+    A subclass has channels, flips (does a mirror image belong to the same class?), class_names, labels and paths
+    (lists, one entry an image), and read(index) -> (C, H, W) float32 in [-1, 1], or a `BadImage`.
 
-class ImageFolderData(Dataset):
-    """Images in one folder a class, `root/class_name/*.jpg`; classes are numbered in the order of their names.
-
-    An item is asked for as (index, flip) and is (image, label): image (3, size, size) float32 in [-1, 1].
+    An image that cannot be read is replaced by the next one that can, in the order of the data set: so the images
+    that a run sees stay a function of the data and the seed.
     """
+
+    on_device = False  # batches come from host memory
+    max_bad_images = 0  # more than so many different bad images in one batch, and it is given up
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __getitems__(self, keys):
+        images, labels, bad = [], [], {}
+        for index, flip in keys:
+            while isinstance(image := self.read(index), BadImage):
+                bad[index] = image
+                if not image.is_damaged or len(bad) > self.max_bad_images or len(bad) == len(self):
+                    return Batch(None, None, list(bad.values()))
+                index = (index + 1) % len(self)
+            images.append(image.flip(-1) if flip else image)
+            labels.append(self.labels[index])
+        return Batch(torch.stack(images), torch.tensor(labels), list(bad.values()))
+
+    def examples(self, count):
+        """Up to `count` images that can be read, from all over the data set: (n, C, H, W), or None."""
+        read = [self.read(index) for index in spread(len(self), count)]
+        images = [image for image in read if not isinstance(image, BadImage)]
+        return torch.stack(images) if images else None
+
+
+class ImageFolderData(ImageData):
+    """Images in one folder a class, `root/class_name/*.jpg`; classes are numbered in the order of their names."""
 
     channels = 3
     flips = True
 
-    def __init__(self, root, image_size):
+    def __init__(self, root, image_size, max_bad_images=0):
         from torchvision.datasets import ImageFolder
         if not os.path.isdir(root):
             raise UserError(f"--data-path {root}: there is no such folder")
@@ -51,33 +73,78 @@ class ImageFolderData(Dataset):
             # torchvision names the empty classes, or says that there is no class folder at all
             raise UserError(f"--data-path {root}: {error}. Expected one folder a class, with images in each: "
                             f"{os.path.join(root, 'CLASS', 'IMAGE.jpg')}") from None
-        self.samples, self.class_names, self.image_size = folder.samples, folder.classes, image_size
+        self.root, self.image_size, self.max_bad_images = root, image_size, max_bad_images
+        self.class_names, self.labels = folder.classes, folder.targets
+        self.paths = [os.path.relpath(path, root) for path, _ in folder.samples]
 
-    def __len__(self):
-        return len(self.samples)
-
-    def __getitem__(self, key):
-        index, flip = key
-        path, label = self.samples[index]
-        try:
-            with Image.open(path) as file:
-                image = center_crop(file.convert("RGB"), self.image_size)
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            return BadImage(path, f"{type(error).__name__}: {error}")
-        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float()
-        image = (pixels / 255 - 0.5) / 0.5
-        return image.flip(-1) if flip else image, label
+    def read(self, index):
+        image = read_image(os.path.join(self.root, self.paths[index]), self.image_size)
+        if isinstance(image, BadImage):
+            return image
+        pixels = torch.from_numpy(image).permute(2, 0, 1).float()
+        return (pixels / 255 - 0.5) / 0.5
 
 
-def open_data(data_path, image_size):
+def spread(length, count):
+    """`count` different indices below `length`, or all, at equal distances."""
+    return torch.linspace(0, length - 1, count).long().unique().tolist()
+
+
+def open_data(data_path, image_size, max_bad_images=0):
     """The data set that --data-path names: "digits", or a folder of class folders."""
     if data_path != "digits":
-        return ImageFolderData(data_path, image_size)
+        return ImageFolderData(data_path, image_size, max_bad_images)
     from .digits import DigitsData
     if image_size != DigitsData.image_size:
         raise UserError(f"--image-size {image_size}: the digits are {DigitsData.image_size} pixels wide, "
                         f"pass --image-size {DigitsData.image_size} or leave it out")
     return DigitsData()
+
+
+class BadImages:
+    """Counts and names the images of a run that could not be read; one too many ends the run.
+
+    They are listed in a file, which all processes of a run and all its restarts share.
+    limit  --max-bad-images
+    path   of the list: a line is the image's path, a tab, and the reason
+    warn   called with a sentence for every new one
+    """
+
+    def __init__(self, limit, path, warn):
+        self.limit, self.path, self.warn = limit, path, warn
+
+    def add(self, bad):
+        """Count a batch's `BadImage`s; raises a `UserError` for one too many, and for one that is not damaged."""
+        for image in bad:
+            check_readable(image)
+            known = self._known()
+            if image.path in known:
+                continue
+            if len(known) >= self.limit:
+                raise UserError(too_many(image, len(known) + 1, self.limit))
+            with open(self.path, "ab") as file:  # appended in one write: lines of several processes do not mix
+                file.write(f"{image.path}\t{' '.join(image.reason.split())}\n".encode(errors="surrogateescape"))
+            self.warn(f"WARNING: skipped the image {image.path} ({image.reason}), "
+                      f"{len(known) + 1} of {self.limit} that --max-bad-images allows")
+
+    def _known(self):
+        if not os.path.exists(self.path):
+            return set()
+        with open(self.path, encoding="utf-8", errors="surrogateescape") as file:
+            return {line.split("\t")[0] for line in file}
+
+
+def check_readable(image):
+    """A file that cannot be read is no damaged image: what a run sees must not hang on the state of a disk."""
+    if not image.is_damaged:
+        raise UserError(f"cannot read {image.path} ({image.reason})")
+
+
+def too_many(image, count, limit):
+    """The sentence that ends a run at a bad image."""
+    advice = f"--max-bad-images {limit} allows no more" if limit else "or allow some with --max-bad-images"
+    return (f"cannot read the image {image.path} ({image.reason}): repair or remove it, {advice}"
+            + (f" ({count} were met)" if limit else ""))
 
 
 class GlobalBatches(Sampler):
@@ -116,24 +183,22 @@ class GlobalBatches(Sampler):
         return (torch.rand(self.global_batch_size, generator=generator(self.seed, FLIP, step)) < 0.5).tolist()
 
 
-def load_batches(data, batches, num_workers, device):
+def load_batches(data, batches, num_workers, device, on_bad):
     """Load what `batches` (a `GlobalBatches`) asks for: pairs of images (n, C, H, W) and labels (n,) on `device`.
 
     num_workers  worker processes; 0: load in this one
-    raise        UserError at the first image that cannot be read, with its path
+    on_bad       called with the `BadImage`s of each batch, if any; it must raise where a batch could not be filled
     """
-    loader = DataLoader(data, batch_sampler=batches, num_workers=num_workers, collate_fn=collate,
-                        pin_memory=device.type == "cuda", prefetch_factor=4 if num_workers else None)
-    for batch in loader:
-        if isinstance(batch, BadImage):
-            raise UserError(f"cannot read the image {batch.path} ({batch.reason}); repair or remove it")
-        yield tuple(tensor.to(device, non_blocking=device.type == "cuda") for tensor in batch)
+    pinned = device.type == "cuda" and not data.on_device
+    loader = DataLoader(data, batch_sampler=batches, num_workers=0 if data.on_device else num_workers,
+                        collate_fn=whole_batch, pin_memory=pinned,
+                        prefetch_factor=4 if num_workers and not data.on_device else None)
+    for images, labels, bad in loader:
+        if bad:
+            on_bad(bad)
+        yield images.to(device, non_blocking=pinned), labels.to(device, non_blocking=pinned)
 
 
-def collate(items):
-    """[(image, label), ...] -> (images, labels), or the first `BadImage` among them."""
-    bad = next((item for item in items if isinstance(item, BadImage)), None)
-    if bad is not None:
-        return bad
-    images, labels = zip(*items)
-    return torch.stack(images), torch.tensor(labels)
+def whole_batch(batch):
+    """Data sets answer with whole batches: nothing is left to collate."""
+    return batch

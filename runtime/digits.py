@@ -3,14 +3,14 @@ import numpy as np
 import torch
 from sklearn.datasets import load_digits
 from sklearn.svm import SVC
-from torch.utils.data import Dataset
+
+from .data import ImageData
 
 
-class DigitsData(Dataset):
+class DigitsData(ImageData):
     """1,797 real 8x8 grey images in ten classes, part of the package.
 
     split  "train": four of five images, in the package's order; "held-out": every fifth
-    An item is asked for as (index, flip) and is (image, label): image (1, 8, 8) float32 in [-1, 1].
     """
 
     channels = 1
@@ -24,14 +24,10 @@ class DigitsData(Dataset):
         self.images = torch.tensor(digits.images[chosen] / 8.0 - 1.0, dtype=torch.float32)[:, None]
         self.labels = digits.target[chosen].tolist()
         self.class_names = [str(name) for name in digits.target_names]
+        self.paths = [f"load_digits/{index}" for index in np.flatnonzero(chosen)]
 
-    def __len__(self):
-        return len(self.labels)
-
-    def __getitem__(self, key):
-        index, flip = key
-        image = self.images[index]
-        return image.flip(-1) if flip else image, self.labels[index]
+    def read(self, index):
+        return self.images[index]
 
 
 class DigitsClassifier:

@@ -1,14 +1,54 @@
 """Between pixels and what the DiT sees. The one place that knows a VAE's scale, shift, channels and stride."""
+import math
 import os
+from dataclasses import dataclass
 
 import torch
 
+from . import checksum
 from .errors import UserError
 
 # The VAEs of the paper: Stable Diffusion's, its decoder fine-tuned (table 5)
 VAE_NAMES = {"ema": "stabilityai/sd-vae-ft-ema", "mse": "stabilityai/sd-vae-ft-mse"}
 
 DECODED_AT_ONCE = 16
+
+
+@dataclass(frozen=True)
+class LatentSpace:
+    """What the latents of a VAE are, and how the DiT sees them.
+
+    channels        C of the latents
+    stride          pixels a latent
+    scale, shift    numbers, or lists of C of them: scaled = (latent - shift) scale
+    image_channels  of the images
+    """
+
+    channels: int
+    stride: int
+    scale: object
+    shift: object
+    image_channels: int = 3
+
+    def draw(self, moments, noise):
+        """Scaled latents from the posterior N(mean, exp(log_var)).
+
+        moments  (N, 2C, h, w) mean, then log_var
+        noise    (N, C, h, w) standard normal
+        return   (N, C, h, w) float32
+        """
+        mean, log_var = moments.float().chunk(2, dim=1)
+        latents = mean + torch.exp(0.5 * log_var) * noise
+        return (latents - _column(self.shift, latents)) * _column(self.scale, latents)
+
+    def unscale(self, latents):
+        """(N, C, h, w) as the DiT makes them -> as the VAE's decoder takes them."""
+        return latents / _column(self.scale, latents) + _column(self.shift, latents)
+
+
+def _column(value, like):
+    """A number as it is; one number a channel as a tensor (C, 1, 1)."""
+    return value if isinstance(value, (int, float)) else torch.tensor(value, device=like.device)[:, None, None]
 
 
 class PixelCodec:
@@ -33,30 +73,30 @@ class PixelCodec:
 class VAECodec:
     """A frozen diffusers `AutoencoderKL`.
 
-    name      what --vae said
-    channels  C of the latents
-    stride    pixels a latent
+    name   what --vae said
+    space  the `LatentSpace` of its latents
     """
 
     is_random = True  # encoding samples a posterior
 
     def __init__(self, name, vae):
         self.name, self.vae = name, vae.eval().requires_grad_(False)
-        self.channels = vae.config.latent_channels
-        self.stride = 2 ** (len(vae.config.block_out_channels) - 1)
-        self.scale = vae.config.scaling_factor
-        self.shift = getattr(vae.config, "shift_factor", None) or 0.0
+        self.space = _space_of(vae.config)
+        self.channels, self.stride = self.space.channels, self.space.stride
+
+    def encoder_sha256(self):
+        """A name for all weights that latents depend on: VAEs that differ in the decoder alone share it."""
+        return checksum.of_weights(*(part for part in (self.vae.encoder, self.vae.quant_conv) if part is not None))
 
     @torch.no_grad()
-    def encode(self, images, noise):
-        """Draw scaled latents from the VAE's posterior.
-
-        images  (N, 3, H, W) in [-1, 1]
-        noise   (N, C, H / stride, W / stride) standard normal
-        return  (mean + std noise - shift) scale, of noise's shape
-        """
+    def moments(self, images):
+        """(N, C, H, W) images in [-1, 1] -> (N, 2C, H / stride, W / stride): mean and log_var of the posterior."""
         posterior = self.vae.encode(images).latent_dist
-        return (posterior.mean + posterior.std * noise - self.shift) * self.scale
+        return torch.cat([posterior.mean, posterior.logvar], dim=1)
+
+    def encode(self, images, noise):
+        """Draw scaled latents from the posterior of images, with `noise` of the latents' shape."""
+        return self.space.draw(self.moments(images), noise)
 
     @torch.no_grad()
     def decode(self, latents):
@@ -64,8 +104,41 @@ class VAECodec:
 
         In parts: at 512 pixels one activation of the decoder takes 0.3 GB an image.
         """
-        parts = (latents / self.scale + self.shift).split(DECODED_AT_ONCE)
+        parts = self.space.unscale(latents).split(DECODED_AT_ONCE)
         return torch.cat([self.vae.decode(part).sample for part in parts])
+
+
+class CachedCodec:
+    """The codec of a latent cache: encoding draws from moments that a VAE made earlier.
+
+    name   of that VAE
+    space  the `LatentSpace` of its latents
+    vae    a `VAECodec` to decode with, or None: then nothing can be decoded
+    """
+
+    is_random = True
+
+    def __init__(self, name, space, vae=None):
+        self.name, self.space, self.vae = name, space, vae
+        self.channels, self.stride = space.channels, space.stride
+
+    def encode(self, moments, noise):
+        """(N, 2C, h, w) moments of any floating type -> (N, C, h, w) scaled latents."""
+        return self.space.draw(moments, noise)
+
+    def decode(self, latents):
+        return self.vae.decode(latents)
+
+
+def _space_of(config):
+    """The latents of an `AutoencoderKL`, from its configuration."""
+    scale, shift = config.scaling_factor, getattr(config, "shift_factor", None) or 0.0
+    means, stds = getattr(config, "latents_mean", None), getattr(config, "latents_std", None)
+    if means is not None and stds is not None:  # some normalise each channel, then scale
+        means, stds = torch.tensor(means).flatten().tolist(), torch.tensor(stds).flatten().tolist()
+        scale, shift = [scale / std for std in stds], [mean + shift for mean in means]
+    return LatentSpace(channels=config.latent_channels, stride=2 ** (len(config.block_out_channels) - 1),
+                       scale=scale, shift=shift, image_channels=config.in_channels)
 
 
 def latent_size(codec, image_size):
@@ -80,7 +153,7 @@ def open_codec(name, channels=3, device="cpu"):
     """The codec that --vae names.
 
     name      "ema" or "mse" (the paper's), a directory that diffusers' save_pretrained wrote, another name on the
-              Hugging Face hub, or "none" for pixels
+              Hugging Face hub, with a folder in it if need be ("OWNER/MODEL/vae"), or "none" for pixels
     channels  of the images; what "none" passes on
     """
     if name == "none":
@@ -88,13 +161,15 @@ def open_codec(name, channels=3, device="cpu"):
     from diffusers import AutoencoderKL
     source = VAE_NAMES.get(name, name)
     known = f"'{source}'" if source == name else f"'{name}' ({source})"
+    local = os.path.isdir(source) or os.path.isabs(source)
+    repository, folder = (source, None) if local else _on_hub(source)
     try:
-        vae = AutoencoderKL.from_pretrained(source).to(device)
+        vae = AutoencoderKL.from_pretrained(repository, subfolder=folder).to(device)
     except (OSError, ValueError, RuntimeError) as error:
-        if os.path.isdir(source) or os.path.isabs(source):
+        if local:
             advice = "the directory must hold config.json and diffusion_pytorch_model.safetensors of an AutoencoderKL"
         else:
-            advice = (f"without a network, fetch https://huggingface.co/{source} elsewhere and pass its directory, "
+            advice = (f"without a network, fetch https://huggingface.co/{repository} elsewhere and pass its directory, "
                       "as in --vae /path/to/sd-vae-ft-ema; --vae none works on pixels")
         raise UserError(f"--vae {known} could not be loaded: {advice}. diffusers says: {_first_line(error)}") from None
     if vae.config.in_channels != channels:
@@ -103,6 +178,66 @@ def open_codec(name, channels=3, device="cpu"):
     return VAECodec(name, vae)
 
 
+def _on_hub(name):
+    """"OWNER/MODEL/FOLDER" -> "OWNER/MODEL", "FOLDER"; the folder is None where there is none."""
+    owner, *rest = name.split("/", 2)
+    return "/".join([owner, *rest[:1]]), rest[1] if len(rest) > 1 else None
+
+
 def _first_line(error):
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
+
+
+# ---------------------------------------------------------------- is this the right VAE, the right scale?
+
+LOOKED_AT = 8  # images
+
+
+def first_look(codec, examples, device):
+    """Sentences on a few images and their latents, warnings among them: a wrong scale costs a whole training run.
+
+    examples  (N, ...) of what the codec encodes, or None
+    """
+    if examples is None or not codec.is_random:
+        return
+    examples = examples.to(device)
+    if isinstance(codec, VAECodec):
+        yield from round_trip(codec, examples)
+    else:
+        yield from describe(codec, codec.encode(examples, 0.0))
+
+
+def round_trip(codec, images):
+    """Encode and decode images (N, C, H, W) in [-1, 1]: sentences on the error, and on the latents.
+
+    Stable Diffusion's VAE restores photographs to about 25 dB.
+    """
+    latents = codec.encode(images, 0.0)
+    decoded = codec.decode(latents)
+    mse = torch.nn.functional.mse_loss(decoded.float(), images).item()
+    psnr = 10 * math.log10(4 / max(mse, 1e-12))  # 4: the square of the range
+    yield (f"Round trip of {len(images)} images through --vae {codec.name}: PSNR {psnr:.1f} dB, "
+           f"pixels {decoded.min():.2f} .. {decoded.max():.2f} (they were {images.min():.2f} .. {images.max():.2f})")
+    if psnr < 15:
+        yield (f"WARNING: --vae {codec.name} does not restore these images (PSNR {psnr:.1f} dB, 25 is usual): was it "
+               "trained on images of another kind, or in another range than [-1, 1]?")
+    yield from describe(codec, latents)
+
+
+def describe(codec, latents):
+    """Sentences on scaled latents. The process ends in standard normal noise: their mean should be about 0, their
+    standard deviation about 1.
+    """
+    mean, std = latents.mean().item(), latents.std().item()
+    yield f"Latents of --vae {codec.name}: {tuple(latents.shape[1:])} each, mean {mean:.3f}, std {std:.3f} as scaled"
+    if not 0.5 < std < 2:
+        yield (f"WARNING: the latents of --vae {codec.name} have a standard deviation of {std:.3g} where about 1 is "
+               f"expected: is the scaling_factor {_short(codec.space.scale)} in its config.json right?")
+    if abs(mean) > max(std, 0.5):
+        yield (f"WARNING: the latents of --vae {codec.name} have a mean of {mean:.3g} where about 0 is expected: is "
+               f"the shift_factor {_short(codec.space.shift)} in its config.json right?")
+
+
+def _short(value):
+    return f"{value:g}" if isinstance(value, (int, float)) else f"{value[0]:g}, ..."

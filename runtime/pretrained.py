@@ -7,7 +7,7 @@ import urllib.request
 from filelock import FileLock
 from tqdm.auto import tqdm
 
-from . import checkpoint
+from . import checkpoint, checksum
 from .errors import UserError
 
 PUBLISHED = ("DiT-XL-2-512x512.pt", "DiT-XL-2-256x256.pt")
@@ -51,7 +51,7 @@ def download(name, folder=FOLDER, base_url=BASE_URL, sha256=None):
     path, url = os.path.join(folder, name), base_url.rstrip("/") + "/" + name
     sha256 = sha256 and sha256.lower()
     if os.path.exists(path):
-        if sha256 and _hash_file(path) != sha256:
+        if sha256 and checksum.of_file(path) != sha256:
             raise UserError(f"{path} does not have the SHA-256 {sha256}: remove it to fetch it again")
         return path
     try:
@@ -105,11 +105,3 @@ def _recorded(path):
         return None
     with open(path) as file:
         return file.read().strip()
-
-
-def _hash_file(path):
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while data := file.read(1 << 20):
-            digest.update(data)
-    return digest.hexdigest()

@@ -1,8 +1,6 @@
 """A set of samples on disk: made in any order by any number of processes, never twice, then one .npz for ADM's suite.
 """
 import glob
-import hashlib
-import itertools
 import os
 import re
 import zipfile
@@ -12,22 +10,13 @@ from PIL import Image
 
 from .errors import UserError
 from .randomness import SAMPLE_LABEL, seed_of
+from .ranges import missing_ranges
 from .whole_file import whole_file
 
 
 def random_labels(seed, indices, num_classes):
     """Uniform random class labels; that of sample i is a function of (seed, i)."""
     return np.array([np.random.default_rng(seed_of(seed, SAMPLE_LABEL, i)).integers(num_classes) for i in indices])
-
-
-def fingerprint(*modules):
-    """Eight hexadecimal digits that tell the weights of some modules from any others."""
-    digest = hashlib.sha256()
-    for module in modules:
-        for name, tensor in module.state_dict().items():
-            digest.update(name.encode())
-            digest.update(tensor.detach().cpu().contiguous().numpy().data)
-    return digest.hexdigest()[:8]
 
 
 class SampleSet:
@@ -52,21 +41,12 @@ class SampleSet:
         return len(npz_array(self.npz, "arr_0")) if os.path.exists(self.npz) else 0
 
     def missing(self, num_samples, batch_size):
-        """What is left to make: ranges (first, end), each within a batch of the grid 0, batch_size, 2 batch_size, ...
-
-        The grid depends on nothing but the batch size, so that neither a kill nor the number of processes changes
-        which samples are computed together.
-        """
+        """What is left to make: ranges (first, end) as `missing_ranges` cuts them."""
         done = np.zeros(num_samples, dtype=bool)
         done[: self.finished()] = True
         for first, end, _ in self._parts():
             done[first:end] = True
-        ranges = []
-        for start in range(0, num_samples, batch_size):
-            todo = [i for i in range(start, min(start + batch_size, num_samples)) if not done[i]]
-            cuts = [0, *(k for k in range(1, len(todo)) if todo[k] != todo[k - 1] + 1), len(todo)]
-            ranges += [(todo[a], todo[b - 1] + 1) for a, b in itertools.pairwise(cuts) if b > a]
-        return ranges
+        return missing_ranges(done, batch_size)
 
     def _parts(self):
         """(first, end, path) of the parts on disk, in order."""

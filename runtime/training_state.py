@@ -7,7 +7,7 @@ from .errors import UserError
 
 # Flags that do not change what is computed: a resumed run may have others without a word.
 FREE_FLAGS = {"resume", "results_dir", "epochs", "max_steps", "num_workers", "log_every", "ckpt_every", "sample_every",
-              "grad_accum_steps"}
+              "grad_accum_steps", "features_in_memory", "max_bad_images"}
 
 
 class TrainingState:

@@ -1,0 +1,108 @@
+"""What a latent cache says of itself, and where in its files an image lies."""
+import io
+import json
+import os
+from importlib import metadata
+
+import numpy as np
+import torch
+
+from .. import checksum
+from ..errors import UserError
+from ..whole_file import whole_file
+
+FORMAT = "dit-latents-1"
+# What progress.npy says of an image.
+MISSING, ENCODED, BAD = 0, 1, 2
+
+# bfloat16, which numpy does not know, lies there as the int16 of the same bits.
+DTYPES = {"fp16": (torch.float16, np.dtype("<f2")), "bf16": (torch.bfloat16, np.dtype("<i2")),
+          "fp32": (torch.float32, np.dtype("<f4"))}
+LARGEST_FILE = 4 << 30  # bytes: ImageNet at 256 pixels takes ten such files
+
+# What two runs must agree on to fill the same cache.
+IDENTITY = ("format", "vae_sha256", "space", "image_size", "crop", "orientations", "dtype", "precision", "count",
+            "classes", "rows_per_file", "listing_sha256")
+
+
+def new_manifest(data, data_path, codec, image_size, flips, dtype, precision, largest_file=LARGEST_FILE):
+    """What `manifest.json` says before anything is encoded; plain values.
+
+    data       an `ImageData`
+    codec      a `VAECodec`
+    flips      store the mirror images too
+    dtype      "fp16", "bf16" or "fp32": of the stored moments
+    precision  in which they were computed
+    """
+    space = dict(vars(codec.space))
+    orientations = 2 if flips else 1
+    side = image_size // codec.stride
+    row_bytes = orientations * 2 * codec.channels * side * side * DTYPES[dtype][1].itemsize
+    return dict(
+        format=FORMAT, complete=False, vae=codec.name, vae_sha256=codec.encoder_sha256(), space=space,
+        image_size=image_size, crop="center, as ADM: halved by box, then bicubic", orientations=orientations,
+        latent_size=side, dtype=dtype, precision=precision, count=len(data.labels), classes=data.class_names,
+        data_path=data_path, versions={name: metadata.version(name) for name in ("torch", "diffusers", "pillow")},
+        rows_per_file=max(1, largest_file // row_bytes),
+        listing_sha256=checksum.of_value([data.labels, data.paths]))
+
+
+class Layout:
+    """Which files a cache consists of, and where in them an image lies; follows from the manifest."""
+
+    def __init__(self, manifest):
+        self.count, self.rows_per_file = manifest["count"], manifest["rows_per_file"]
+        self.torch_dtype, self.dtype = DTYPES[manifest["dtype"]]
+        side = manifest["latent_size"]
+        self.row_shape = (manifest["orientations"], 2 * manifest["space"]["channels"], side, side)
+        self.row_bytes = int(np.prod(self.row_shape)) * self.dtype.itemsize
+        self.rows = [min(self.rows_per_file, self.count - first) for first in range(0, self.count, self.rows_per_file)]
+        self.names = [f"moments-{number:03d}.npy" for number in range(len(self.rows))]
+        self.headers = [npy_header((rows, *self.row_shape), self.dtype) for rows in self.rows]
+        self.sizes = [len(header) + rows * self.row_bytes for header, rows in zip(self.headers, self.rows)]
+
+    def pieces(self, first, end):
+        """The rows first .. end - 1: (number of the file, offset in bytes there, first row, end row) each."""
+        while first < end:
+            number, row = divmod(first, self.rows_per_file)
+            stop = min(end, (number + 1) * self.rows_per_file)
+            yield number, len(self.headers[number]) + row * self.row_bytes, first, stop
+            first = stop
+
+
+def npy_header(shape, dtype):
+    """The bytes with which an .npy file of this shape begins."""
+    file = io.BytesIO()
+    np.lib.format.write_array_header_1_0(file, dict(descr=np.lib.format.dtype_to_descr(dtype), fortran_order=False,
+                                                    shape=shape))
+    return file.getvalue()
+
+
+def read_manifest(folder):
+    """The manifest of a cache; a `UserError` where there is none, or a damaged one."""
+    path = os.path.join(folder, "manifest.json")
+    if not os.path.isfile(path):
+        lacks = "holds no manifest.json" if os.path.isdir(folder) else "does not exist"
+        raise UserError(f"--features-path {folder} {lacks}: extract_features.py makes a latent cache")
+    try:
+        with open(path, encoding="utf-8") as file:
+            manifest = json.load(file)
+        stated = manifest.pop("manifest_sha256")
+        known = manifest["format"] == FORMAT
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is damaged, or no manifest of a latent cache ({error})") from None
+    if not known:
+        raise UserError(f"{path} is of the format {manifest['format']!r}, this code reads {FORMAT!r}")
+    if stated != checksum.of_value(manifest):
+        raise UserError(f"{path} was changed since it was written: its own checksum does not fit")
+    return manifest
+
+
+def write_manifest(folder, manifest):
+    text = json.dumps(manifest | dict(manifest_sha256=checksum.of_value(manifest)), indent=1)
+    with whole_file(os.path.join(folder, "manifest.json")) as file:
+        file.write(text.encode())
+
+
+def gigabytes(number):
+    return f"{number / 1e9:.1f} GB" if number >= 1e8 else f"{number / 1e6:.2f} MB"
