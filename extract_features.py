@@ -178,7 +178,7 @@ def verify(accelerator, flags):
             faults = latent_cache.verify(flags.features_path, rank, world,
                                          show=lambda size: bar.update(min(size * world, total - bar.n)))
     if world > 1:
-        faults = gather_object(faults)
+        faults = sorted(gather_object(faults))
     if faults:
         raise UserError(f"{flags.features_path} is damaged: {'; '.join(faults)}", shown=accelerator.is_main_process)
     accelerator.print(f"{flags.features_path} is as it was written: {manifest['count']:,} images, "

@@ -123,7 +123,7 @@ class BadImages:
             if len(known) >= self.limit:
                 raise UserError(too_many(image, len(known) + 1, self.limit))
             with open(self.path, "ab") as file:  # appended in one write: lines of several processes do not mix
-                file.write(f"{image.path}\t{' '.join(image.reason.split())}\n".encode(errors="surrogateescape"))
+                file.write(f"{image.path}\t{image.reason}\n".encode(errors="surrogateescape"))
             self.warn(f"WARNING: skipped the image {image.path} ({image.reason}), "
                       f"{len(known) + 1} of {self.limit} that --max-bad-images allows")
 

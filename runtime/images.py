@@ -21,6 +21,7 @@ LONGEST = 16  # times the shorter side
 class BadImage:
     """A file that holds no image, or half of one. Worker processes hand it over as a value, not as a traceback.
 
+    reason      one line
     is_damaged  False where the file could not be read at all (no permission, a broken disk): such an image may be
                 there the next time, so that it is never skipped
     """
@@ -40,7 +41,8 @@ def read_image(path, size):
         raise
     except Exception as error:  # a damaged file fails in many ways; each means the same
         broken_disk = isinstance(error, OSError) and error.errno is not None
-        return BadImage(path, f"{type(error).__name__}: {error}", is_damaged=not broken_disk)
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        return BadImage(path, reason, is_damaged=not broken_disk)
 
 
 def upright(image):

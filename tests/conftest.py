@@ -53,6 +53,20 @@ def free_port():
         return probe.getsockname()[1]
 
 
+def picture(*shape, seed=0):
+    """(H, W, ...) uint8 noise."""
+    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+def write_images(root, files):
+    """files: {"class/name.png": PIL image or bytes}; returns the folder's name."""
+    for name, content in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content) if isinstance(content, bytes) else content.save(path)
+    return str(root)
+
+
 @pytest.fixture(scope="session")
 def image_folder(tmp_path_factory):
     """Three classes of eight small colour images each, of several sizes."""

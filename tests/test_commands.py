@@ -19,7 +19,8 @@ PUBLISHED_FLAGS = {
                        global_seed=0, tf32=True, ckpt=None),
 }
 PAPER_DEFAULTS = dict(lr=1e-4, ema_decay=0.9999, class_dropout_prob=0.1, grad_accum_steps=1, max_grad_norm=None,
-                      schedule_sampler="uniform", max_steps=None, sample_every=None, resume=None)
+                      schedule_sampler="uniform", max_steps=None, sample_every=None, resume=None, features_path=None,
+                      features_in_memory=False, max_bad_images=0)
 
 
 @pytest.mark.parametrize("name", PUBLISHED_FLAGS)
@@ -34,7 +35,7 @@ def test_no_flags_are_the_paper():
     assert {flag: parser.get_default(flag) for flag in PAPER_DEFAULTS} == PAPER_DEFAULTS
 
 
-@pytest.mark.parametrize("name", ["train", "sample", "sample_ddp", "download", "score_digits"])
+@pytest.mark.parametrize("name", ["train", "sample", "sample_ddp", "extract_features", "download", "score_digits"])
 def test_help_is_complete(command, name):
     status, out, _ = command(name, "--help")
     assert status == 0
@@ -59,7 +60,9 @@ def test_help_is_complete(command, name):
     ([*DIGITS, "--epochs", "x"], r"argument --epochs: invalid number value: 'x'"),
     ([*DIGITS, "--ema-decay", "1.5"], r"argument --ema-decay: 1.5 does not lie in 0 .. 1"),
     ([*DIGITS, "--model", "DiT-M/2"], r"argument --model: invalid choice: 'DiT-M/2'"),
-    ([], r"required: --data-path"),
+    ([], r"one of the arguments --data-path --features-path is required"),
+    ([*DIGITS, "--features-path", "x"], r"--features-path: not allowed with argument --data-path"),
+    ([*DIGITS, "--features-in-memory"], r"--features-in-memory needs --features-path"),
 ])
 def test_train_mistakes(command, tmp_path, flags, sentence):
     """Nothing is left behind by a run that could not start."""
@@ -168,9 +171,10 @@ def test_one_sentence_from_several_processes(tmp_path):
     assert "terminate called" not in done.stderr
 
 
-LAYERS = {"commands": {"train", "sample", "sample_ddp", "download", "score_digits", "benchmark"}, "parts": {"runtime"},
-          "ideas": {"models", "diffusion"}}
-MAY_IMPORT = {"commands": {"parts", "ideas"}, "parts": {"parts", "ideas"}, "ideas": set()}
+LAYERS = {"commands": {"train", "sample", "sample_ddp", "extract_features", "download", "score_digits", "benchmark"},
+          "measurements": {"benchmarks"}, "parts": {"runtime"}, "ideas": {"models", "diffusion"}}
+MAY_IMPORT = {"commands": {"measurements", "parts", "ideas"}, "measurements": {"parts", "ideas"},
+              "parts": {"parts", "ideas"}, "ideas": set()}
 
 
 def layer_of(module):
@@ -231,10 +235,10 @@ def test_requirements_name_every_import():
 
 def test_benchmark_compares_equal_things():
     """The plain formulas give the numbers of the fast ones, so that the ratio of their times means something."""
-    import benchmark
+    from benchmarks.process import PlainFormulas
     from diffusion import create_diffusion
     diffusion = create_diffusion("")
-    plain = benchmark.PlainFormulas(diffusion)
+    plain = PlainFormulas(diffusion)
     x, output = torch.randn(4, 4, 8, 8), torch.randn(4, 8, 8, 8)
     t = torch.tensor([0, 1, 500, 999])
     torch.manual_seed(1)

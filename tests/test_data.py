@@ -2,83 +2,17 @@
 import numpy as np
 import pytest
 import torch
+from conftest import picture, write_images
 from PIL import Image
 
-from runtime.data import GlobalBatches, ImageFolderData, center_crop, load_batches, open_data
+from runtime.data import BadImages, GlobalBatches, ImageFolderData, load_batches, open_data
 from runtime.digits import DigitsClassifier, DigitsData
 from runtime.errors import UserError
 from runtime.generate import to_uint8
+from runtime.images import BadImage
 
 CPU = torch.device("cpu")
 forks = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
-
-
-def picture(*shape, seed=0):
-    """(H, W, ...) uint8 noise."""
-    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
-
-
-def write(root, files):
-    """files: {"class/name.png": PIL image or bytes}."""
-    for name, content in files.items():
-        path = root / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content) if isinstance(content, bytes) else content.save(path)
-    return str(root)
-
-
-# ---------------------------------------------------------------- center_crop
-
-@pytest.mark.parametrize("width, height", [(8, 8), (9, 8), (5, 3), (3, 5), (15, 40), (40, 15), (16, 16),
-                                           (100, 33)])
-def test_crop_has_the_size(width, height):
-    assert center_crop(Image.fromarray(picture(height, width, 3)), 8).size == (8, 8)
-
-
-def test_crop_of_an_image_of_the_size_is_the_image():
-    pixels = picture(8, 8, 3)
-    assert np.array_equal(center_crop(Image.fromarray(pixels), 8), pixels)
-
-
-@pytest.mark.parametrize("portrait", [False, True])
-def test_crop_takes_the_centre_of_a_halved_image(portrait):
-    """40 x 20 to 10: halved to 20 x 10 (a ramp of 2x becomes 4x + 1), of which columns 5 .. 14 are kept."""
-    ramp = np.tile(2 * np.arange(40, dtype=np.uint8), (20, 1))
-    expected = np.tile(4 * np.arange(5, 15, dtype=np.uint8) + 1, (10, 1))
-    cropped = np.array(center_crop(Image.fromarray(ramp.T if portrait else ramp), 10))
-    assert np.array_equal(cropped, expected.T if portrait else expected)
-
-
-@pytest.mark.parametrize("size", [12, 24, 30])
-def test_crop_takes_the_centre_of_a_scaled_image(size):
-    """A ramp's mean stays where it is, and its slope follows the scale: also where the image is enlarged."""
-    ramp = Image.fromarray(np.tile(4 * np.arange(60, dtype=np.uint8), (18, 1)))
-    cropped = np.array(center_crop(ramp, size)).astype(float)
-    assert cropped.mean() == pytest.approx(4 * 29.5, abs=1.5)
-    assert (cropped[:, -1] - cropped[:, 0]).mean() == pytest.approx(4 * 18 * (size - 1) / size, abs=3)
-
-
-def test_crop_of_an_odd_remainder():
-    """Three columns too many: one goes on the left, two on the right."""
-    pixels = picture(8, 11, 3)
-    assert np.array_equal(center_crop(Image.fromarray(pixels), 8), pixels[:, 1:9])
-
-
-def test_crop_halves_by_box_means():
-    """Four times as large: each pixel is the mean of its block, exactly; no bicubic step could do that."""
-    means = np.random.default_rng(0).integers(10, 246, (8, 8))
-    within = np.kron([[-8, 4], [8, -4]], np.ones((2, 2), int))
-    blocks = np.kron(means, np.ones((4, 4), int)) + np.tile(within, (8, 8))
-    assert np.array_equal(center_crop(Image.fromarray(blocks.astype(np.uint8)), 8), means)
-
-
-def test_crop_halves_only_while_twice_as_large():
-    def bicubic(image):
-        return np.array(image.resize((8, 8), Image.Resampling.BICUBIC))
-
-    once, not_quite = Image.fromarray(picture(24, 24)), Image.fromarray(picture(15, 15))
-    assert np.array_equal(center_crop(once, 8), bicubic(once.resize((12, 12), Image.Resampling.BOX)))
-    assert np.array_equal(center_crop(not_quite, 8), bicubic(not_quite))
 
 
 # ---------------------------------------------------------------- folders of images
@@ -87,49 +21,38 @@ def test_items_of_a_folder(tmp_path):
     """Values, labels by the classes' names, mirror images."""
     names = ["cat/1.png", "cat/2.png", "ant/1.png"]
     pixels = {name: picture(8, 8, 3, seed=i) for i, name in enumerate(names)}
-    data = ImageFolderData(write(tmp_path, {name: Image.fromarray(p) for name, p in pixels.items()}), 8)
+    data = ImageFolderData(write_images(tmp_path, {name: Image.fromarray(p) for name, p in pixels.items()}), 8)
     assert data.class_names == ["ant", "cat"] and len(data) == 3
     assert (data.channels, data.flips) == (3, True)
-    for index, (name, label) in enumerate([(names[2], 0), (names[0], 1), (names[1], 1)]):
-        expected = ((pixels[name].transpose(2, 0, 1) / 255 - 0.5) / 0.5).astype(np.float32)
-        image, found = data[index, False]
-        assert found == label
-        assert image.shape == (3, 8, 8) and image.dtype == torch.float32
-        np.testing.assert_allclose(image.numpy(), expected, atol=1e-6)
-        assert torch.equal(data[index, True][0], image.flip(2))
+    assert data.paths == ["ant/1.png", "cat/1.png", "cat/2.png"] and data.labels == [0, 1, 1]
+    expected = [((pixels[name].transpose(2, 0, 1) / 255 - 0.5) / 0.5).astype(np.float32) for name in data.paths]
+    images, labels, bad = data.__getitems__([(1, False), (0, True), (2, True), (1, True)])
+    assert images.shape == (4, 3, 8, 8) and images.dtype == torch.float32 and bad == []
+    assert labels.tolist() == [1, 0, 1, 1]
+    for image, index, step in zip(images, [1, 0, 2, 1], [1, -1, -1, -1]):
+        np.testing.assert_allclose(image.numpy(), expected[index][..., ::step], atol=1e-6)
 
 
 def test_black_and_white_are_the_ends(tmp_path):
     halves = np.repeat(np.array([[0, 255]], dtype=np.uint8), 2, axis=0)
-    image, _ = ImageFolderData(write(tmp_path, {"a/1.png": Image.fromarray(halves)}), 2)[0, False]
+    image = ImageFolderData(write_images(tmp_path, {"a/1.png": Image.fromarray(halves)}), 2).read(0)
     assert torch.equal(image, torch.tensor([-1.0, 1.0]).expand(3, 2, 2))
 
 
-def test_every_image_becomes_rgb(tmp_path):
-    """Grey, black and white, a palette, transparency: none of them changes the shape or the colours."""
-    rgb = Image.fromarray(picture(8, 8, 3))
-    clear = Image.fromarray(picture(8, 8, seed=1))
-    grey, palette, alpha = rgb.convert("L"), rgb.quantize(16), rgb.copy()
-    alpha.putalpha(clear)
-    palette.info["transparency"] = 3
-    expected = {"1": grey.convert("1").convert("RGB"), "L": grey.convert("RGB"), "LA": grey.convert("RGB"),
-                "P": palette.convert("RGB"), "RGBA": rgb}
-    grey_alpha = grey.convert("LA")
-    grey_alpha.putalpha(clear)
-    files = {"1": grey.convert("1"), "L": grey, "LA": grey_alpha, "P": palette, "RGBA": alpha}
-    data = ImageFolderData(write(tmp_path, {f"a/{mode}.png": image for mode, image in files.items()}), 8)
-    assert len(data) == 5
-    for index, mode in enumerate(expected):
-        with Image.open(tmp_path / f"a/{mode}.png") as stored:
-            assert stored.mode == mode
-        image, _ = data[index, False]
-        assert np.array_equal((image.permute(1, 2, 0) * 127.5 + 127.5).round(), expected[mode]), mode
+def test_examples_come_from_all_over(tmp_path):
+    """Each of another place; what cannot be read is left out; no more than there are."""
+    files = {f"a/{i}.png": Image.new("RGB", (2, 2), (i, i, i)) for i in range(9)}
+    data = ImageFolderData(write_images(tmp_path, files | {"a/4.png": b"no image"}), 2)
+    assert [round((image[0, 0, 0].item() + 1) * 127.5) for image in data.examples(5)] == [0, 2, 6, 8]
+    assert len(data.examples(100)) == 8
+    nothing = ImageFolderData(write_images(tmp_path / "nothing", {"a/1.png": b""}), 2)
+    assert nothing.examples(5) is None
 
 
 def test_a_folder_that_is_none(tmp_path):
     picture_of_a_cat = Image.fromarray(picture(8, 8, 3))
-    flat = write(tmp_path / "flat", {"1.png": picture_of_a_cat})
-    half = write(tmp_path / "half", {"cat/1.png": picture_of_a_cat, "dog/notes.txt": b"none yet"})
+    flat = write_images(tmp_path / "flat", {"1.png": picture_of_a_cat})
+    half = write_images(tmp_path / "half", {"cat/1.png": picture_of_a_cat, "dog/notes.txt": b"none yet"})
     for root in (str(tmp_path / "missing"), flat, flat + "/1.png", half):
         with pytest.raises(UserError, match=f"--data-path {root}: "):
             open_data(root, 8)
@@ -143,18 +66,54 @@ def pairs(data, steps):
     return GlobalBatches(len(data), 2, slice(0, 2), seed=0, first=0, last=steps, flips=True)
 
 
+def never(bad):
+    raise AssertionError(bad)
+
+
 @forks
 @pytest.mark.parametrize("workers", [0, 2])
 def test_load_batches(tmp_path, workers):
     """In the order of the batches, however many workers."""
     files = {f"{i % 2}/{i}.png": Image.fromarray(picture(8, 8, 3, seed=i)) for i in range(6)}
-    data = ImageFolderData(write(tmp_path, files), 8)
+    data = ImageFolderData(write_images(tmp_path, files), 8)
     batches = pairs(data, steps=5)
-    loaded = list(load_batches(data, batches, workers, CPU))
+    loaded = list(load_batches(data, batches, workers, CPU, never))
     assert len(loaded) == len(batches) == 5
     for (images, labels), keys in zip(loaded, batches):
-        assert torch.equal(images, torch.stack([data[key][0] for key in keys]))
-        assert labels.tolist() == [data[key][1] for key in keys]
+        want = data.__getitems__(keys)
+        assert torch.equal(images, want.images) and torch.equal(labels, want.labels)
+
+
+# ---------------------------------------------------------------- images that cannot be read
+
+def numbered(tmp_path, bad, count=6, limit=0):
+    """Images whose grey value is their index, class i % 2 in the order 0, 2, 4, 1, 3, 5; some of them are none."""
+    files = {f"{i % 2}/{i}.png": b"no image" if i in bad else Image.new("RGB", (2, 2), (i, i, i)) for i in range(count)}
+    return ImageFolderData(write_images(tmp_path, files), 2, max_bad_images=limit)
+
+
+def values(batch):
+    return ((batch.images[:, 0, 0, 0] + 1) * 127.5).round().int().tolist()
+
+
+def test_a_bad_image_is_replaced_by_the_next(tmp_path):
+    """With its label; over several in a row, and over the end of the data set."""
+    data = numbered(tmp_path, bad=[2, 4, 5], limit=3)
+    batch = data.__getitems__([(index, False) for index in range(6)])
+    assert values(batch) == [0, 1, 1, 1, 3, 0] and batch.labels.tolist() == [0, 1, 1, 1, 1, 0]
+    assert [image.path for image in batch.bad] == [str(tmp_path / name) for name in ("0/2.png", "0/4.png", "1/5.png")]
+
+
+@pytest.mark.parametrize("limit", [0, 1])
+def test_too_many_bad_images_give_up_the_batch(tmp_path, limit):
+    batch = numbered(tmp_path, bad=[2, 4], limit=limit).__getitems__([(0, False), (1, False)])
+    assert batch.images is None and len(batch.bad) == limit + 1
+
+
+def test_nothing_but_bad_images(tmp_path):
+    """Also where all of them are allowed, the search for a good one ends."""
+    batch = numbered(tmp_path, bad=range(6), limit=100).__getitems__([(3, False)])
+    assert batch.images is None and len(batch.bad) == 6
 
 
 @forks
@@ -165,13 +124,50 @@ def test_load_batches(tmp_path, workers):
 def test_a_broken_image_is_named(tmp_path, workers, damage):
     """In a sentence, not in a worker's traceback."""
     names = [f"cat/{i}.png" for i in range(4)]
-    root = write(tmp_path, {name: Image.fromarray(picture(8, 8, 3)) for name in names})
+    root = write_images(tmp_path, {name: Image.fromarray(picture(8, 8, 3)) for name in names})
     bad = tmp_path / names[2]
     bad.write_bytes(damage(bad.read_bytes()))
     data = ImageFolderData(root, 8)
+    on_bad = BadImages(0, str(tmp_path / "bad.txt"), never).add
     with pytest.raises(UserError, match=str(bad)) as caught:
-        list(load_batches(data, pairs(data, steps=2), workers, CPU))
+        list(load_batches(data, pairs(data, steps=2), workers, CPU, on_bad))
     assert "Traceback" not in str(caught.value) and "\n" not in str(caught.value)
+    assert "--max-bad-images" in str(caught.value)
+
+
+def bad(name, **more):
+    return BadImage(name, "OSError: half of it", **more)
+
+
+def test_bad_images_are_counted_once(tmp_path):
+    """However often they come by; listed with their reasons; the one beyond the limit ends the run."""
+    heard = []
+    images = BadImages(2, str(tmp_path / "bad.txt"), heard.append)
+    images.add([bad("a"), bad("a")])
+    images.add([bad("a"), bad("b c")])
+    assert (tmp_path / "bad.txt").read_text() == "a\tOSError: half of it\nb c\tOSError: half of it\n"
+    assert len(heard) == 2 and "2 of 2" in heard[1]
+    with pytest.raises(UserError, match=r"cannot read the image d .*--max-bad-images 2 .*\(3 were met\)"):
+        images.add([bad("d")])
+
+
+def test_processes_and_restarts_count_together(tmp_path):
+    first, second = (BadImages(2, str(tmp_path / "bad.txt"), lambda line: None) for _ in range(2))
+    first.add([bad("a")])
+    second.add([bad("a"), bad("b")])
+    for images in (first, second):
+        with pytest.raises(UserError, match="the image c"):
+            images.add([bad("c")])
+
+
+def test_a_disk_that_fails_is_no_bad_image(tmp_path):
+    """A file that cannot be opened may be there the next time: it is never replaced, whatever the limit."""
+    data = numbered(tmp_path, bad=[], limit=5)
+    (tmp_path / "0" / "2.png").unlink()
+    batch = data.__getitems__([(1, False)])
+    assert batch.images is None
+    with pytest.raises(UserError, match=r"cannot read \S+2\.png \(FileNotFoundError"):
+        BadImages(5, str(tmp_path / "bad.txt"), never).add(batch.bad)
 
 
 # ---------------------------------------------------------------- the order
@@ -237,11 +233,12 @@ def test_digits_are_split_without_overlap():
     pictures = [{image.numpy().tobytes() for image in split.images} for split in (train, held_out)]
     assert not pictures[0] & pictures[1]
     for split in (train, held_out):
-        image, label = split[3, False]
-        assert image.shape == (1, 8, 8) and image.dtype == torch.float32 and label in range(10)
+        images, labels, bad = split.__getitems__([(3, False), (3, True)])
+        assert images.shape == (2, 1, 8, 8) and images.dtype == torch.float32 and not bad
+        assert labels.tolist() == [split.labels[3]] * 2 and torch.equal(images[1], images[0].flip(2))
+        assert len(split.paths) == len(set(split.paths)) == len(split)
         assert split.images.min() == -1 and split.images.max() == 1
         assert split.class_names == [str(i) for i in range(10)] and set(split.labels) == set(range(10))
-    assert torch.equal(train[3, True][0], train[3, False][0].flip(2))
     assert (DigitsData.channels, DigitsData.flips) == (1, False)
 
 

@@ -25,7 +25,7 @@ IDENTITY = ("format", "vae_sha256", "space", "image_size", "crop", "orientations
             "classes", "rows_per_file", "listing_sha256")
 
 
-def new_manifest(data, data_path, codec, image_size, flips, dtype, precision, largest_file=LARGEST_FILE):
+def new_manifest(data, data_path, codec, image_size, flips, dtype, precision):
     """What `manifest.json` says before anything is encoded; plain values.
 
     data       an `ImageData`
@@ -43,7 +43,7 @@ def new_manifest(data, data_path, codec, image_size, flips, dtype, precision, la
         image_size=image_size, crop="center, as ADM: halved by box, then bicubic", orientations=orientations,
         latent_size=side, dtype=dtype, precision=precision, count=len(data.labels), classes=data.class_names,
         data_path=data_path, versions={name: metadata.version(name) for name in ("torch", "diffusers", "pillow")},
-        rows_per_file=max(1, largest_file // row_bytes),
+        rows_per_file=max(1, LARGEST_FILE // row_bytes),
         listing_sha256=checksum.of_value([data.labels, data.paths]))
 
 
