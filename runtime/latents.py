@@ -214,14 +214,17 @@ def round_trip(codec, images):
     Stable Diffusion's VAE restores photographs to about 25 dB.
     """
     latents = codec.encode(images, 0.0)
-    decoded = codec.decode(latents)
-    mse = torch.nn.functional.mse_loss(decoded.float(), images).item()
+    decoded = codec.decode(latents).float()
+    mse = torch.nn.functional.mse_loss(decoded, images).item()
     psnr = 10 * math.log10(4 / max(mse, 1e-12))  # 4: the square of the range
+    contrast = (decoded.std() / images.std().clamp(min=0.05)).item()
+    brighter = (decoded.mean() - images.mean()).item()
     yield (f"Round trip of {len(images)} images through --vae {codec.name}: PSNR {psnr:.1f} dB, "
            f"pixels {decoded.min():.2f} .. {decoded.max():.2f} (they were {images.min():.2f} .. {images.max():.2f})")
-    if psnr < 15:
-        yield (f"WARNING: --vae {codec.name} does not restore these images (PSNR {psnr:.1f} dB, 25 is usual): was it "
-               "trained on images of another kind, or in another range than [-1, 1]?")
+    if psnr < 15 or not 0.8 < contrast < 1.25 or abs(brighter) > 0.25:
+        yield (f"WARNING: --vae {codec.name} does not restore these images: PSNR {psnr:.1f} dB (25 is usual), "
+               f"{contrast:.2f} times the contrast, brighter by {brighter:.2f}. Was it trained on images of another "
+               "kind, or in another range than [-1, 1]?")
     yield from describe(codec, latents)
 
 

@@ -33,6 +33,13 @@ def command(monkeypatch, capfd):
     return run
 
 
+def call(name, *flags):
+    """Run a command's main in this process; errors come as they are."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [f"{name}.py", *map(str, flags)])
+        __import__(name).main()
+
+
 def run_process(script, *flags, processes=None, check=True, **more):
     """Run a command as a user does: `python SCRIPT`, or `torchrun` on several gloo processes."""
     launcher = [sys.executable]

@@ -1,4 +1,6 @@
 """Between pixels and latents: the scale, shift, channels and stride of a VAE, in both directions."""
+import re
+
 import huggingface_hub.constants
 import pytest
 import torch
@@ -29,11 +31,13 @@ def saved_vae(folder, **config):
     return str(folder)
 
 
+MEANS, STDS = [0.5, -1.0, 2.0, 0.0], [1.0, 2.0, 0.5, 4.0]
 CONFIGS = {
     "scale alone": dict(scaling_factor=0.18215),
     "scale and shift": dict(scaling_factor=0.5, shift_factor=0.25),
     "16 channels": dict(latent_channels=16, scaling_factor=1.5, shift_factor=-0.1),
     "stride 4": dict(levels=3),
+    "each channel normalised": dict(scaling_factor=0.5, latents_mean=MEANS, latents_std=STDS),
 }
 
 
@@ -54,6 +58,14 @@ def test_sizes_come_from_the_config(case, tmp_path):
     assert codec.is_random
 
 
+def scale(config):
+    return config["scaling_factor"] / (torch.tensor(STDS)[:, None, None] if "latents_std" in config else 1)
+
+
+def shift(config):
+    return torch.tensor(MEANS)[:, None, None] if "latents_mean" in config else config["shift_factor"] or 0
+
+
 def test_encode(case):
     """By hand: (mean + std noise - shift) scale."""
     codec, config = case
@@ -62,7 +74,7 @@ def test_encode(case):
     with torch.no_grad():
         posterior = codec.vae.encode(images).latent_dist
     drawn = posterior.mean + posterior.std * noise
-    expected = (drawn - (config["shift_factor"] or 0)) * config["scaling_factor"]
+    expected = (drawn - shift(config)) * scale(config)
     assert posterior.std.mean() > 0.1  # or the noise would not show
     torch.testing.assert_close(codec.encode(images, noise), expected)
 
@@ -72,7 +84,7 @@ def test_decode(case):
     codec, config = case
     scaled = torch.randn(2, codec.channels, 4, 4)
     with torch.no_grad():
-        expected = codec.vae.decode(scaled / config["scaling_factor"] + (config["shift_factor"] or 0)).sample
+        expected = codec.vae.decode(scaled / scale(config) + shift(config)).sample
     images = codec.decode(scaled)
     assert images.shape == (2, 3, 4 * codec.stride, 4 * codec.stride)
     torch.testing.assert_close(images, expected)
@@ -107,10 +119,112 @@ def test_no_vae(channels):
     assert latents.latent_size(codec, 7) == 7
 
 
+def test_moments_are_what_encoding_draws_from(case):
+    """Without the images: from mean and log-variance, in half precision as a cache keeps them."""
+    codec, _ = case
+    images = torch.rand(2, 3, 16, 16) * 2 - 1
+    noise = torch.randn(2, codec.channels, 16 // codec.stride, 16 // codec.stride)
+    moments = codec.moments(images)
+    assert moments.shape == (2, 2 * codec.channels, *noise.shape[2:]) and not moments.requires_grad
+    cached = latents.CachedCodec("name", codec.space, codec)
+    want = codec.encode(images, noise)
+    assert torch.equal(cached.encode(moments, noise), want)
+    half = cached.encode(moments.half(), noise)
+    assert half.dtype == torch.float32
+    torch.testing.assert_close(half, want, rtol=2**-9, atol=2**-8)
+    assert (cached.channels, cached.stride, cached.is_random) == (codec.channels, codec.stride, True)
+    assert torch.equal(cached.decode(want), codec.decode(want))
+
+
+def test_the_name_of_the_weights(tmp_path):
+    """The same for the same encoder, whatever the decoder; another for any other weight that latents depend on."""
+    codec = latents.open_codec(saved_vae(tmp_path / "vae"))
+    first = codec.encoder_sha256()
+    codec.vae.decoder.conv_out.weight.data += 1
+    assert codec.encoder_sha256() == first and len(first) == 64
+    names = {first}
+    for part in (codec.vae.quant_conv, codec.vae.encoder.conv_in):
+        part.bias.data[0] += 1e-6
+        names.add(codec.encoder_sha256())
+    assert len(names) == 3
+    bare = latents.open_codec(saved_vae(tmp_path / "bare", use_quant_conv=False, use_post_quant_conv=False))
+    assert bare.encoder_sha256() not in names and bare.moments(torch.zeros(1, 3, 8, 8)).shape == (1, 8, 4, 4)
+
+
+# ---------------------------------------------------------------- the first look
+
+class Perfect(torch.nn.Module):
+    """Stands in for an `AutoencoderKL` that restores every image, with latents of a chosen spread."""
+
+    def __init__(self, spread=1.0, offset=0.0, gain=1.0):
+        from types import SimpleNamespace
+        super().__init__()
+        self.spread, self.offset, self.gain = spread, offset, gain
+        self.config = SimpleNamespace(latent_channels=3, block_out_channels=(1,), in_channels=3, scaling_factor=2.0,
+                                      shift_factor=0.5)
+
+    def encode(self, images):
+        from types import SimpleNamespace
+        mean = images * self.spread + self.offset
+        return SimpleNamespace(latent_dist=SimpleNamespace(mean=mean, logvar=torch.full_like(mean, -9.0)))
+
+    def decode(self, z):
+        from types import SimpleNamespace
+        return SimpleNamespace(sample=(z - self.offset) / self.spread * self.gain)
+
+
+def look(**how):
+    """What is said of images whose values are spread evenly over [-1, 1] (standard deviation 0.58)."""
+    codec = latents.VAECodec("it", Perfect(**how))
+    images = torch.linspace(-1, 1, 8 * 3 * 4 * 4)[torch.randperm(384)].view(8, 3, 4, 4)
+    return codec, images, list(latents.first_look(codec, images, "cpu"))
+
+
+def test_a_good_vae_is_not_warned_of():
+    _, _, lines = look(spread=1.0, offset=0.5)
+    assert len(lines) == 2 and not any("WARNING" in line for line in lines)
+    assert float(re.search(r"PSNR (\S+) dB", lines[0])[1]) > 90
+    assert re.search(r"mean -?0\.000, std 1\.159 as scaled", lines[1])
+
+
+@pytest.mark.parametrize("how, warning", [
+    (dict(spread=0.2, offset=0.5), r"standard deviation of 0\.23\d? .* scaling_factor 2 "),
+    (dict(spread=5.0, offset=0.5), r"standard deviation of 5\.8 .* scaling_factor 2 "),
+    (dict(spread=1.0, offset=-0.5), r"mean of -2 .* shift_factor 0\.5 "),
+    (dict(spread=1.0, offset=0.5, gain=0.5), r"PSNR 16\.8 dB .* 0\.50 times the contrast"),
+    (dict(spread=1.0, offset=0.5, gain=3.0), r"PSNR 4\.8 dB .* 3\.00 times the contrast"),
+])
+def test_a_first_look_warns(how, warning):
+    """Of a scale that is off either way, of a shift, of a range: of each alone."""
+    codec, images, lines = look(**how)
+    (found,) = [line for line in lines if "WARNING" in line]
+    assert re.search(warning, found), found
+    cached = latents.CachedCodec("it", codec.space)
+    lines = list(latents.first_look(cached, codec.moments(images), "cpu"))
+    assert [line for line in lines if "WARNING" in line] == ([] if "gain" in how else [found])
+
+
+def test_nothing_to_look_at():
+    assert list(latents.first_look(latents.PixelCodec(3), torch.zeros(1, 3, 4, 4), "cpu")) == []
+    assert list(latents.first_look(latents.VAECodec("it", Perfect()), None, "cpu")) == []
+
+
 def test_an_image_size_that_does_not_fit(tmp_path):
     codec = latents.open_codec(saved_vae(tmp_path / "vae", levels=3))
     with pytest.raises(UserError, match=r"--image-size 30 is not a multiple of 4"):
         latents.latent_size(codec, 30)
+
+
+def test_a_folder_of_a_model_on_the_hub(monkeypatch):
+    """OWNER/MODEL/vae: many models keep their VAE in a folder."""
+    from diffusers import AutoencoderKL
+    asked = []
+    monkeypatch.setattr(AutoencoderKL, "from_pretrained", lambda name, subfolder=None: asked.append((name, subfolder))
+                        or AutoencoderKL(norm_num_groups=4, block_out_channels=(4,)))
+    for name in ("ema", "some/vae", "some/model/vae", "some/model/parts/vae"):
+        latents.open_codec(name)
+    assert asked == [("stabilityai/sd-vae-ft-ema", None), ("some/vae", None), ("some/model", "vae"),
+                     ("some/model", "parts/vae")]
 
 
 @pytest.mark.parametrize("name, hub_name", [
