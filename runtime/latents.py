@@ -223,7 +223,7 @@ def round_trip(codec, images):
            f"pixels {decoded.min():.2f} .. {decoded.max():.2f} (they were {images.min():.2f} .. {images.max():.2f})")
     if psnr < 15 or not 0.8 < contrast < 1.25 or abs(brighter) > 0.25:
         yield (f"WARNING: --vae {codec.name} does not restore these images: PSNR {psnr:.1f} dB (25 is usual), "
-               f"{contrast:.2f} times the contrast, brighter by {brighter:.2f}. Was it trained on images of another "
+               f"{contrast:.2f} times the contrast, brighter by {brighter:+.2f}. Was it trained on images of another "
                "kind, or in another range than [-1, 1]?")
     yield from describe(codec, latents)
 
