@@ -8,7 +8,9 @@ samples anew in every epoch, as it does from the images. Killed, it goes on wher
 """
 import argparse
 import os
+import sys
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 
 import torch
 from accelerate.utils import gather_object
@@ -16,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from runtime import checksum, data, latent_cache, latents, processes
+from runtime.digits import DigitsData
 from runtime.errors import UserError, run_command
 from runtime.flags import HelpFormatter, non_negative_int, parse, positive_int
 from runtime.images import BadImage
@@ -24,7 +27,7 @@ from runtime.images import BadImage
 def build_parser():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     group = parser.add_argument_group("what")
-    group.add_argument("--data-path", help="folder with a folder of images a class")
+    group.add_argument("--data-path", help="folder with a folder of images a class, or: digits")
     group.add_argument("--features-path", required=True, help="the cache's folder")
     group.add_argument("--image-size", type=positive_int, default=256, help="pixels")
     group.add_argument("--vae", default="ema", help="ema, mse, a diffusers directory or hub name")
@@ -41,43 +44,62 @@ def build_parser():
 
 
 def main():
-    flags, _ = parse(build_parser())
+    flags, given = parse(build_parser())
     if flags.data_path is None and not flags.verify:
         raise UserError("--data-path is missing: which images? (--verify alone needs none)")
+    if flags.data_path == "digits" and "image_size" not in given:
+        flags.image_size = DigitsData.image_size
     if os.path.isdir(flags.vae):
         flags.vae = os.path.abspath(flags.vae)  # the cache keeps it, and is used from elsewhere
-    accelerator = processes.start(tf32=flags.precision != "fp32")
-    (verify if flags.verify else extract)(accelerator, flags)
+    # Shares may take hours more on one process than on another; one that dies is noticed all the same.
+    accelerator = processes.start(tf32=flags.precision != "fp32", patience=7 * 24 * 60)
+    with processes.waiting("the latents", patience=7 * 24 * 60):
+        (verify if flags.verify else extract)(accelerator, flags)
     accelerator.end_training()
 
 
 def extract(accelerator, flags):
-    rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
     with processes.together(accelerator):
-        images, codec, writer = open_all(flags, device)
-    left = processes.on_main(accelerator, lambda: begin(images, codec, writer, flags, device))
-    if left is None:
-        return
-    own = left[rank::world]
-    bar = tqdm(total=sum(end - first for first, end in left), unit="image", dynamic_ncols=True,
-               disable=not accelerator.is_main_process)
+        images, codec, writer = open_all(flags, accelerator.device)
+    processes.check_alike(accelerator, writer.manifest["listing_sha256"], "the images of --data-path")
+    processes.check_alike(accelerator, writer.manifest["vae_sha256"], "the weights of --vae")
+    with ExitStack() as lock:
+        left = processes.on_main(accelerator, lambda: begin(images, codec, writer, flags, accelerator.device, lock))
+        if left is None:
+            return
+        try:
+            encode_all(accelerator, images, codec, writer, left, flags)
+        except KeyboardInterrupt:
+            print(f"\ninterrupted: what is in {flags.features_path} stays; the same command goes on", file=sys.stderr)
+            raise
+        finish(accelerator, images, writer, flags)
+
+
+def encode_all(accelerator, images, codec, writer, left, flags):
+    """Encode and write this process' share of the ranges `left`."""
+    rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
+    own, total = left[rank::world], sum(end - first for first, end in left)
     loader = DataLoader(ImagesInOrder(images), sampler=own, batch_size=None, num_workers=flags.num_workers,
                         pin_memory=device.type == "cuda", prefetch_factor=2 if flags.num_workers else None)
     # Not `together`: who meets an error ends the run at once, not when all the others are through.
-    with ThreadPoolExecutor(1) as disk:  # writes one batch while the next is being encoded
+    # The thread writes one batch while the next is being encoded.
+    with progress_bar(accelerator, total, "image") as bar, ThreadPoolExecutor(1) as disk:
         written = disk.submit(lambda: None)
         for (first, end), (pixels, bad) in zip(own, loader):
             if bad:
-                written.result()  # so that all bad ones before these are counted
-                check_bad(bad, writer, flags.max_bad_images)
+                check_bad(first, bad, writer, flags.max_bad_images)
             moments = encode(codec, pixels.to(device), writer.manifest["orientations"], flags)
             moments[list(bad)] = 0
             written.result()
             written = disk.submit(writer.write, first, moments, [i in bad for i in range(end - first)])
-            bar.update(min((end - first) * world, bar.total - bar.n))
+            bar.update(min((end - first) * world, total - bar.n))
         written.result()
-    bar.close()
-    finish(accelerator, images, writer)
+
+
+def progress_bar(accelerator, total, unit, **more):
+    """A bar on the main process; where nobody watches, a line of it now and then."""
+    return tqdm(total=total, unit=unit, dynamic_ncols=True, mininterval=0.1 if sys.stderr.isatty() else 30,
+                disable=not accelerator.is_main_process, **more)
 
 
 class ImagesInOrder(Dataset):
@@ -101,24 +123,33 @@ def open_all(flags, device):
         raise UserError("--vae none: without a VAE there is nothing to encode; train.py takes the pixels themselves")
     latents.latent_size(codec, flags.image_size)
     flips = images.flips if flags.flip is None else flags.flip
-    data_path = flags.data_path if flags.data_path == "digits" else os.path.abspath(flags.data_path)
+    data_path = flags.data_path
+    if data_path != "digits":
+        data_path = os.path.abspath(data_path)
+        if os.path.commonpath([os.path.abspath(flags.features_path), data_path]) == data_path:
+            raise UserError(f"--features-path {flags.features_path} lies in --data-path, where it would be taken for a "
+                            "class: name a folder elsewhere")
     manifest = latent_cache.new_manifest(images, data_path, codec, flags.image_size, flips, flags.dtype,
                                          flags.precision)
     return images, codec, latent_cache.CacheWriter(flags.features_path, manifest)
 
 
-def begin(images, codec, writer, flags, device):
-    """Say what will be done, on one process; returns the ranges that are left, or None: the cache is complete."""
+def begin(images, codec, writer, flags, device, lock):
+    """Say what will be done, on one process; returns the ranges that are left, or None: the cache is complete.
+
+    lock  an `ExitStack`, until whose end no other run may write to the cache
+    """
     if writer.is_complete():
-        writer.clean()
-        print(f"{flags.features_path} is complete: {len(images):,} images. --verify compares it with its checksums")
-        return None
+        return report_complete(writer)
     for line in latents.first_look(codec, images.examples(latents.LOOKED_AT), device):
         print(line)
     layout, size = writer.layout, latent_cache.gigabytes(sum(writer.layout.sizes))
-    print(f"{flags.features_path}: {len(images):,} images in {layout.row_shape[0]} orientation(s) of "
-          f"{'x'.join(map(str, layout.row_shape[1:]))} {flags.dtype}: {size} in "
-          f"{len(layout.names)} file(s)", flush=True)
+    mirrored = " and their mirror images" if layout.row_shape[0] == 2 else ""
+    print(f"{flags.features_path}: {len(images):,} images{mirrored}, {'x'.join(map(str, layout.row_shape[1:]))} "
+          f"{flags.dtype} each: {size}", flush=True)
+    lock.enter_context(writer.locked())
+    if writer.is_complete():  # another run was at it meanwhile
+        return report_complete(writer)
     writer.prepare(images)
     left = writer.missing(flags.batch_size)
     done = len(images) - sum(end - first for first, end in left)
@@ -127,16 +158,26 @@ def begin(images, codec, writer, flags, device):
     return left
 
 
-def check_bad(bad, writer, limit):
-    """Name the images of a batch that cannot be read; a `UserError` where they are too many."""
+def report_complete(writer):
+    writer.clean()
+    bad = len(latent_cache.read_manifest(writer.folder)["bad_images"])
+    skipped = f", {bad} of them unreadable and left out (bad_images of its manifest)" if bad else ""
+    print(f"{writer.folder} is complete: {writer.layout.count:,} images{skipped}. --verify reads it back", flush=True)
+
+
+def check_bad(first, bad, writer, limit):
+    """Count and name the images of a batch that cannot be read; a `UserError` where they are too many.
+
+    first, bad  the batch's first index, and {place in it: `BadImage`}
+    """
     for image in bad.values():
         data.check_readable(image)
-    met = int((writer.progress() == latent_cache.BAD).sum())
-    for count, image in enumerate(bad.values(), start=met + 1):
-        if count > limit:
-            raise UserError(data.too_many(image, count, limit))
-        print(f"WARNING: skipped the image {image.path} ({image.reason}), {count} of {limit} that --max-bad-images "
-              "allows", flush=True)
+    count = writer.mark_bad([first + place for place in bad])
+    if count > limit:
+        raise UserError(data.too_many(next(iter(bad.values())), count, limit))
+    for image in bad.values():
+        tqdm.write(f"WARNING: skipped the image {image.path} ({image.reason})")
+    tqdm.write(f"{count} of {limit} unreadable images that --max-bad-images allows")
 
 
 def encode(codec, pixels, orientations, flags):
@@ -150,39 +191,42 @@ def encode(codec, pixels, orientations, flags):
     return torch.stack(sides, dim=1).float().cpu()
 
 
-def finish(accelerator, images, writer):
+def finish(accelerator, images, writer, flags):
     """Wait for all, take the checksums together, and declare the cache complete."""
+    processes.barrier(accelerator)
     with processes.together(accelerator):
-        pass
-    left = processes.on_main(accelerator, lambda: writer.missing(len(images)))
-    if left:
-        raise UserError(f"the images {left[0][0]} .. {left[0][1] - 1} were not written: do all processes write to the "
-                        "same disk?", shown=accelerator.is_main_process)
-    with processes.together(accelerator):
+        if left := writer.missing(len(images)):
+            raise UserError(f"the images {left[0][0]} .. {left[0][1] - 1} were not written: do all processes write to "
+                            "the same disk?")
         own = writer.file_names()[accelerator.process_index::accelerator.num_processes]
-        sums = [(name, checksum.of_file(os.path.join(writer.folder, name))) for name in own]
+        paths = [os.path.join(writer.folder, name) for name in own]
+        with progress_bar(accelerator, sum(map(os.path.getsize, paths)), "B", unit_scale=True, desc="checksums") as bar:
+            sums = [(name, checksum.of_file(path, on_block=bar.update)) for name, path in zip(own, paths)]
     if accelerator.num_processes > 1:
         sums = gather_object(sums)
-    bad = processes.on_main(accelerator, lambda: writer.finish(images, dict(sums)))
-    skipped = f", {bad} of them unreadable and left out (named in its manifest)" if bad else ""
-    accelerator.print(f"{writer.folder} is complete: {len(images):,} images{skipped}")
+    processes.on_main(accelerator, lambda: writer.finish(images, dict(sums), flags.max_bad_images))
+    if accelerator.is_main_process:
+        report_complete(writer)
 
 
 def verify(accelerator, flags):
     """Compare every file of a cache with its checksum, the files shared between the processes."""
+    folder, rank, world = flags.features_path, accelerator.process_index, accelerator.num_processes
     with processes.together(accelerator):
-        manifest = latent_cache.read_manifest(flags.features_path)
-        total = sum(file["bytes"] for file in manifest["files"].values()) if manifest["complete"] else 0
-        rank, world = accelerator.process_index, accelerator.num_processes
-        with tqdm(total=total, unit="B", unit_scale=True, disable=not accelerator.is_main_process) as bar:
-            faults = latent_cache.verify(flags.features_path, rank, world,
-                                         show=lambda size: bar.update(min(size * world, total - bar.n)))
+        manifest = latent_cache.read_manifest(folder)
+        if not manifest["complete"]:
+            raise UserError(latent_cache.incomplete(folder, manifest))
+        total = sum(file["bytes"] for file in manifest["files"].values())
+        with progress_bar(accelerator, total, "B", unit_scale=True) as bar:
+            show = lambda size: bar.update(min(size * world, total - bar.n))  # noqa: E731
+            faults = latent_cache.verify(folder, rank, world, show)
     if world > 1:
         faults = sorted(gather_object(faults))
     if faults:
-        raise UserError(f"{flags.features_path} is damaged: {'; '.join(faults)}", shown=accelerator.is_main_process)
-    accelerator.print(f"{flags.features_path} is as it was written: {manifest['count']:,} images, "
-                      f"{latent_cache.gigabytes(total)} in {len(manifest['files'])} files")
+        raise UserError(f"{folder} is damaged: {'; '.join(faults)}. Copy these files anew from where they are whole, "
+                        "or remove the folder and encode again", shown=accelerator.is_main_process)
+    accelerator.print(f"{folder} is as it was written: {manifest['count']:,} images, {latent_cache.gigabytes(total)} "
+                      f"in {len(manifest['files'])} files")
 
 
 if __name__ == "__main__":

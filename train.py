@@ -7,9 +7,10 @@
 Without flags this is the paper's recipe: AdamW, learning rate 1e-4, batch 256, EMA 0.9999, horizontal flips.
 """
 import argparse
-import contextlib
+import functools
 import math
 import os
+import sys
 from dataclasses import dataclass
 
 import torch
@@ -18,11 +19,15 @@ import models
 from diffusion import create_diffusion
 from diffusion.timestep_sampler import create_named_schedule_sampler
 from runtime import data, experiment, latent_cache, latents, processes
-from runtime.errors import UserError, run_command
+from runtime.errors import Stopped, UserError, run_command
 from runtime.flags import HelpFormatter, decay, fraction, non_negative_int, parse, positive_float, positive_int
 from runtime.generate import SampleNoise, image_maker
-from runtime.randomness import LABEL_DROP, NOISE, POSTERIOR, WEIGHTS, BatchRandomness, seed_of
+from runtime.randomness import WEIGHTS, BatchRandomness, seed_of
+from runtime.saving import Saver
+from runtime.signals import StopSignals
+from runtime.step_guard import StepGuard
 from runtime.training_state import TrainingState
+from runtime.training_step import TrainingStep, gradient_norm
 
 # What --data-path digits means for the flags that are not typed: its format, and a small model with what suits it.
 DIGITS = dict(image_size=8, num_classes=10, vae="none", num_workers=0)
@@ -66,8 +71,18 @@ def build_parser():
     group.add_argument("--results-dir", default="results", help="where experiments get their folders")
     group.add_argument("--log-every", type=positive_int, default=100, help="steps")
     group.add_argument("--ckpt-every", type=positive_int, default=50000, help="steps")
+    group.add_argument("--keep-checkpoints", type=positive_int, metavar="N", help="keep the newest N (default: all)")
+    group.add_argument("--keep-every", type=positive_int, metavar="STEPS", help="and those of every so many steps")
+    group.add_argument("--async-save", action="store_true", help="write checkpoints while training goes on")
     group.add_argument("--sample-every", type=positive_int, help="steps between grids of EMA samples")
     group.add_argument("--resume", metavar="PATH", help="a checkpoint, an experiment's folder, or: auto (the latest)")
+    group.add_argument("--override", action="store_true", help="resume although flags have other values than then")
+    group.add_argument("--max-bad-steps", type=positive_int, default=10,
+                       help="end after so many steps in a row whose loss or gradient is not finite; none is applied")
+    group.add_argument("--max-loss-spike", type=positive_float, metavar="FACTOR",
+                       help="nor is a step with a loss of more than so many times its average")
+    group.add_argument("--timeout", type=positive_float, default=processes.PATIENCE, metavar="MINUTES",
+                       help="how long a process waits for the others")
     return parser
 
 
@@ -79,112 +94,111 @@ def main():
         vars(flags).update({name: value for name, value in defaults.items() if name not in typed})
     if os.path.isdir(flags.vae):
         flags.vae = os.path.abspath(flags.vae)  # checkpoints keep it, and are sampled from elsewhere
-    accelerator = processes.start()
-    train(accelerator, flags, given)
+    accelerator = processes.start(patience=flags.timeout)
+    train(prepare(accelerator, flags, given), flags)
     accelerator.end_training()
 
 
-def train(accelerator, flags, given):
-    device, is_main = accelerator.device, accelerator.is_main_process
+@dataclass
+class Run:
+    """What a training run consists of. `prepare` makes it, `train` uses it up."""
+
+    accelerator: object
+    dataset: object
+    codec: object
+    model: torch.nn.Module
+    network: torch.nn.Module  # the model itself, or behind DDP where there are several processes
+    optimizer: torch.optim.Optimizer
+    guard: StepGuard
+    state: TrainingState
+    saver: Saver
+    batches: data.GlobalBatches
+    step: object
+    folder: str
+    logger: object
+
+
+def prepare(accelerator, flags, given):
+    """Everything that can go wrong before the first step: a `Run`, or a `UserError` on all processes."""
+    device = accelerator.device
     with processes.together(accelerator):
         rows = own_rows(flags, accelerator)
         dataset, codec = open_dataset(flags, given, device)
         model = build_model(flags, codec).to(device)
-    network = accelerator.prepare(model)  # the model itself, or behind DDP where there are several processes
+    network = accelerator.prepare(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=flags.lr, weight_decay=0)
     diffusion = create_diffusion(timestep_respacing="")
     schedule_sampler = create_named_schedule_sampler(flags.schedule_sampler, diffusion)
-    state = TrainingState(model, optimizer, schedule_sampler, flags.ema_decay, vars(flags),
-                          dict(image_channels=dataset.channels, class_names=dataset.class_names))
+    guard = StepGuard(accelerator, flags.max_bad_steps, flags.max_loss_spike)
+    state = TrainingState(model, optimizer, schedule_sampler, guard, flags.ema_decay, vars(flags), dict(
+        image_channels=dataset.channels, class_names=dataset.class_names, num_images=len(dataset),
+        latents=codec.record()))
 
-    folder, resumed = processes.on_main(accelerator, lambda: experiment.open_folder(
+    folder, resumed, warnings = processes.on_main(accelerator, lambda: experiment.open_folder(
         flags.results_dir, flags.model, flags.resume))
     with processes.together(accelerator):
-        first_step, changes = state.restore(resumed) if resumed else (0, [])
+        first_step, changes = state.restore(resumed, flags.override) if resumed else (0, [])
+    warnings += [f"WARNING: {change} (--override)" for change in changes]
     steps_per_epoch = len(dataset) // flags.global_batch_size
     last_step = min(flags.epochs * steps_per_epoch, flags.max_steps or math.inf)
-    logger = experiment.open_log(folder, is_main)
-    if is_main:
-        for line in opening_lines(flags, folder, accelerator, model, dataset, resumed, first_step, last_step, changes):
+    logger = guard.logger = experiment.open_log(folder, accelerator.is_main_process)
+    if accelerator.is_main_process:
+        for line in (*opening_lines(flags, folder, accelerator, model, dataset, resumed, first_step, last_step),
+                     *warnings, *latents.first_look(codec, dataset.examples(latents.LOOKED_AT), device)):
             logger.info(line)
-        for line in latents.first_look(codec, dataset.examples(latents.LOOKED_AT), device):
-            logger.info(line)
-
-    bad_images = data.BadImages(flags.max_bad_images, os.path.join(folder, "bad_images.txt"), logger.info)
     batches = data.GlobalBatches(len(dataset), flags.global_batch_size, rows, flags.global_seed, first_step, last_step,
                                  flips=flags.flip)
     random = BatchRandomness(flags.global_seed, flags.global_batch_size, rows, device)
-    training_step = TrainingStep(accelerator, network, codec, diffusion, schedule_sampler, random,
-                                 parts=flags.grad_accum_steps)
-    network.train()
-    with experiment.Monitor(accelerator, logger, folder, first_step, last_step, flags.global_batch_size) as monitor:
-        loader = data.load_batches(dataset, batches, flags.num_workers, device, bad_images.add)
-        for step, (images, labels) in enumerate(loader, start=first_step):
-            if step % steps_per_epoch == 0 and steps_per_epoch >= flags.log_every:
-                logger.info(f"Beginning epoch {step // steps_per_epoch}...")
-            losses = training_step.backward(step, images, labels)
+    step = TrainingStep(accelerator, network, codec, diffusion, schedule_sampler, random, parts=flags.grad_accum_steps)
+    saver = Saver(accelerator, state, folder, flags.keep_checkpoints, flags.keep_every, resumed, flags.async_save)
+    return Run(accelerator, dataset, codec, model, network, optimizer, guard, state, saver, batches, step, folder,
+               logger)
+
+
+def train(run, flags):
+    """The training loop. Ends by `Stopped` where a signal asked for it."""
+    accelerator, batches, logger = run.accelerator, run.batches, run.logger
+    warn = logger.info if accelerator.is_main_process else functools.partial(print, file=sys.stderr, flush=True)
+    bad_images = data.BadImages(flags.max_bad_images, os.path.join(run.folder, "bad_images.txt"), warn)
+    watch = processes.Watch(accelerator)
+    run.network.train()
+    with (StopSignals() as signals, processes.waiting("training", flags.timeout),
+          experiment.Monitor(accelerator, logger, run.folder, batches.first, batches.last,
+                             flags.global_batch_size) as monitor):
+        loader = data.load_batches(run.dataset, batches, flags.num_workers, accelerator.device, bad_images.add)
+        for step, (images, labels) in enumerate(loader, start=batches.first):
+            if step % batches.steps_per_epoch == 0 and batches.steps_per_epoch >= flags.log_every:
+                logger.info(f"Beginning epoch {step // batches.steps_per_epoch}...")
+            with processes.waiting(f"the gradients of step {step + 1}", flags.timeout):
+                losses = run.step.backward(step, images, labels)
+            grad_norm = gradient_norm(run.model, flags.max_grad_norm)
+            if run.guard.allows(step, losses["loss"], grad_norm, run.step.sample_losses, batches.items):
+                run.optimizer.step()
+                run.state.ema.update(run.model)
+                run.step.learn()
+                monitor.add(losses)
+            else:
+                monitor.skip()
+            run.optimizer.zero_grad(set_to_none=True)
+
             done = step + 1
-            show = done % flags.log_every == 0 or done == last_step
-            grad_norm = gradient_norm(model, flags.max_grad_norm) if show or flags.max_grad_norm else None
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            state.ema.update(model)
-
-            monitor.add(losses)
-            if show:
+            stop, write_failed = watch.exchange(signals.received, run.saver.has_failed())
+            last = done == batches.last or stop or run.guard.exhausted
+            if done % flags.log_every == 0 or last:
                 monitor.show(done, grad_norm=grad_norm, learning_rate=flags.lr)
-            if is_main and (done % flags.ckpt_every == 0 or done == last_step):
-                path = os.path.join(folder, "checkpoints", f"{done:07d}.pt")
-                state.save(path, done)
+            if done % flags.ckpt_every == 0 or last or write_failed:
+                path = run.saver.save(done)
                 logger.info(f"Saved checkpoint to {path}")
-            if is_main and flags.sample_every and done % flags.sample_every == 0:
-                monitor.show_images(done, *sample_grid(state.ema.model, codec, dataset.class_names))
+            if flags.sample_every and done % flags.sample_every == 0 and accelerator.is_main_process:
+                monitor.show_images(done, *sample_grid(run.state.ema.model, run.codec, run.dataset.class_names))
+            if last:
+                run.saver.finish()
+                run.guard.check(path)
+                if stop and done < batches.last:
+                    logger.info(f"Stopped by {signals.received or 'another process'} after {done} steps; --resume auto "
+                                "goes on")
+                    raise Stopped
         logger.info("Done!")
-
-
-@dataclass
-class TrainingStep:
-    """The gradients of a training step: encode, add noise, predict it, compare (algorithm 1 of DDPM).
-
-    Every random number comes from `random`, so that it follows from (seed, step, position in the global batch).
-    parts  the rows are computed in so many parts, to save memory
-    """
-
-    accelerator: object
-    network: torch.nn.Module
-    codec: object
-    diffusion: object
-    schedule_sampler: object
-    random: BatchRandomness
-    parts: int
-
-    def backward(self, step, images, labels):
-        """Add the gradients over this process' rows of the global batch.
-
-        images  (n, C, H, W) in [-1, 1], or what else the codec takes; labels (n,)
-        return  dictionary of scalars on the device: loss, mse, vb, weighted means over the rows
-        """
-        model = self.accelerator.unwrap_model(self.network)
-        latent_shape = (model.in_channels, *model.x_embedder.input_size)
-        t, weights = self.random.timesteps(step, self.schedule_sampler)
-        noise = self.random.normal(NOISE, step, latent_shape)
-        posterior_noise = self.random.normal(POSTERIOR, step, latent_shape) if self.codec.is_random else noise
-        drop = self.random.uniform(LABEL_DROP, step) < model.y_embedder.dropout_prob
-        has_null_class = model.y_embedder.has_null_class
-
-        all_terms = []
-        share = len(labels) // self.parts
-        for part in range(self.parts):
-            rows, is_last = slice(part * share, (part + 1) * share), part == self.parts - 1
-            condition = dict(y=labels[rows], force_drop_ids=drop[rows] if has_null_class else None)
-            x = self.codec.encode(images[rows], posterior_noise[rows])
-            with contextlib.nullcontext() if is_last else self.accelerator.no_sync(self.network):
-                terms = self.diffusion.training_losses(self.network, x, t[rows], condition, noise[rows])
-                ((terms["loss"] * weights[rows]).mean() / self.parts).backward()
-            all_terms.append({name: values.detach() for name, values in terms.items()})
-        terms = {name: torch.cat([terms[name] for terms in all_terms]) for name in all_terms[0]}
-        self.schedule_sampler.update_with_local_losses(t, terms["loss"])
-        return {name: (values * weights).mean() for name, values in terms.items()}
 
 
 def own_rows(flags, accelerator):
@@ -238,12 +252,7 @@ def build_model(flags, codec):
         raise UserError(f"--model {flags.model} at --image-size {flags.image_size}: {error}") from None
 
 
-def gradient_norm(model, max_norm):
-    """The gradient's norm (a scalar on the device), after which it is clipped to max_norm, if any."""
-    return torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm or math.inf)
-
-
-def opening_lines(flags, folder, accelerator, model, dataset, resumed, first_step, last_step, changes):
+def opening_lines(flags, folder, accelerator, model, dataset, resumed, first_step, last_step):
     """What log.txt begins with."""
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     yield f"Experiment directory created at {folder}" if not resumed else f"Experiment directory: {folder}"
@@ -258,8 +267,9 @@ def opening_lines(flags, folder, accelerator, model, dataset, resumed, first_ste
     if resumed:
         yield f"Resuming from {resumed} at step {first_step}"
     elif flags.resume:
-        yield f"--resume auto: no checkpoint of {flags.model} in {flags.results_dir}, starting from the beginning"
-    yield from (f"WARNING: {change}" for change in changes)
+        others = [os.path.basename(path) for path in experiment.experiment_folders(flags.results_dir) if path != folder]
+        yield (f"WARNING: --resume auto: no checkpoint of {flags.model} in {flags.results_dir}, starting from the "
+               "beginning" + (f" (of others: {', '.join(others[-3:])})" if others else ""))
     limit = "--max-steps" if last_step == flags.max_steps else f"--epochs {flags.epochs}"
     yield f"Training for {last_step - first_step} steps, to step {last_step} ({limit})" if first_step < last_step else (
         f"Nothing to do: {first_step} steps are done, --epochs and --max-steps ask for {last_step}")

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
+from runtime import checksum
 from runtime.data import Batch, GlobalBatches, ImageFolderData, load_batches
 from runtime.latent_cache import CacheWriter, LatentCache, new_manifest
 from runtime.latents import LatentSpace
@@ -79,13 +80,13 @@ def synthetic_cache(folder, count):
     """A cache of `count` random latents, written as extract_features.py writes it."""
     images = SimpleNamespace(labels=[0] * count, paths=[f"{i}.png" for i in range(count)], class_names=["all"])
     space = LatentSpace(channels=4, stride=8, scale=0.18215, shift=0.0)
-    codec = SimpleNamespace(space=space, channels=4, stride=8, name="none", encoder_sha256=lambda: "none")
+    codec = SimpleNamespace(space=space, channels=4, stride=8, name="none", encoder_sha256="none")
     writer = CacheWriter(folder, new_manifest(images, "synthetic", codec, 256, True, "fp16", "fp32"))
     writer.prepare(images)
     block = torch.randn(1024, 2, 8, 32, 32)
     for first in range(0, count, len(block)):
         writer.write(first, block, [False] * len(block))
-    writer.finish(images, dict.fromkeys(writer.file_names(), ""))
+    writer.finish(images, {name: checksum.of_file(os.path.join(folder, name)) for name in writer.file_names()})
     return folder
 
 

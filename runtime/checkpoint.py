@@ -20,6 +20,23 @@ def save(path, state):
         raise UserError(f"cannot write the checkpoint {path}: {error}") from None
 
 
+def check(path):
+    """Read a checkpoint from end to end and compare it with its checksums; a `UserError` where it is damaged.
+
+    torch.save writes a zip archive, with a CRC-32 of every tensor's bytes in it; loading does not look at them. Of
+    files of another kind, loading is the test.
+    """
+    if not zipfile.is_zipfile(path):
+        return
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except Exception as error:  # a damaged file fails in many ways; each means the same
+        raise UserError(f"{path} is damaged, or no checkpoint ({error or type(error).__name__})") from None
+    if damaged is not None:
+        raise UserError(f"{path} is damaged: {damaged} in it does not have its checksum")
+
+
 def load(path):
     """Read a `.pt` or `.safetensors` file to host memory.
 
@@ -84,9 +101,34 @@ def _some(items, separator=", "):
 CHECKPOINT_NAME = re.compile(r"(\d{7,})\.pt")
 
 
-def newest(experiment_dir):
-    """The checkpoint of the highest step in an experiment's folder, or None."""
+def steps_in(experiment_dir):
+    """{step: path} of the checkpoints in an experiment's folder, the newest, which has the highest step, first."""
     folder = os.path.join(experiment_dir, "checkpoints")
     names = os.listdir(folder) if os.path.isdir(folder) else []
-    steps = {int(match[1]): name for name in names if (match := CHECKPOINT_NAME.fullmatch(name))}
-    return os.path.join(folder, steps[max(steps)]) if steps else None
+    found = {int(match[1]): os.path.join(folder, name) for name in names if (match := CHECKPOINT_NAME.fullmatch(name))}
+    return dict(sorted(found.items(), reverse=True))
+
+
+def newest(experiment_dir):
+    """The checkpoint of the highest step in an experiment's folder, or None."""
+    return next(iter(steps_in(experiment_dir).values()), None)
+
+
+def newest_whole(experiment_dir, warn):
+    """The checkpoint of the highest step that is not damaged, or None where there is no checkpoint at all.
+
+    warn   called with a sentence on every one that is passed over
+    raise  UserError where all of them are damaged: to begin anew is not for this program to decide
+    """
+    paths = list(steps_in(experiment_dir).values())
+    for path in paths:
+        try:
+            check(path)
+            load(path)
+            return path
+        except UserError as error:
+            warn(f"WARNING: {error}; looking for the one before")
+    if paths:
+        raise UserError(f"all {len(paths)} checkpoints in {os.path.dirname(paths[0])} are damaged, the newest too; "
+                        "remove them to begin anew, or pass --resume the path of another one")
+    return None

@@ -1,5 +1,6 @@
 """Training images, and the order in which they are seen."""
 import os
+import warnings
 from typing import NamedTuple
 
 import torch
@@ -8,6 +9,10 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from .errors import UserError
 from .images import BadImage, read_image
 from .randomness import DATA_ORDER, FLIP, generator
+from .signals import leave_to_master
+
+# How many workers there are is said by a flag; where the cores are fewer, they wait for each other, and that is all.
+warnings.filterwarnings("ignore", "This DataLoader will create")
 
 
 class Batch(NamedTuple):
@@ -71,9 +76,10 @@ class ImageFolderData(ImageData):
             folder = ImageFolder(root)
         except FileNotFoundError as error:
             # torchvision names the empty classes, or says that there is no class folder at all
-            raise UserError(f"--data-path {root}: {error}. Expected one folder a class, with images in each: "
+            reason = str(error).rstrip(".")
+            raise UserError(f"--data-path {root}: {reason}. Expected one folder a class, with images in each: "
                             f"{os.path.join(root, 'CLASS', 'IMAGE.jpg')}") from None
-        self.root, self.image_size, self.max_bad_images = root, image_size, max_bad_images
+        self.root, self.image_size, self.max_bad_images = os.path.abspath(root), image_size, max_bad_images
         self.class_names, self.labels = folder.classes, folder.targets
         self.paths = [os.path.relpath(path, root) for path, _ in folder.samples]
 
@@ -130,7 +136,7 @@ class BadImages:
     def _known(self):
         if not os.path.exists(self.path):
             return set()
-        with open(self.path, encoding="utf-8", errors="surrogateescape") as file:
+        with open(self.path, encoding="utf-8", errors="surrogateescape", newline="\n") as file:
             return {line.split("\t")[0] for line in file}
 
 
@@ -142,9 +148,8 @@ def check_readable(image):
 
 def too_many(image, count, limit):
     """The sentence that ends a run at a bad image."""
-    advice = f"--max-bad-images {limit} allows no more" if limit else "or allow some with --max-bad-images"
-    return (f"cannot read the image {image.path} ({image.reason}): repair or remove it, {advice}"
-            + (f" ({count} were met)" if limit else ""))
+    met = f", number {count} in all; --max-bad-images {limit} allows no more" if limit else ""
+    return f"cannot read the image {image.path} ({image.reason}){met}. Repair it, or allow more with --max-bad-images"
 
 
 class GlobalBatches(Sampler):
@@ -171,11 +176,20 @@ class GlobalBatches(Sampler):
         for step in range(self.first, self.last):
             epoch, batch = divmod(step, self.steps_per_epoch)
             if epoch != order_epoch:
-                order = torch.randperm(self.num_items, generator=generator(self.seed, DATA_ORDER, epoch)).tolist()
-                order_epoch = epoch
+                order, order_epoch = self._order(epoch), epoch
             start = batch * self.global_batch_size
             items = order[start:start + self.global_batch_size][self.rows]
-            yield list(zip(items, self._flips(step)[self.rows]))
+            yield list(zip(items.tolist(), self._flips(step)[self.rows]))
+
+    def _order(self, epoch):
+        return torch.randperm(self.num_items, generator=generator(self.seed, DATA_ORDER, epoch))
+
+    def items(self, step):
+        """The indices of a step's whole global batch: a list a process."""
+        epoch, batch = divmod(step, self.steps_per_epoch)
+        items = self._order(epoch)[batch * self.global_batch_size:][:self.global_batch_size].tolist()
+        share = self.rows.stop - self.rows.start
+        return [items[first:first + share] for first in range(0, len(items), share)]
 
     def _flips(self, step):
         if not self.flips:
@@ -192,7 +206,8 @@ def load_batches(data, batches, num_workers, device, on_bad):
     pinned = device.type == "cuda" and not data.on_device
     loader = DataLoader(data, batch_sampler=batches, num_workers=0 if data.on_device else num_workers,
                         collate_fn=whole_batch, pin_memory=pinned,
-                        prefetch_factor=4 if num_workers and not data.on_device else None)
+                        prefetch_factor=4 if num_workers and not data.on_device else None,
+                        worker_init_fn=leave_to_master)
     for images, labels, bad in loader:
         if bad:
             on_bad(bad)

@@ -22,6 +22,13 @@ class UserError(Exception):
         self.shown = shown
 
 
+STOPPED = 75  # exit status: told to stop, all is saved, start me again (EX_TEMPFAIL of sysexits.h)
+
+
+class Stopped(Exception):
+    """The command was told to stop by a signal, and has saved its work."""
+
+
 def run_command(main):
     """Run a command's main function: a `UserError` becomes its sentence on stderr and exit status 2."""
     try:
@@ -30,11 +37,18 @@ def run_command(main):
     except UserError as error:
         if error.shown:
             print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr, flush=True)
-        if dist.is_available() and dist.is_initialized():
-            dist.destroy_process_group()  # threads of connections that outlive the interpreter would abort it
-        sys.exit(2)
+        leave(2)
+    except Stopped:
+        leave(STOPPED)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def leave(status):
+    """Exit; threads of connections that outlive the interpreter would abort it."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+    sys.exit(status)
 
 
 def check_versions():

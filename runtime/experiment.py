@@ -35,33 +35,37 @@ def new_folder(results_dir, model_name):
     return folder
 
 
-def checkpoint_to_resume(resume, results_dir, model_name):
-    """The checkpoint that --resume names: a path, the newest in an experiment's folder, or "auto": the newest of the
-    experiment of this model in results_dir that has the highest number and a checkpoint; None where there is none.
+def checkpoint_to_resume(resume, results_dir, model_name, warn):
+    """The checkpoint that --resume names: a path; the newest whole one in an experiment's folder; or "auto": that of
+    the experiment of this model in results_dir that has the highest number and a checkpoint; None where there is none.
     """
     if resume == "auto":
-        found = [path for folder in experiment_folders(results_dir, model_name) if (path := checkpoint.newest(folder))]
-        return found[-1] if found else None
+        folders = experiment_folders(results_dir, model_name)
+        folder = next((folder for folder in reversed(folders) if checkpoint.newest(folder)), None)
+        return folder and checkpoint.newest_whole(folder, warn)
     if os.path.isdir(resume):
-        path = checkpoint.newest(resume)
+        path = checkpoint.newest_whole(resume, warn)
         if path is None:
             raise UserError(f"--resume {resume}: this folder holds no checkpoints/NNNNNNN.pt")
         return path
     if not os.path.isfile(resume):
         raise UserError(f"--resume {resume}: there is no such checkpoint; pass a file, an experiment's folder, or auto")
+    checkpoint.check(resume)
     return resume
 
 
 def open_folder(results_dir, model_name, resume):
-    """The run's folder and the checkpoint that it goes on from: a new folder and None, unless --resume finds one."""
-    path = checkpoint_to_resume(resume, results_dir, model_name) if resume else None
+    """The run's folder, the checkpoint that it goes on from (None: a new run), and warnings about damaged ones."""
+    warnings = []
+    path = checkpoint_to_resume(resume, results_dir, model_name, warnings.append) if resume else None
     if path is None:
-        return new_folder(results_dir, model_name), None
+        return new_folder(results_dir, model_name), None, warnings
     parent, inner = os.path.split(os.path.dirname(os.path.abspath(path)))
     # Going on from elsewhere, or from an older checkpoint, is another experiment: in the same folder "the newest" would
-    # then be one that this run does not descend from.
+    # then be one that this run does not descend from. Unless the newer ones are damaged.
+    named_itself = os.path.isfile(resume)
     is_newest = inner == "checkpoints" and os.path.samefile(checkpoint.newest(parent) or os.devnull, path)
-    return (parent if is_newest else new_folder(results_dir, model_name)), path
+    return (parent if is_newest or not named_itself else new_folder(results_dir, model_name)), path, warnings
 
 
 def open_log(folder, is_main):
@@ -113,30 +117,39 @@ class Monitor:
             handler.close()
 
     def _start_window(self):
-        self.sums, self.steps, self.start = None, 0, time.perf_counter()
+        self.sums, self.steps, self.skipped, self.start = None, 0, 0, time.perf_counter()
 
     def add(self, losses):
         """Count a step; losses: a dictionary of scalar tensors, means over this process' rows."""
+        self.bar.update()
         self.names = list(losses)
         values = torch.stack([value.detach() for value in losses.values()])
         self.sums = values if self.sums is None else self.sums + values
         self.steps += 1
+
+    def skip(self):
+        """Count a step that was not applied: its losses enter no mean."""
         self.bar.update()
+        self.skipped += 1
 
     def show(self, step, **scalars):
         """End the window: log the published line, and every scalar to TensorBoard."""
+        if not self.steps:
+            self.logger.info(f"(step={step:07d}) none of the last {self.skipped} steps was applied")
+            return self._start_window()
         means = self.accelerator.reduce(self.sums / self.steps, reduction="mean").tolist()
         means = dict(zip(self.names, means))
-        rate = self.steps / (time.perf_counter() - self.start)
+        rate = (self.steps + self.skipped) / (time.perf_counter() - self.start)
         self.logger.info(f"(step={step:07d}) Train Loss: {means['loss']:.4f}, Train Steps/Sec: {rate:.2f}")
         self.bar.set_postfix(loss=f"{means['loss']:.4f}")
         record = {f"train/{name}": value for name, value in means.items()}
         record |= {f"train/{name}": float(value) for name, value in scalars.items()}
-        record |= {"speed/images_per_second": rate * self.global_batch_size, "speed/memory_gb": memory_gb()}
+        record |= {"speed/images_per_second": rate * self.global_batch_size, "speed/memory_gb": memory_gb(),
+                   "train/skipped_steps": self.skipped}
         if self.tensorboard:
             for name, value in record.items():
                 self.tensorboard.add_scalar(name, value, step)
-        self._start_window()
+        return self._start_window()
 
     def show_images(self, step, images, columns):
         """Write a grid of images (N, C, H, W) in [-1, 1] as `samples/0000100.png`, and to TensorBoard."""

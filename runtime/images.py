@@ -6,8 +6,8 @@ import numpy as np
 from PIL import ExifTags, Image
 
 # Pillow refuses 0.18 gigapixels, taking them for an attack. Scans and panoramas are larger, and the files are the
-# user's own; beyond this (3 GB of RGB, twice that before an error) a header is more likely to lie.
-Image.MAX_IMAGE_PIXELS = 1 << 30
+# user's own. It refuses twice this number: 0.54 gigapixels, which take 6 GB to read.
+Image.MAX_IMAGE_PIXELS = 1 << 28
 
 # What undoes each value of EXIF's orientation tag.
 UPRIGHT = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -22,7 +22,7 @@ class BadImage:
     """A file that holds no image, or half of one. Worker processes hand it over as a value, not as a traceback.
 
     reason      one line
-    is_damaged  False where the file could not be read at all (no permission, a broken disk): such an image may be
+    is_damaged  False where the machine is at fault (no permission, a broken disk, no memory): such an image may be
                 there the next time, so that it is never skipped
     """
     path: str
@@ -33,16 +33,15 @@ class BadImage:
 def read_image(path, size):
     """The file's image as (size, size, 3) uint8, upright, its centre cropped; or a `BadImage`."""
     try:
-        with warnings.catch_warnings(), Image.open(path) as file:
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # odd metadata: not the picture
-            file.load()
-            return np.array(center_crop(to_rgb(upright(file)), size))
-    except MemoryError:
-        raise
+            with Image.open(path) as file:
+                file.load()
+                return np.array(center_crop(to_rgb(upright(file)), size))
     except Exception as error:  # a damaged file fails in many ways; each means the same
-        broken_disk = isinstance(error, OSError) and error.errno is not None
+        not_its_fault = isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno is not None)
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        return BadImage(path, reason, is_damaged=not broken_disk)
+        return BadImage(path, reason, is_damaged=not not_its_fault)
 
 
 def upright(image):
@@ -63,7 +62,7 @@ def to_rgb(image):
         image = Image.fromarray(np.round(values / 257).astype(np.uint8))
     if image.mode == "F":
         raise ValueError("floating-point pixels have no agreed range")
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def center_crop(image, size):

@@ -1,4 +1,5 @@
 """Between pixels and what the DiT sees. The one place that knows a VAE's scale, shift, channels and stride."""
+import functools
 import math
 import os
 from dataclasses import dataclass
@@ -48,7 +49,12 @@ class LatentSpace:
 
 def _column(value, like):
     """A number as it is; one number a channel as a tensor (C, 1, 1)."""
-    return value if isinstance(value, (int, float)) else torch.tensor(value, device=like.device)[:, None, None]
+    return value if isinstance(value, (int, float)) else _tensor(tuple(value), like.device)
+
+
+@functools.cache
+def _tensor(values, device):
+    return torch.tensor(values, device=device)[:, None, None]
 
 
 class PixelCodec:
@@ -60,6 +66,10 @@ class PixelCodec:
 
     def __init__(self, channels):
         self.channels = channels
+
+    def record(self):
+        """What makes latents what they are; plain values."""
+        return dict(vae="none")
 
     def encode(self, images, noise=None):
         """(N, C, H, W) images in [-1, 1] -> the same."""
@@ -84,9 +94,14 @@ class VAECodec:
         self.space = _space_of(vae.config)
         self.channels, self.stride = self.space.channels, self.space.stride
 
+    @property
     def encoder_sha256(self):
         """A name for all weights that latents depend on: VAEs that differ in the decoder alone share it."""
         return checksum.of_weights(*(part for part in (self.vae.encoder, self.vae.quant_conv) if part is not None))
+
+    def record(self):
+        """What makes latents what they are; plain values."""
+        return dict(vae_sha256=self.encoder_sha256, **vars(self.space))
 
     @torch.no_grad()
     def moments(self, images):
@@ -111,15 +126,16 @@ class VAECodec:
 class CachedCodec:
     """The codec of a latent cache: encoding draws from moments that a VAE made earlier.
 
-    name   of that VAE
-    space  the `LatentSpace` of its latents
-    vae    a `VAECodec` to decode with, or None: then nothing can be decoded
+    name            of that VAE
+    space           the `LatentSpace` of its latents
+    encoder_sha256  of its weights
+    vae             a `VAECodec` to decode with, or None: then nothing can be decoded
     """
 
     is_random = True
 
-    def __init__(self, name, space, vae=None):
-        self.name, self.space, self.vae = name, space, vae
+    def __init__(self, name, space, encoder_sha256, vae=None):
+        self.name, self.space, self.encoder_sha256, self.vae = name, space, encoder_sha256, vae
         self.channels, self.stride = space.channels, space.stride
 
     def encode(self, moments, noise):
@@ -128,6 +144,10 @@ class CachedCodec:
 
     def decode(self, latents):
         return self.vae.decode(latents)
+
+    def record(self):
+        """What makes latents what they are; plain values."""
+        return dict(vae_sha256=self.encoder_sha256, **vars(self.space))
 
 
 def _space_of(config):
@@ -160,22 +180,26 @@ def open_codec(name, channels=3, device="cpu"):
         return PixelCodec(channels)
     from diffusers import AutoencoderKL
     source = VAE_NAMES.get(name, name)
+    if not os.path.isdir(source) and (os.path.isabs(source) or "/" not in source):
+        raise UserError(f"--vae '{name}' could not be loaded: there is no such folder. Others: {', '.join(VAE_NAMES)}, "
+                        "OWNER/MODEL on the Hugging Face hub, none (pixels)")
     known = f"'{source}'" if source == name else f"'{name}' ({source})"
-    local = os.path.isdir(source) or os.path.isabs(source)
+    local = os.path.isdir(source)
     repository, folder = (source, None) if local else _on_hub(source)
     try:
         vae = AutoencoderKL.from_pretrained(repository, subfolder=folder).to(device)
-    except (OSError, ValueError, RuntimeError) as error:
+        codec = VAECodec(name, vae)
+    except Exception as error:  # what is no VAE fails in many ways; each means the same
         if local:
             advice = "the directory must hold config.json and diffusion_pytorch_model.safetensors of an AutoencoderKL"
         else:
             advice = (f"without a network, fetch https://huggingface.co/{repository} elsewhere and pass its directory, "
-                      "as in --vae /path/to/sd-vae-ft-ema; --vae none works on pixels")
+                      "as in --vae /path/to/sd-vae-ft-ema")
         raise UserError(f"--vae {known} could not be loaded: {advice}. diffusers says: {_first_line(error)}") from None
     if vae.config.in_channels != channels:
         raise UserError(f"--vae {known} takes images of {vae.config.in_channels} channels, this data has {channels}; "
                         "--vae none works on the pixels themselves")
-    return VAECodec(name, vae)
+    return codec
 
 
 def _on_hub(name):
@@ -213,8 +237,9 @@ def round_trip(codec, images):
 
     Stable Diffusion's VAE restores photographs to about 25 dB.
     """
-    latents = codec.encode(images, 0.0)
-    decoded = codec.decode(latents).float()
+    # One at a time: this must not need more memory than what follows.
+    latents = torch.cat([codec.encode(image, 0.0) for image in images.split(1)])
+    decoded = torch.cat([codec.decode(latent) for latent in latents.split(1)]).float()
     mse = torch.nn.functional.mse_loss(decoded, images).item()
     psnr = 10 * math.log10(4 / max(mse, 1e-12))  # 4: the square of the range
     contrast = (decoded.std() / images.std().clamp(min=0.05)).item()

@@ -4,20 +4,22 @@ from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, InitProcessGroupKwargs, broadcast_object_list, gather_object
 
 from .errors import UserError
 
-# The main process alone writes large files and draws previews while the others wait for it.
-PATIENCE = timedelta(hours=1)
+# Minutes. The main process alone writes large files and draws previews while the others wait for it.
+PATIENCE = 60
 
 
-def start(tf32=True):
+def start(tf32=True, patience=PATIENCE):
     """An `Accelerator` on this process' device: its own GPU by local rank, Apple's, or the CPU (gloo between them).
 
-    tf32   matrix products of float32 tensors in TF32 on GPUs that have it, as the paper trained; False: full float32
-    raise  UserError for a way of running that this code was not written for
+    tf32      matrix products of float32 tensors in TF32 on GPUs that have it, as the paper trained; False: full float32
+    patience  minutes that a process waits for the others before it gives up
+    raise     UserError for a way of running that this code was not written for
     """
     several = int(os.environ.get("WORLD_SIZE", 1)) > 1
     kind = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
@@ -25,7 +27,7 @@ def start(tf32=True):
     cpu = kind == "cpu" or (several and kind == "mps")
     # Precision and compilation are not left to a saved `accelerate config`, which must not change what is computed.
     accelerator = Accelerator(cpu=cpu, mixed_precision="no", dynamo_backend="no",
-                              kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)])
+                              kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(minutes=patience))])
     plain = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.MULTI_XPU)
     if accelerator.distributed_type not in plain:
         raise UserError(f"accelerate is configured for {accelerator.distributed_type.value}, this code is for "
@@ -34,6 +36,50 @@ def start(tf32=True):
         torch.set_float32_matmul_precision("high" if tf32 else "highest")
         torch.backends.cudnn.allow_tf32 = tf32
     return accelerator
+
+
+class Watch:
+    """Once a step, each process hears what any of them had to say a step before, so that all act on it together.
+
+    Nobody waits for it: the answer to one step's question is fetched at the next, when it has long arrived.
+    """
+
+    def __init__(self, accelerator):
+        self.accelerator, self.asked = accelerator, None
+
+    def exchange(self, *words):
+        """Say some truth values; returns, for each, whether any process said it at the call before.
+
+        (A single process hears itself at once.)
+        """
+        if self.accelerator.num_processes == 1:
+            return [bool(word) for word in words]
+        said = torch.tensor([int(bool(word)) for word in words], device=self.accelerator.device)
+        asked, self.asked = self.asked, (dist.all_reduce(said, dist.ReduceOp.MAX, async_op=True), said)
+        if asked is None:
+            return [False] * len(words)
+        work, answers = asked
+        work.wait()
+        return answers.bool().tolist()
+
+
+@contextmanager
+def waiting(what, patience=PATIENCE):
+    """Say in a sentence that the other processes did not come to a collective operation: `what`."""
+    try:
+        yield
+    except RuntimeError as error:
+        text = str(error)
+        if not any(sign in text for sign in LOST_PEER):
+            raise
+        reason = next(line for line in text.splitlines() if any(sign in line for sign in LOST_PEER))
+        raise UserError(f"{what}: another process is gone, or did not answer within {patience:g} minutes "
+                        f"(--timeout). [{reason.strip()}]") from None
+
+
+# How gloo and NCCL say so.
+LOST_PEER = ("Timed out waiting", "Connection closed by peer", "Connection reset by peer", "Connection refused",
+             "timeout caused pair closure", "Broken pipe", "NCCL", "Read error", "Write error", "Socket Timeout")
 
 
 @contextmanager
@@ -69,3 +115,15 @@ def on_main(accelerator, function):
     if accelerator.num_processes > 1:
         broadcast_object_list(outcome)
     return outcome[0]
+
+
+def barrier(accelerator):
+    """Wait for all processes."""
+    with together(accelerator):
+        pass
+
+
+def check_alike(accelerator, value, what):
+    """A `UserError` where the processes do not see the same: `what` is its name."""
+    if accelerator.num_processes > 1 and len(set(gather_object([value]))) > 1:
+        raise UserError(f"{what} are not the same on all processes", shown=accelerator.is_main_process)

@@ -88,7 +88,8 @@ class SampleSet:
 
     def _remove_parts(self, num_samples):
         used = [path for _, end, path in self._parts() if end <= num_samples]  # the others are of a larger set
-        unfinished = glob.glob(os.path.join(glob.escape(self.parts), "*.tmp"))  # what a kill left
+        unfinished = [path for folder in (self.parts + os.sep, self.npz) for path in glob.glob(
+            glob.escape(folder) + "*.tmp")]  # what a kill left
         for path in used + unfinished:
             os.remove(path)
         for folder in (self.parts, self.folder):

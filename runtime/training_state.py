@@ -1,57 +1,80 @@
 """What a training run consists of, as one checkpoint."""
 import os
 
+import torch
+
 from . import checkpoint
 from .ema import EMA
 from .errors import UserError
 
 # Flags that do not change what is computed: a resumed run may have others without a word.
 FREE_FLAGS = {"resume", "results_dir", "epochs", "max_steps", "num_workers", "log_every", "ckpt_every", "sample_every",
-              "grad_accum_steps", "features_in_memory", "max_bad_images"}
+              "grad_accum_steps", "features_in_memory", "max_bad_images", "override", "keep_checkpoints", "keep_every",
+              "async_save", "timeout", "max_bad_steps"}
+# Where the data lie may change: what they are is in the configuration.
+FREE_FLAGS |= {"data_path", "features_path", "vae"}
 
 
 class TrainingState:
-    """Model, EMA, optimiser and timestep sampler of a run, with what its checkpoints say of themselves.
+    """Model, EMA, optimiser, timestep sampler and `StepGuard` of a run, with what its checkpoints say of themselves.
 
     model   the bare DiT, its weights the same on every process
     args    the command's flags, a plain dictionary
-    config  what is needed beside them to build the model again: image_channels, class_names
+    config  what is needed beside them to build the model again, and to know the data: image_channels, class_names,
+            num_images, latents (what makes them what they are)
     """
 
-    def __init__(self, model, optimizer, schedule_sampler, ema_decay, args, config):
-        self.model, self.optimizer, self.schedule_sampler = model, optimizer, schedule_sampler
+    def __init__(self, model, optimizer, schedule_sampler, guard, ema_decay, args, config):
+        self.model, self.optimizer, self.schedule_sampler, self.guard = model, optimizer, schedule_sampler, guard
         self.ema = EMA(model, ema_decay)
         self.args, self.config = args, config | dict(model=model.config)
 
-    def save(self, path, step):
-        """Write a checkpoint of the state after `step` optimiser steps."""
-        checkpoint.save(path, dict(
-            model=self.model.state_dict(), ema=self.ema.model.state_dict(), opt=self.optimizer.state_dict(),
-            args=self.args, config=self.config, step=step, schedule_sampler=self.schedule_sampler.state_dict()))
+    def values(self, step):
+        """What a checkpoint holds after `step` optimiser steps; the tensors are the living ones."""
+        return dict(model=self.model.state_dict(), ema=self.ema.model.state_dict(), opt=self.optimizer.state_dict(),
+                    args=self.args, config=self.config, step=step, schedule_sampler=self.schedule_sampler.state_dict(),
+                    guard=self.guard.state_dict())
 
-    def restore(self, path):
-        """Go on from a checkpoint; returns its step, and sentences on flags that have another value than then.
+    def copy(self, step):
+        """The same as copies in host memory, which training does not change any more."""
+        return _copied(self.values(step))
 
-        raise  UserError where it is of another model, or holds no training state
+    def restore(self, path, override=False):
+        """Go on from a checkpoint; returns its step, and sentences on what is otherwise than it was then.
+
+        override  accept that flags which change what is computed have other values
+        raise     UserError where they have, where it is of another model, or holds no training state
         """
         stored = checkpoint.load(path)
         missing = [name for name in ("model", "ema", "opt", "args") if name not in stored]
         if missing:
             raise UserError(f"--resume {path}: this file has no {', '.join(missing)}; "
                             "it may do to sample from, not to go on training")
-        then = stored["args"] if isinstance(stored["args"], dict) else vars(stored["args"])
         self._check_model(stored.get("config", {}).get("model"), path)
+        changes = self._changes(stored)
+        if changes and not override:
+            raise UserError(f"--resume {path}: {'; '.join(changes)}. Another value makes another run: give the old "
+                            "one, or pass --override")
         checkpoint.load_weights(self.model, stored["model"], path)
         checkpoint.load_weights(self.ema.model, stored["ema"], path)
         learning_rates = [group["lr"] for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(stored["opt"])
         for group, lr in zip(self.optimizer.param_groups, learning_rates):
             group["lr"] = lr  # the flag decides
-        if stored.get("schedule_sampler"):
-            self.schedule_sampler.load_state_dict(stored["schedule_sampler"])
+        for part, name in ((self.schedule_sampler, "schedule_sampler"), (self.guard, "guard")):
+            if stored.get(name):
+                part.load_state_dict(stored[name])
+        return stored["step"] if "step" in stored else _step_in_name(path), changes
+
+    def _changes(self, stored):
+        """Sentences on flags and data that are not those of the checkpoint."""
+        args, config = stored["args"], stored.get("config", {})
+        then = args if isinstance(args, dict) else vars(args)
         changed = [f"--{name.replace('_', '-')} is {self.args[name]}, it was {then[name]}" for name in self.args
                    if name in then and name not in FREE_FLAGS and then[name] != self.args[name]]
-        return stored["step"] if "step" in stored else _step_in_name(path), changed
+        return changed + [f"the data have {name.replace('_', ' ')} {_short(self.config[name])}, they had "
+                          f"{_short(config[name])}" for name in ("num_images", "class_names", "latents")
+                          if name in config and config[name] != self.config[name]]
 
     def _check_model(self, config, path):
         differing = {name: value for name, value in (config or {}).items() if value != self.model.config.get(name)}
@@ -59,6 +82,22 @@ class TrainingState:
             was = ", ".join(f"{name}={value}" for name, value in differing.items())
             now = ", ".join(f"{name}={self.model.config.get(name)}" for name in differing)
             raise UserError(f"--resume {path}: this checkpoint is of another model ({was}; the flags give {now})")
+
+
+def _copied(values):
+    if torch.is_tensor(values):
+        return values.detach().to("cpu", copy=True)
+    if isinstance(values, dict):
+        return {name: _copied(value) for name, value in values.items()}
+    if isinstance(values, (list, tuple)):
+        return type(values)(_copied(value) for value in values)
+    return values
+
+
+def _short(value):
+    if isinstance(value, dict):
+        return ", ".join(f"{name}={str(part)[:12]}" for name, part in value.items())
+    return f"{value[:3]}..." if isinstance(value, list) and len(value) > 3 else value
 
 
 def _step_in_name(path):

@@ -1,5 +1,6 @@
 """Files that are written whole or not at all."""
 import os
+import re
 from contextlib import contextmanager
 
 from .errors import UserError
@@ -12,17 +13,38 @@ def whole_file(path, sync=True):
     sync   have it on the disk before it gets its name, so that not even a power cut leaves half a file
     raise  UserError where it cannot be written
     """
-    temporary = f"{path}.{os.getpid()}.tmp"
+    folder, temporary = os.path.dirname(os.path.abspath(path)), f"{path}.{os.getpid()}.tmp"
     try:
-        os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-        with open(temporary, "wb") as file:
+        os.makedirs(folder, exist_ok=True)
+        if os.path.lexists(temporary):
+            os.remove(temporary)
+        # A file of our own, or none: through a link that lies there, something else would be overwritten.
+        with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666), "wb") as file:
             yield file
             if sync:
                 file.flush()
                 os.fsync(file.fileno())
         os.replace(temporary, path)
+        if sync:
+            _sync_folder(folder)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error}") from None
     finally:
-        if os.path.exists(temporary):
+        if os.path.lexists(temporary):
             os.remove(temporary)
+
+
+def _sync_folder(folder):
+    """Have the folder's list of names on the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def remove_unfinished(folder):
+    """Remove what a kill left of files that were being written; for a folder that nobody writes to just now."""
+    for name in os.listdir(folder) if os.path.isdir(folder) else []:
+        if re.fullmatch(r".+\.\d+\.tmp", name):
+            os.remove(os.path.join(folder, name))

@@ -1,8 +1,10 @@
 """Small real things to run the commands on, and ways to run them."""
+import multiprocessing
 import os
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -52,6 +54,83 @@ def run_process(script, *flags, processes=None, check=True, **more):
     if check:
         assert done.returncode == 0, done.stdout + done.stderr
     return done
+
+
+class Children:
+    """Commands in processes of their own, which start at once: a server that has imported everything forks them."""
+
+    def __init__(self, folder):
+        self.folder, self.started = folder, []
+        self.context = multiprocessing.get_context("forkserver")
+        self.context.set_forkserver_preload(["train", "sample_ddp", "extract_features", "torch.utils.tensorboard",
+                                             "diffusers.models.autoencoders.autoencoder_kl"])
+
+    def start(self, name, *flags, processes=1, prepare=None):
+        """Start a command on some gloo processes; returns them. The text of each goes to its `log`.
+
+        prepare  called with the process' number before the command begins, to plant a fault; of a module's top level
+        """
+        port, group = str(free_port()), []
+        for rank in range(processes):
+            environment = dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(processes), MASTER_PORT=port,
+                               MASTER_ADDR="127.0.0.1") if processes > 1 else {}
+            log = self.folder / f"{len(self.started)}.log"
+            child = self.context.Process(target=in_child, args=(name, [str(flag) for flag in flags], environment,
+                                                                str(log), prepare, rank))
+            log.touch()
+            child.start()
+            child.log = log
+            group.append(child)
+            self.started.append(child)
+        return group
+
+    def run(self, name, *flags, processes=1, prepare=None, status=0):
+        """Run a command to its end on some processes; returns what they printed, one after the other."""
+        group = self.start(name, *flags, processes=processes, prepare=prepare)
+        for child in group:
+            child.join(120)
+        text = "".join(child.log.read_text() for child in group)
+        assert [child.exitcode for child in group] == [status] * processes, text
+        return text
+
+    def close(self):
+        for child in self.started:
+            if child.is_alive():
+                child.kill()
+
+
+def in_child(name, flags, environment, log, prepare, rank):
+    """Where a child begins."""
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    multiprocessing.set_start_method("fork", force=True)  # for their own workers, as where nobody sets one
+    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    sys.argv = [f"{name}.py", *flags]
+    if prepare is not None:
+        prepare(rank)
+    from runtime.errors import run_command
+    run_command(__import__(name).main)
+
+
+@pytest.fixture
+def children(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(ROOT))  # for the server, which does not know pytest's path
+        patch.setenv("OMP_NUM_THREADS", "1")
+        started = Children(tmp_path_factory.mktemp("logs"))
+        yield started
+        started.close()
+
+
+def wait_for(condition, seconds=60):
+    """Wait until condition() is true; returns what it gave."""
+    end = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < end, "nothing came of it"
+        time.sleep(0.005)
+    return found
 
 
 def free_port():

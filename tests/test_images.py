@@ -63,11 +63,17 @@ def test_crop_halves_only_while_twice_as_large():
     assert np.array_equal(center_crop(not_quite, 8), bicubic(not_quite))
 
 
-def test_crop_of_a_thread():
-    """An image of 1 x 4000 pixels: the middle of it, in no time and little memory."""
-    pixels = np.arange(4000)[:, None] // 16
+def test_crop_of_a_thread(monkeypatch):
+    """An image of 1 x 4000 pixels: the middle of it, by way of no more than 16 times its width."""
+    pixels, sizes, resize = np.arange(4000)[:, None] // 16, [], Image.Image.resize
+
+    def noted(self, size, *how):
+        sizes.append(size)
+        return resize(self, size, *how)
+
+    monkeypatch.setattr(Image.Image, "resize", noted)
     cropped = np.array(center_crop(Image.fromarray(pixels.astype(np.uint8)), 64))
-    assert cropped.shape == (64, 64) and set(cropped.flat) <= {124, 125}
+    assert cropped.shape == (64, 64) and set(cropped.flat) <= {124, 125} and sizes == [(64, 16 * 64)]
 
 
 def test_crop_leaves_long_images_as_published():
@@ -192,6 +198,18 @@ def test_damaged_files(tmp_path, kind, kept):
         file.truncate(kept if kept > 1 else int(kept * size))
     image = read_image(path, 8)
     assert isinstance(image, BadImage) and image.path == path and image.is_damaged and image.reason
+
+
+def test_odd_metadata_is_not_talked_about(tmp_path, recwarn):
+    path = stored(tmp_path, Image.fromarray(picture(8, 8, 3)), "1.jpg", exif=b"Exif\0\0MM\0*\0\0\0\x08\0\x05\1")
+    assert isinstance(read_image(path, 8), np.ndarray)
+    assert not [warning for warning in recwarn if "EXIF" in str(warning.message)]
+
+
+def test_no_memory_is_no_damage(tmp_path, monkeypatch):
+    path = stored(tmp_path, Image.new("RGB", (8, 8)))
+    monkeypatch.setattr(Image.Image, "resize", lambda *args: (_ for _ in ()).throw(MemoryError()))
+    assert isinstance(image := read_image(path, 4), BadImage) and not image.is_damaged and image.path == path
 
 
 def test_files_that_cannot_be_opened(tmp_path):

@@ -1,13 +1,10 @@
 """extract_features.py and the cache that it makes: the same bytes whoever makes it, however often it was stopped."""
 import errno
 import json
-import multiprocessing
 import os
 import pickle
 import random
 import shutil
-import signal
-import sys
 import time
 from types import SimpleNamespace
 
@@ -15,15 +12,15 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from conftest import ROOT, picture, run_process, write_images
+from conftest import ROOT, picture, run_process, wait_for, write_images
 from PIL import Image
 
 import runtime.latent_cache.manifest
-from runtime import latents
+from runtime import checksum, latents
 from runtime.data import ImageFolderData
 from runtime.errors import UserError
 from runtime.latent_cache import CacheWriter, LatentCache, new_manifest, read_manifest, verify
-from runtime.latent_cache.writer import BAD, MISSING
+from runtime.latent_cache.writer import BAD, ENCODED, MISSING
 
 SIZE = 32
 
@@ -111,10 +108,10 @@ def test_without_mirror_images(extract, few_images, tmp_path):
 
 def test_manifest_says_what_it_is(extract, few_images, vae_folder, tmp_path):
     out = extract(few_images, tmp_path / "cache")
-    assert "13 images in 2 orientation(s) of 8x8x8 fp16: 0.03 MB in 1 file(s)" in out and "PSNR" in out
+    assert "13 images and their mirror images, 8x8x8 fp16 each: 0.03 MB" in out and "PSNR" in out
     manifest = json.loads((tmp_path / "cache" / "manifest.json").read_text())
     assert manifest["complete"] is True and manifest["vae"] == str(vae_folder)
-    assert manifest["vae_sha256"] == latents.open_codec(str(vae_folder)).encoder_sha256()
+    assert manifest["vae_sha256"] == latents.open_codec(str(vae_folder)).encoder_sha256
     assert manifest["space"] == dict(channels=4, stride=4, scale=0.5, shift=0.0, image_channels=3)
     assert (manifest["image_size"], manifest["count"], manifest["classes"], manifest["dtype"]) == (
         SIZE, 13, ["a", "b", "c"], "fp16")
@@ -187,53 +184,29 @@ def test_two_processes_write_what_one_does(many_images, vae_folder, whole_cache,
     assert len(LatentCache(str(whole_cache))) == 2000
 
 
-def extract_in_child(*flags):
-    """Where a forked child begins."""
-    import extract_features
-    sys.argv = ["extract_features.py", *map(str, flags)]
-    torch.set_num_threads(1)
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    os.dup2(1, 2)
-    extract_features.main()
-
-
-def test_ten_kills_leave_no_trace(many_images, vae_folder, whole_cache, tmp_path, monkeypatch):
+def test_ten_kills_leave_no_trace(children, many_images, vae_folder, whole_cache, tmp_path):
     """SIGKILL at random moments, from the start of the program on: the bytes are those of an undisturbed run."""
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))  # for the server, which does not know pytest's path
-    context = multiprocessing.get_context("forkserver")  # has everything imported, so that a start takes no time
-    context.set_forkserver_preload(["extract_features", "diffusers.models.autoencoders.autoencoder_kl"])
     flags = flags_for_many(many_images, vae_folder, tmp_path / "cache")
     chance, kills, seen = random.Random(0), 0, []
     while kills < 10:
         workers = int(kills == 5)  # once: a worker that lost its master takes five seconds to see it
-        child = context.Process(target=extract_in_child, args=[*flags, "--num-workers", workers])
-        child.start()
+        (child,) = children.start("extract_features", *flags, "--num-workers", workers)
         reached = seen[-1] if seen else 0
         wait_for(lambda child=child, reached=reached: encoded(tmp_path / "cache") > reached or not child.is_alive())
         time.sleep(chance.random() * 0.1)
         assert child.is_alive(), "it ended before it could be killed ten times: give it more images"
-        os.kill(child.pid, signal.SIGKILL)
+        child.kill()
         child.join()
         kills += 1
         seen.append(encoded(tmp_path / "cache"))
     assert seen == sorted(seen) and 0 < seen[0] < seen[-1] < 2000
-    child = context.Process(target=extract_in_child, args=flags)
-    child.start()
-    child.join()
-    assert child.exitcode == 0
+    children.run("extract_features", *flags)
     assert contents(tmp_path / "cache") == contents(whole_cache)
 
 
 def encoded(folder):
     path = folder / "progress.npy"
-    return int((np.load(path) != MISSING).sum()) if path.exists() else 0
-
-
-def wait_for(condition, seconds=120):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.005)
+    return int((np.fromfile(path, dtype=np.uint8)[128:] == ENCODED).sum()) if path.exists() else 0
 
 
 def test_nothing_is_encoded_twice(extract, few_images, vae_folder, tmp_path, monkeypatch):
@@ -249,7 +222,7 @@ def test_nothing_is_encoded_twice(extract, few_images, vae_folder, tmp_path, mon
     monkeypatch.setattr(latents.VAECodec, "moments", counted)
     out = extract(few_images, tmp_path / "cache")
     assert "8 images are there already" in out
-    assert passes == [8, 4, 4, 1, 1]  # a look at eight images, then the batches 8 .. 11 and 12, in two orientations
+    assert passes == [*[1] * 8, 4, 4, 1, 1]  # a look at eight images; the batches 8 .. 11 and 12, in two orientations
     assert contents(tmp_path / "cache") == contents(tmp_path / "whole")
     passes.clear()
     assert "is complete: 13 images" in extract(few_images, tmp_path / "cache") and passes == []
@@ -281,10 +254,10 @@ def test_another_batch_size_goes_on(extract, few_images, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("flags, sentence", [
-    (["--image-size", "16"], r"image_size is 32 there, 16 here"),
-    (["--dtype", "fp32"], r"dtype is fp16 there, fp32 here"),
-    (["--no-flip"], r"orientations is 2 there, 1 here"),
-    (["--precision", "bf16"], r"precision is tf32 there, bf16 here"),
+    (["--image-size", "16"], r"--image-size is 32 there, 16 here\. Name"),
+    (["--dtype", "fp32"], r"--dtype is fp16 there, fp32 here"),
+    (["--no-flip"], r"--flip is 2 there, 1 here"),
+    (["--precision", "bf16"], r"--precision is tf32 there, bf16 here"),
 ])
 def test_a_folder_of_another_cache_is_left_alone(extract, few_images, tmp_path, flags, sentence):
     extract(few_images, tmp_path / "cache")
@@ -297,7 +270,15 @@ def test_a_folder_of_another_cache_is_left_alone(extract, few_images, tmp_path, 
 def test_other_images_or_another_vae_are_told(extract, few_images, image_folder, vae_folder, tmp_path):
     extract(few_images, tmp_path / "cache")
     err = extract(image_folder, tmp_path / "cache", fails=True)
-    assert "the images, their classes or their order are others" in err
+    assert "the images, their classes or their order are not those" in err
+    shutil.copytree(few_images, tmp_path / "moved")
+    extract(tmp_path / "moved", tmp_path / "cache")  # the same images in another place
+    (tmp_path / "moved" / "a" / "03.png").rename(tmp_path / "moved" / "a" / "04.png")
+    assert "are not those that it was begun with (13 images there, 13" in extract(
+        tmp_path / "moved", tmp_path / "cache", fails=True)
+    scaled = other_vae(vae_folder, tmp_path, scaling_factor=0.25)
+    err = extract(few_images, tmp_path / "cache", "--vae", scaled, fails=True)
+    assert "scale of its VAE is 0.5, of --vae 0.25" in err
     other = other_vae(vae_folder, tmp_path)
     err = extract(few_images, tmp_path / "cache", "--vae", other, fails=True)
     assert str(vae_folder) in err and str(other) in err
@@ -363,6 +344,66 @@ def test_a_write_may_take_several_calls(extract, few_images, tmp_path, monkeypat
     assert contents(tmp_path / "cache") == contents(tmp_path / "whole")
 
 
+def test_one_run_at_a_time(children, extract, many_images, vae_folder, tmp_path):
+    """The second is told, and leaves the first alone."""
+    flags = flags_for_many(many_images, vae_folder, tmp_path / "cache")
+    (child,) = children.start("extract_features", *flags)
+    wait_for(lambda: encoded(tmp_path / "cache") > 0)
+    err = extract(many_images, tmp_path / "cache", "--batch-size", 32, fails=True)
+    assert "another extraction is writing to it" in err
+    child.join(60)
+    assert child.exitcode == 0 and verify(str(tmp_path / "cache")) == []
+
+
+def test_a_folder_that_is_no_cache(extract, few_images, tmp_path):
+    """Is not written to: other people's files, or moments that lost their manifest."""
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").touch()
+    assert "is not empty, and has no manifest.json" in extract(few_images, tmp_path / "mine", fails=True)
+    extract(few_images, tmp_path / "cache")
+    (tmp_path / "cache" / "manifest.json").unlink()
+    before = contents(tmp_path / "cache")
+    assert "is not empty, and has no manifest.json" in extract(few_images, tmp_path / "cache", fails=True)
+    assert contents(tmp_path / "cache") == before
+    shutil.copytree(few_images, tmp_path / "images")
+    for inside in (tmp_path / "images", tmp_path / "images" / "latents"):
+        assert "lies in --data-path" in extract(tmp_path / "images", inside, fails=True)
+    (tmp_path / "killed").mkdir()  # as a kill leaves it before anything was written
+    for name in ("extraction.lock", "manifest.json.77.tmp"):
+        (tmp_path / "killed" / name).touch()
+    extract(few_images, tmp_path / "killed")
+    assert sorted(os.listdir(tmp_path / "killed")) == ["labels.npy", "manifest.json", "moments-000.npy", "paths.txt"]
+
+
+def test_a_complete_cache_that_is_damaged_is_told(extract, few_images, tmp_path):
+    extract(few_images, tmp_path / "cache")
+    (tmp_path / "cache" / "moments-000.npy").unlink()
+    assert "moments-000.npy is missing" in extract(few_images, tmp_path / "cache", fails=True)
+
+
+def test_a_file_name_with_a_line_break(extract, few_images, tmp_path):
+    shutil.copytree(few_images, tmp_path / "images")
+    (tmp_path / "images" / "a" / "00.png").rename(tmp_path / "images" / "a" / "0\n0.png")
+    assert "has a line break in it; rename it" in extract(tmp_path / "images", tmp_path / "cache", fails=True)
+    assert os.listdir(tmp_path / "cache") == []
+
+
+def test_a_batch_that_does_not_fit(extract, few_images, tmp_path, monkeypatch):
+    def full(self, images):
+        if len(images) > 1:
+            raise torch.OutOfMemoryError("no")
+        return torch.zeros(1, 8, 8, 8)
+
+    monkeypatch.setattr(latents.VAECodec, "moments", full)
+    assert "--batch-size 4 does not fit into the memory of cpu" in extract(few_images, tmp_path / "cache", fails=True)
+
+
+def test_a_vae_that_gives_no_numbers(extract, few_images, tmp_path, monkeypatch):
+    moments = latents.VAECodec.moments
+    monkeypatch.setattr(latents.VAECodec, "moments", lambda self, images: moments(self, images) / 0)
+    assert "that are not finite; try --precision fp32" in extract(few_images, tmp_path / "cache", fails=True)
+
+
 def test_a_place_that_cannot_be_written(extract, few_images, tmp_path):
     (tmp_path / "file").write_text("")
     err = extract(few_images, tmp_path / "file" / "cache", fails=True)
@@ -372,8 +413,19 @@ def test_a_place_that_cannot_be_written(extract, few_images, tmp_path):
 def test_half_a_cache_that_was_changed(extract, few_images, tmp_path, monkeypatch):
     """What was encoded before is not looked at again: a file that went missing meanwhile must not come back empty."""
     stopped_after(4, extract, few_images, tmp_path / "cache", monkeypatch)
-    (tmp_path / "cache" / "moments-000.npy").unlink()
-    assert "moments-000.npy is missing or was changed" in extract(few_images, tmp_path / "cache", fails=True)
+    for name in ("moments-000.npy", "progress.npy"):
+        raw = (tmp_path / "cache" / name).read_bytes()
+        for spoilt in (raw[:-1], b"\0" * 10 + raw[10:], None):
+            (tmp_path / "cache" / name).unlink()
+            if spoilt is not None:
+                (tmp_path / "cache" / name).write_bytes(spoilt)
+            elif name == "progress.npy":
+                break  # without it nothing counts as done
+            assert f"{name} is missing or was changed" in extract(few_images, tmp_path / "cache", fails=True)
+            (tmp_path / "cache" / name).write_bytes(raw)
+    extract(few_images, tmp_path / "cache")
+    extract(few_images, tmp_path / "whole")
+    assert contents(tmp_path / "cache") == contents(tmp_path / "whole")
 
 
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
@@ -384,7 +436,7 @@ def test_numbers_that_the_dtype_cannot_hold(few_images, vae_folder, tmp_path, dt
     writer.prepare(data)
     moments = torch.full((3, 2, 8, 8, 8), 70000.0)
     if dtype == "fp16":
-        with pytest.raises(UserError, match=r"--dtype fp16: the latents of the images 2 \.\. 4 are not finite"):
+        with pytest.raises(UserError, match=r"--dtype fp16 cannot hold .* images 2 \.\. 4 \(up to 7e\+04\)"):
             writer.write(2, moments, [False] * 3)
     else:
         writer.write(2, moments, [False] * 3)
@@ -411,14 +463,67 @@ def test_the_first_bad_image_stops_the_run(extract, spoilt_images, tmp_path):
 
 
 def test_bad_images_are_left_out_and_named(extract, spoilt_images, tmp_path):
-    """Two of three allowed: it stops at the third. Three: they are counted, and nothing is done twice."""
+    """Two of three allowed: it stops at the third. Three: they are counted, and nothing good is done twice."""
     err = extract(spoilt_images, tmp_path / "cache", "--max-bad-images", 2, fails=True)
-    assert "c/11.png" in err and "--max-bad-images 2 allows no more (3 were met)" in err
+    assert "c/11.png" in err and "number 3 in all; --max-bad-images 2 allows no more" in err
     out = extract(spoilt_images, tmp_path / "cache", "--max-bad-images", 3)
-    assert "12 images are there already" in out and "3 of 3 that --max-bad-images allows" in out
+    assert "10 images are there already" in out and "3 of 3 unreadable images that --max-bad-images allows" in out
     assert "is complete: 13 images, 3 of them unreadable" in out
+    assert "is complete: 13 images, 3 of them unreadable" in extract(spoilt_images, tmp_path / "cache")
+    for index in (1, 2, 12):
+        assert not LatentCache(str(tmp_path / "cache"))._files()[0].rows[index].any()  # zeros, as the docs say
     manifest = read_manifest(str(tmp_path / "cache"))
     assert manifest["bad_images"] == [[1, "a/03.png"], [2, "a/06.png"], [12, "c/11.png"]]
+
+
+def test_bad_images_are_tried_again(extract, few_images, spoilt_images, tmp_path):
+    """At the next run: once repaired, they are images like any other, and not counted."""
+    extract(spoilt_images, tmp_path / "cache", "--max-bad-images", 2, fails=True)
+    shutil.copytree(few_images, spoilt_images, dirs_exist_ok=True)
+    out = extract(spoilt_images, tmp_path / "cache")
+    assert "is complete: 13 images. " in out and read_manifest(str(tmp_path / "cache"))["bad_images"] == []
+    extract(few_images, tmp_path / "whole")
+    keys = [(i, True) for i in range(13)]
+    torch.testing.assert_close(LatentCache(str(tmp_path / "cache")).__getitems__(keys).images, LatentCache(
+        str(tmp_path / "whole")).__getitems__(keys).images, rtol=2**-10, atol=1e-5)
+
+
+def test_the_default_allows_none_at_a_restart_either(extract, spoilt_images, tmp_path):
+    extract(spoilt_images, tmp_path / "cache", "--max-bad-images", 2, fails=True)
+    assert "cannot read the image" in extract(spoilt_images, tmp_path / "cache", fails=True)
+
+
+def test_two_processes_count_bad_images_together(children, spoilt_images, vae_folder, tmp_path):
+    """Whoever meets them: three are three."""
+    flags = ["--data-path", spoilt_images, "--image-size", SIZE, "--vae", vae_folder, "--num-workers", 0,
+             "--batch-size", 1]
+    out = children.run("extract_features", *flags, "--features-path", tmp_path / "three", "--max-bad-images", 3,
+                       processes=2)
+    assert out.count("WARNING: skipped the image") == 3 and "3 of 3 unreadable" in out
+    group = children.start("extract_features", *flags, "--features-path", tmp_path / "two", "--max-bad-images", 2,
+                           processes=2)
+    for child in group:
+        child.join(60)
+    text = "".join(child.log.read_text() for child in group)
+    assert all(child.exitcode == 2 for child in group) and "Traceback" not in text
+    assert "--max-bad-images 2 allows no more" in text
+
+
+def test_a_disk_that_fails_is_no_bad_image(extract, few_images, tmp_path, monkeypatch):
+    """Whatever the limit: the file may be there the next time."""
+    shutil.copytree(few_images, tmp_path / "images")
+    data = ImageFolderData(few_images, SIZE)
+    listed = ImageFolderData.read
+
+    def read(self, index):
+        if index == 7:
+            os.rename(tmp_path / "images" / data.paths[7], tmp_path / "images" / "elsewhere")
+        return listed(self, index)
+
+    monkeypatch.setattr(ImageFolderData, "examples", lambda self, count: None)
+    monkeypatch.setattr(ImageFolderData, "read", read)
+    err = extract(tmp_path / "images", tmp_path / "cache", "--max-bad-images", 9, fails=True)
+    assert f"cannot read {tmp_path}/images/{data.paths[7]} (FileNotFoundError" in err
 
 
 def test_a_bad_image_is_replaced_as_in_training_from_images(extract, spoilt_images, tmp_path):
@@ -509,8 +614,9 @@ def replace(folder, name, change):
     (lambda folder: replace(folder, "moments-000.npy", lambda raw: raw.replace(b"f2", b"i2")), r"does not begin as"),
     (lambda folder: (folder / "moments-000.npy").unlink(), r"moments-000\.npy is missing"),
     (lambda folder: (folder / "labels.npy").unlink(), r"labels\.npy is missing"),
+    (lambda folder: replace(folder, "labels.npy", lambda raw: raw[:-8] + b"\7" * 8), r"labels\.npy was changed"),
 ], ids=["incomplete", "no manifest", "half a manifest", "edited", "format", "list", "short", "header", "gone",
-        "labels"])
+        "no labels", "other labels"])
 def test_a_cache_that_is_not_whole_is_refused(extract, few_images, tmp_path, spoil, sentence):
     extract(few_images, tmp_path / "cache")
     LatentCache(str(tmp_path / "cache"))
@@ -531,7 +637,7 @@ def test_the_cache_of_another_vae_is_refused(extract, few_images, vae_folder, tm
         cache.codec(str(other_vae(vae_folder, tmp_path, scaling_factor=0.25)), None, "cpu", decodes=False)
     with pytest.raises(UserError, match=rf"--vae none: .* was made with the VAE {vae_folder}"):
         cache.codec("none", None, "cpu", decodes=False)
-    with pytest.raises(UserError, match=rf"--vae /nowhere: .* was made with the VAE {vae_folder}.*could not be loaded"):
+    with pytest.raises(UserError, match=rf"--vae '/nowhere' .* no such folder.* made with --vae {vae_folder}"):
         cache.codec("/nowhere", None, "cpu", decodes=False)
     with pytest.raises(UserError, match=r"--image-size 64: .* of images of 32 pixels"):
         cache.codec(None, 64, "cpu", decodes=False)
@@ -547,7 +653,7 @@ def test_training_needs_no_vae(extract, few_images, vae_folder, tmp_path):
     cache = LatentCache(str(tmp_path / "cache"))
     codec = cache.codec(None, None, "cpu", decodes=False)
     assert codec.vae is None and codec.name == str(tmp_path / "vae") and (codec.channels, codec.stride) == (4, 4)
-    with pytest.raises(UserError, match="could not be loaded"):
+    with pytest.raises(UserError, match="is not where it was: pass --vae and its new place"):
         cache.codec(None, None, "cpu", decodes=True)
 
 
@@ -594,12 +700,12 @@ def test_memory_does_not_grow(few_images, tmp_path):
     """A cache of 100 MB is read to the end, and this process holds none of it."""
     images = SimpleNamespace(labels=[0] * 1600, paths=[str(i) for i in range(1600)], class_names=["a"])
     codec = SimpleNamespace(space=latents.LatentSpace(4, 8, 1.0, 0.0), channels=4, stride=8, name="none",
-                            encoder_sha256=lambda: "")
+                            encoder_sha256="")
     writer = CacheWriter(str(tmp_path), new_manifest(images, "", codec, 256, True, "fp32", "fp32"))
     writer.prepare(images)
     for first in range(0, 1600, 100):
         writer.write(first, torch.randn(100, 2, 8, 32, 32), [False] * 100)
-    writer.finish(images, dict.fromkeys(writer.file_names(), ""))
+    writer.finish(images, {name: checksum.of_file(tmp_path / name) for name in writer.file_names()})
     cache, own = LatentCache(str(tmp_path)), psutil.Process()
     order = torch.randperm(1600, generator=torch.Generator().manual_seed(0)).tolist()
 
@@ -615,6 +721,6 @@ def test_memory_does_not_grow(few_images, tmp_path):
     assert mapped() < 5e6
 
 
-def test_progress_tells_bad_from_missing(extract, spoilt_images, tmp_path):
+def test_progress_tells_bad_from_good(extract, spoilt_images, tmp_path):
     extract(spoilt_images, tmp_path / "cache", "--max-bad-images", 2, fails=True)
-    assert np.load(tmp_path / "cache" / "progress.npy").tolist() == [1, BAD, BAD, *[1] * 9, MISSING]
+    assert np.load(tmp_path / "cache" / "progress.npy").tolist() == [1, BAD, BAD, *[1] * 9, BAD]

@@ -126,7 +126,7 @@ def test_moments_are_what_encoding_draws_from(case):
     noise = torch.randn(2, codec.channels, 16 // codec.stride, 16 // codec.stride)
     moments = codec.moments(images)
     assert moments.shape == (2, 2 * codec.channels, *noise.shape[2:]) and not moments.requires_grad
-    cached = latents.CachedCodec("name", codec.space, codec)
+    cached = latents.CachedCodec("name", codec.space, "", codec)
     want = codec.encode(images, noise)
     assert torch.equal(cached.encode(moments, noise), want)
     half = cached.encode(moments.half(), noise)
@@ -139,16 +139,16 @@ def test_moments_are_what_encoding_draws_from(case):
 def test_the_name_of_the_weights(tmp_path):
     """The same for the same encoder, whatever the decoder; another for any other weight that latents depend on."""
     codec = latents.open_codec(saved_vae(tmp_path / "vae"))
-    first = codec.encoder_sha256()
+    first = codec.encoder_sha256
     codec.vae.decoder.conv_out.weight.data += 1
-    assert codec.encoder_sha256() == first and len(first) == 64
+    assert codec.encoder_sha256 == first and len(first) == 64
     names = {first}
     for part in (codec.vae.quant_conv, codec.vae.encoder.conv_in):
         part.bias.data[0] += 1e-6
-        names.add(codec.encoder_sha256())
+        names.add(codec.encoder_sha256)
     assert len(names) == 3
     bare = latents.open_codec(saved_vae(tmp_path / "bare", use_quant_conv=False, use_post_quant_conv=False))
-    assert bare.encoder_sha256() not in names and bare.moments(torch.zeros(1, 3, 8, 8)).shape == (1, 8, 4, 4)
+    assert bare.encoder_sha256 not in names and bare.moments(torch.zeros(1, 3, 8, 8)).shape == (1, 8, 4, 4)
 
 
 # ---------------------------------------------------------------- the first look
@@ -199,7 +199,7 @@ def test_a_first_look_warns(how, warning):
     codec, images, lines = look(**how)
     (found,) = [line for line in lines if "WARNING" in line]
     assert re.search(warning, found), found
-    cached = latents.CachedCodec("it", codec.space)
+    cached = latents.CachedCodec("it", codec.space, "")
     lines = list(latents.first_look(cached, codec.moments(images), "cpu"))
     assert [line for line in lines if "WARNING" in line] == ([] if "gain" in how else [found])
 
@@ -232,7 +232,7 @@ def test_a_folder_of_a_model_on_the_hub(monkeypatch):
 def test_a_vae_that_is_not_there(name, hub_name, tmp_path, monkeypatch):
     """Without a network the sentence says what to fetch, and what to pass."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(UserError, match=rf"--vae '{name}' .*huggingface\.co/{hub_name} .*--vae none"):
+    with pytest.raises(UserError, match=rf"--vae '{name}' .*huggingface\.co/{hub_name} elsewhere and pass"):
         latents.open_codec(name)
 
 

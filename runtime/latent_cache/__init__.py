@@ -8,12 +8,14 @@ A folder holds
     labels.npy       (count,) int64
     paths.txt        a line an image: its path below the data set's folder
     progress.npy     (count,) uint8, while the cache is being made: MISSING, ENCODED or BAD
+    extraction.lock  while a run is making it
 
 An image's place follows from its index alone, so that processes write without asking each other, a restart finds what
 is done, and the bytes do not depend on either.
 """
 from .manifest import DTYPES, gigabytes, new_manifest, read_manifest
-from .reader import LatentCache, verify
-from .writer import BAD, CacheWriter
+from .reader import LatentCache, incomplete, verify
+from .writer import CacheWriter
 
-__all__ = ["BAD", "DTYPES", "CacheWriter", "LatentCache", "gigabytes", "new_manifest", "read_manifest", "verify"]
+__all__ = ["DTYPES", "CacheWriter", "LatentCache", "gigabytes", "incomplete", "new_manifest", "read_manifest",
+           "verify"]

@@ -20,9 +20,10 @@ DTYPES = {"fp16": (torch.float16, np.dtype("<f2")), "bf16": (torch.bfloat16, np.
           "fp32": (torch.float32, np.dtype("<f4"))}
 LARGEST_FILE = 4 << 30  # bytes: ImageNet at 256 pixels takes ten such files
 
-# What two runs must agree on to fill the same cache.
-IDENTITY = ("format", "vae_sha256", "space", "image_size", "crop", "orientations", "dtype", "precision", "count",
-            "classes", "rows_per_file", "listing_sha256")
+# What two runs must agree on to fill the same cache, and the flags that decide it.
+IDENTITY = dict(format=None, vae_sha256="--vae", space="--vae", image_size="--image-size", crop=None,
+                orientations="--flip", dtype="--dtype", precision="--precision", count=None, classes=None,
+                listing_sha256=None, rows_per_file=None)
 
 
 def new_manifest(data, data_path, codec, image_size, flips, dtype, precision):
@@ -39,7 +40,7 @@ def new_manifest(data, data_path, codec, image_size, flips, dtype, precision):
     side = image_size // codec.stride
     row_bytes = orientations * 2 * codec.channels * side * side * DTYPES[dtype][1].itemsize
     return dict(
-        format=FORMAT, complete=False, vae=codec.name, vae_sha256=codec.encoder_sha256(), space=space,
+        format=FORMAT, complete=False, vae=codec.name, vae_sha256=codec.encoder_sha256, space=space,
         image_size=image_size, crop="center, as ADM: halved by box, then bicubic", orientations=orientations,
         latent_size=side, dtype=dtype, precision=precision, count=len(data.labels), classes=data.class_names,
         data_path=data_path, versions={name: metadata.version(name) for name in ("torch", "diffusers", "pillow")},

@@ -11,7 +11,7 @@ from .. import checksum
 from ..data import Batch, spread
 from ..errors import UserError
 from ..latents import CachedCodec, LatentSpace, open_codec
-from .manifest import MISSING, Layout, gigabytes, read_manifest
+from .manifest import ENCODED, Layout, gigabytes, read_manifest
 
 
 class LatentCache(Dataset):
@@ -26,9 +26,7 @@ class LatentCache(Dataset):
     def __init__(self, folder):
         self.folder, self.manifest = folder, read_manifest(folder)
         if not self.manifest["complete"]:
-            raise UserError(f"--features-path {folder} is not complete: {self._encoded()} of "
-                            f"{self.manifest['count']} images are there. Run extract_features.py again with the flags "
-                            "it was begun with")
+            raise UserError(incomplete(folder, self.manifest))
         self.layout = Layout(self.manifest)
         self._check_files()
         self.class_names, self.flips = self.manifest["classes"], self.manifest["orientations"] == 2
@@ -53,25 +51,28 @@ class LatentCache(Dataset):
         raise            UserError where the cache is of another VAE or size
         """
         made_by, there = self.manifest["vae"], f"the cache {self.folder}"
+        sha256 = self.manifest["vae_sha256"]
         if image_size not in (None, self.image_size):
             raise UserError(f"--image-size {image_size}: {there} is of images of {self.image_size} pixels")
         name = vae or made_by
         # A name on the hub stands for the same weights as when the cache was made; a directory may hold others.
         if not decodes and name == made_by and not (vae and os.path.isdir(name)):
-            return CachedCodec(name, self.space)
+            return CachedCodec(name, self.space, sha256)
         try:
-            own = open_codec(name, self.channels, device)
+            own = open_codec(name, self.channels, device if decodes else "cpu")
         except UserError as error:
-            raise UserError(f"--vae {name}: {there} was made with the VAE {made_by}, and {error}") from None
+            if vae is None:
+                raise UserError(f"the VAE of {there} is not where it was: pass --vae and its new place, or leave out "
+                                f"what needs it (--sample-every). [{error}]") from None
+            raise UserError(f"{error}. (And {there} was made with --vae {made_by})") from None
         if not own.is_random:
             raise UserError(f"--vae {name}: {there} was made with the VAE {made_by}")
-        found = own.encoder_sha256()
-        if found != self.manifest["vae_sha256"]:
-            raise UserError(f"--vae {name} is another VAE (weights {found[:12]}) than that of {there}: {made_by} "
-                            f"({self.manifest['vae_sha256'][:12]})")
+        if own.encoder_sha256 != sha256:
+            raise UserError(f"--vae {name} is another VAE (weights {own.encoder_sha256[:12]}) than that of {there}: "
+                            f"{made_by} ({sha256[:12]})")
         if own.space != self.space:
             raise UserError(f"--vae {name} has {own.space}, {there} was made with {self.space}")
-        return CachedCodec(name, self.space, own)
+        return CachedCodec(name, self.space, sha256, own if decodes else None)
 
     def examples(self, count):
         """Moments of up to `count` images from all over the data set: (n, 2C, h, w)."""
@@ -79,10 +80,6 @@ class LatentCache(Dataset):
 
     def __getstate__(self):  # worker processes map the files themselves
         return self.__dict__ | dict(_maps=None)
-
-    def _encoded(self):
-        path = os.path.join(self.folder, "progress.npy")
-        return int((np.load(path, mmap_mode="r") != MISSING).sum()) if os.path.exists(path) else 0
 
     def _check_files(self):
         """Names, sizes and shapes: what does not fit would be read as noise, or not at all."""
@@ -99,6 +96,9 @@ class LatentCache(Dataset):
             with open(os.path.join(self.folder, name), "rb") as file:
                 if file.read(len(header)) != header:
                     raise UserError(f"--features-path {self.folder}: {name} does not begin as the manifest says")
+
+        if checksum.of_file(os.path.join(self.folder, "labels.npy")) != stated["labels.npy"]["sha256"]:
+            raise UserError(f"--features-path {self.folder}: labels.npy was changed since it was written")
 
     def _files(self):
         if self._maps is None:
@@ -126,7 +126,11 @@ class LatentCache(Dataset):
         if needed > free:
             raise UserError(f"--features-in-memory: {self.folder} takes {gigabytes(needed)}, {device} has "
                             f"{gigabytes(free)} free; leave the flag out, the files are read fast enough")
-        moments = torch.empty((len(self), *self.layout.row_shape), dtype=self.layout.torch_dtype, device=device)
+        try:
+            moments = torch.empty((len(self), *self.layout.row_shape), dtype=self.layout.torch_dtype, device=device)
+        except RuntimeError as error:  # of which torch.OutOfMemoryError is one
+            raise UserError(f"--features-in-memory: {self.folder} takes {gigabytes(needed)}, which {device} does not "
+                            f"have in one piece ({str(error).splitlines()[0]})") from None
         block = max(1, (64 << 20) // self.layout.row_bytes)
         for first in range(0, len(self), block):
             end = min(first + block, len(self))
@@ -144,18 +148,19 @@ class LatentsInMemory(Dataset):
     on_device = True
 
     def __init__(self, cache, moments):
-        self.moments, self.labels = moments, torch.from_numpy(cache.labels).to(moments.device)
+        self.cache, self.moments = cache, moments
+        self.labels = torch.from_numpy(cache.labels).to(moments.device)
         self.class_names, self.flips, self.channels = cache.class_names, cache.flips, cache.channels
-        self.substitutes = cache.substitutes
-
-        self.examples = cache.examples
 
     def __len__(self):
         return len(self.labels)
 
+    def examples(self, count):
+        return self.cache.examples(count)
+
     def __getitems__(self, keys):
-        places = torch.tensor([(self.substitutes.get(index, index), flip) for index, flip in keys])
-        index, flip = places.to(self.moments.device, non_blocking=True).unbind(1)
+        places = torch.tensor([(self.cache.substitutes.get(index, index), flip) for index, flip in keys])
+        index, flip = places.to(self.moments.device).unbind(1)
         return Batch(self.moments[index, flip], self.labels[index], [])
 
 
@@ -184,6 +189,15 @@ class _MappedRows:
         self.map.madvise(mmap.MADV_DONTNEED)
 
 
+def incomplete(folder, manifest):
+    """The sentence on half of a cache."""
+    path, count = os.path.join(folder, "progress.npy"), 0
+    if os.path.exists(path):
+        count = int((np.fromfile(path, dtype=np.uint8)[-manifest["count"]:] == ENCODED).sum())
+    return (f"--features-path {folder} is not complete: {count} of {manifest['count']} images are there. Run "
+            "extract_features.py again with the flags it was begun with")
+
+
 def substitutes(bad, count):
     """{bad index: the next good one, in the order of the data set}."""
     found = {}
@@ -207,7 +221,7 @@ def verify(folder, rank=0, world=1, show=None):
     """
     manifest = read_manifest(folder)
     if not manifest["complete"]:
-        raise UserError(f"--features-path {folder} is not complete: there is nothing to compare with yet")
+        raise UserError(incomplete(folder, manifest))
     faults = []
     for name in sorted(manifest["files"])[rank::world]:
         path, stated = os.path.join(folder, os.path.basename(name)), manifest["files"][name]
@@ -215,6 +229,12 @@ def verify(folder, rank=0, world=1, show=None):
             faults.append(f"{name} is missing")
         elif os.path.getsize(path) != stated["bytes"]:
             faults.append(f"{name} has {os.path.getsize(path)} bytes, it should have {stated['bytes']}")
-        elif (found := checksum.of_file(path, on_block=show)) != stated["sha256"]:
-            faults.append(f"{name} has the SHA-256 {found[:12]}..., it should have {stated['sha256'][:12]}...")
+        else:
+            try:
+                found = checksum.of_file(path, on_block=show)
+            except OSError as error:  # of a failing disk
+                faults.append(f"{name} cannot be read ({error})")
+                continue
+            if found != stated["sha256"]:
+                faults.append(f"{name} has the SHA-256 {found[:12]}..., it should have {stated['sha256'][:12]}...")
     return faults
