@@ -2,6 +2,7 @@
 
     python benchmark.py process      what the diffusion process costs beside the network, against the plain formulas
     python benchmark.py data         how fast training gets latents and images, and the memory that it takes
+    python benchmark.py save         what a checkpoint costs
 """
 import argparse
 import json
@@ -12,8 +13,9 @@ import torch
 
 import benchmarks.data
 import benchmarks.process
+import benchmarks.save
 
-MEASUREMENTS = {"process": benchmarks.process, "data": benchmarks.data}
+MEASUREMENTS = {"process": benchmarks.process, "data": benchmarks.data, "save": benchmarks.save}
 
 
 def hardware():

@@ -161,6 +161,7 @@ def test_five_lines_of_other_code(extract, few_images, vae_folder, tmp_path, mon
         moments = LatentCache("latents").__getitems__([(i, bool(flip))]).images
         want = latents.open_codec(str(vae_folder)).space.draw(moments, noise)[0]
         np.testing.assert_allclose(space["latent"], want, rtol=1e-5, atol=1e-6)
+        assert space["latent"].dtype == np.float32
 
 
 # ---------------------------------------------------------------- the same bytes
@@ -342,6 +343,19 @@ def test_a_write_may_take_several_calls(extract, few_images, tmp_path, monkeypat
     monkeypatch.setattr(os, "pwrite", lambda file, data, offset: pwrite(file, data[:1000], offset))
     extract(few_images, tmp_path / "cache")
     assert contents(tmp_path / "cache") == contents(tmp_path / "whole")
+
+
+def test_a_link_is_not_written_through(extract, few_images, tmp_path, monkeypatch):
+    """In the place of a file of half a cache."""
+    stopped_after(4, extract, few_images, tmp_path / "cache", monkeypatch)
+    (tmp_path / "cache" / "moments-000.npy").rename(tmp_path / "outside.npy")
+    (tmp_path / "cache" / "moments-000.npy").symlink_to(tmp_path / "outside.npy")
+    before = (tmp_path / "outside.npy").read_bytes()
+    assert "is missing or was changed" in extract(few_images, tmp_path / "cache", fails=True)
+    (tmp_path / "cache" / "progress.npy").unlink()
+    extract(few_images, tmp_path / "cache")
+    assert (tmp_path / "outside.npy").read_bytes() == before
+    assert not (tmp_path / "cache" / "moments-000.npy").is_symlink()
 
 
 def test_one_run_at_a_time(children, extract, many_images, vae_folder, tmp_path):

@@ -2,6 +2,7 @@
 import io
 import json
 import os
+import re
 from importlib import metadata
 
 import numpy as np
@@ -96,7 +97,30 @@ def read_manifest(folder):
         raise UserError(f"{path} is of the format {manifest['format']!r}, this code reads {FORMAT!r}")
     if stated != checksum.of_value(manifest):
         raise UserError(f"{path} was changed since it was written: its own checksum does not fit")
+    for name in _implausible(manifest):
+        raise UserError(f"{path} says what cannot be: {name} is {str(manifest.get(name))[:60]}")
     return manifest
+
+
+def _implausible(manifest):
+    """Names of the entries that are missing, or of a kind that nothing else should have to expect."""
+    kinds = dict(complete=bool, vae=str, vae_sha256=str, space=dict, image_size=int, orientations=int, latent_size=int,
+                 dtype=str, count=int, classes=list, rows_per_file=int)
+    kinds |= dict(files=dict, bad_images=list) if manifest.get("complete") is True else {}
+    yield from (name for name, kind in kinds.items() if type(manifest.get(name)) is not kind)
+    yield from (name for name in ("image_size", "latent_size", "count", "rows_per_file") if manifest[name] < 1)
+    if manifest["orientations"] not in (1, 2):
+        yield "orientations"
+    if manifest["dtype"] not in DTYPES:
+        yield "dtype"
+    for name, file in manifest.get("files", {}).items():
+        plain = re.fullmatch(r"moments-\d{3,}\.npy|labels\.npy|paths\.txt", name)
+        if not (plain and type(file) is dict and type(file.get("bytes")) is int and type(file.get("sha256")) is str):
+            yield "files"
+    for entry in manifest.get("bad_images", []):
+        if not (type(entry) is list and len(entry) == 2 and type(entry[0]) is int
+                and 0 <= entry[0] < manifest["count"]):
+            yield "bad_images"
 
 
 def write_manifest(folder, manifest):

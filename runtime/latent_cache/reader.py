@@ -25,16 +25,30 @@ class LatentCache(Dataset):
 
     def __init__(self, folder):
         self.folder, self.manifest = folder, read_manifest(folder)
-        if not self.manifest["complete"]:
-            raise UserError(incomplete(folder, self.manifest))
-        self.layout = Layout(self.manifest)
-        self._check_files()
-        self.class_names, self.flips = self.manifest["classes"], self.manifest["orientations"] == 2
-        self.space = LatentSpace(**self.manifest["space"])
-        self.channels = self.space.image_channels
-        self.labels = np.load(os.path.join(folder, "labels.npy"))
-        self.substitutes = substitutes({index for index, _ in self.manifest["bad_images"]}, len(self))
+        try:
+            if not self.manifest["complete"]:
+                raise UserError(incomplete(folder, self.manifest))
+            self._check_labels()
+            self.layout = Layout(self.manifest)
+            self._check_files()
+            self.class_names, self.flips = list(self.manifest["classes"]), self.manifest["orientations"] == 2
+            self.space = LatentSpace(**self.manifest["space"])
+            self.channels = self.space.image_channels
+            self.substitutes = substitutes({index for index, _ in self.manifest["bad_images"]}, len(self))
+        except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, StopIteration) as error:
+            raise UserError(f"{folder}/manifest.json says what cannot be ({type(error).__name__}: {error})") from None
         self._maps = None
+
+    def _check_labels(self):
+        path, count = os.path.join(self.folder, "labels.npy"), self.manifest["count"]
+        if not os.path.isfile(path):
+            raise UserError(f"--features-path {self.folder}: labels.npy is missing")
+        if checksum.of_file(path) != self.manifest["files"]["labels.npy"]["sha256"]:
+            raise UserError(f"--features-path {self.folder}: labels.npy was changed since it was written")
+        self.labels = np.load(path, allow_pickle=False)
+        if self.labels.shape != (count,) or self.labels.dtype != np.int64 or not count or (
+                not 0 <= self.labels.min() <= self.labels.max() < len(self.manifest["classes"])):
+            raise UserError(f"--features-path {self.folder}: labels.npy does not fit its manifest")
 
     def __len__(self):
         return self.manifest["count"]
@@ -96,9 +110,6 @@ class LatentCache(Dataset):
             with open(os.path.join(self.folder, name), "rb") as file:
                 if file.read(len(header)) != header:
                     raise UserError(f"--features-path {self.folder}: {name} does not begin as the manifest says")
-
-        if checksum.of_file(os.path.join(self.folder, "labels.npy")) != stated["labels.npy"]["sha256"]:
-            raise UserError(f"--features-path {self.folder}: labels.npy was changed since it was written")
 
     def _files(self):
         if self._maps is None:
@@ -224,7 +235,7 @@ def verify(folder, rank=0, world=1, show=None):
         raise UserError(incomplete(folder, manifest))
     faults = []
     for name in sorted(manifest["files"])[rank::world]:
-        path, stated = os.path.join(folder, os.path.basename(name)), manifest["files"][name]
+        path, stated = os.path.join(folder, name), manifest["files"][name]
         if not os.path.isfile(path):
             faults.append(f"{name} is missing")
         elif os.path.getsize(path) != stated["bytes"]:

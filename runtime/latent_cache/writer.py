@@ -104,7 +104,8 @@ class CacheWriter:
         """Half of a cache must be as it was left: what was encoded is not looked at again."""
         progress = (self.progress_path, self.progress_header, len(self.progress_header) + self.layout.count)
         for path, header, size in (*zip(self._paths(), self.layout.headers, self.layout.sizes), progress):
-            if not (os.path.isfile(path) and os.path.getsize(path) == size and _begins_with(path, header)):
+            plain = os.path.isfile(path) and not os.path.islink(path)  # nothing is written through a link
+            if not (plain and os.path.getsize(path) == size and _begins_with(path, header)):
                 raise UserError(f"{path} is missing or was changed since; remove the folder {self.folder} and start "
                                 "again")
 
@@ -178,7 +179,9 @@ class CacheWriter:
 
 
 def _sparse_file(path, header, size):
-    with open(path, "wb") as file:
+    if os.path.lexists(path):
+        os.remove(path)
+    with open(path, "xb") as file:
         file.write(header)
         file.truncate(size)
         file.flush()

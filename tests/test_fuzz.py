@@ -1,0 +1,176 @@
+"""Files and flags mutated at random: a sentence and a status, never a traceback of ours, and never another result."""
+import contextlib
+import json
+import os
+import shutil
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import call
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as some
+
+from runtime import checkpoint
+from runtime.errors import UserError
+from runtime.latent_cache import LatentCache, verify
+from runtime.latent_cache.manifest import read_manifest, write_manifest
+from runtime.sample_set import npz_array
+
+often = settings(max_examples=600, deadline=2000, database=None, derandomize=True,
+                 suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+
+
+@some.composite
+def mutations(draw):
+    """A function that spoils bytes: flips, cuts, repeats, overwrites, a few of them in a row."""
+    step = some.tuples(some.sampled_from(["flip", "cut", "drop", "repeat", "write"]), some.floats(0, 1),
+                       some.floats(0, 1), some.binary(min_size=1, max_size=12))
+    steps = draw(some.lists(step, min_size=1, max_size=4))
+
+    def mutate(raw):
+        for kind, where, other, text in steps:
+            at, end = sorted((int(where * len(raw)), int(other * len(raw))))
+            if kind == "flip" and at < len(raw):
+                raw = raw[:at] + bytes([raw[at] ^ (text[0] or 1)]) + raw[at + 1:]
+            elif kind == "cut":
+                raw = raw[:at]
+            elif kind == "drop":
+                raw = raw[:at] + raw[end:]
+            elif kind == "repeat":
+                raw = raw[:end] + raw[at:end] + raw[end:]
+            else:
+                raw = raw[:at] + text + raw[at + len(text):]
+        return raw
+
+    return mutate
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("fuzz")
+
+
+STATE = dict(model={"w": torch.arange(40.0)}, ema={"w": torch.ones(3)}, step=7, args=dict(model="DiT-S/2", lr=0.1))
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol:UserWarning")
+@pytest.mark.parametrize("zipped", [True, False])
+@given(mutate=mutations())
+@often
+def test_checkpoints(folder, zipped, mutate):
+    """What passes the check and loads is what was saved."""
+    torch.save(STATE, folder / "whole.pt", _use_new_zipfile_serialization=zipped)
+    path = folder / "spoilt.pt"
+    path.write_bytes(mutate((folder / "whole.pt").read_bytes()))
+    try:
+        checkpoint.check(str(path))
+        found = checkpoint.load(str(path))
+        checkpoint.weights_of(found, str(path))
+    except UserError as error:
+        assert str(path) in str(error)
+        return
+    if zipped:  # the old format has no checksums
+        assert torch.equal(found["model"]["w"], STATE["model"]["w"]) and found["step"] == 7
+
+
+@given(mutate=mutations())
+@often
+def test_sets_of_samples(folder, mutate):
+    np.savez(folder / "whole.npz", arr_0=np.arange(48, dtype=np.uint8).reshape(1, 4, 4, 3), arr_1=np.zeros(1, np.int64))
+    path = folder / "spoilt.npz"
+    path.write_bytes(mutate((folder / "whole.npz").read_bytes()))
+    for name in ("arr_0", "arr_1"):
+        try:
+            assert not npz_array(str(path), name).dtype.hasobject
+        except UserError as error:
+            assert "spoilt.npz" in str(error)
+
+
+@pytest.fixture(scope="module")
+def cache(folder, image_folder, vae_folder):
+    call("extract_features", "--data-path", image_folder, "--features-path", folder / "cache", "--image-size", 32,
+         "--vae", vae_folder, "--num-workers", 0, "--dtype", "fp32")
+    return folder / "cache"
+
+
+def answers(path):
+    data = LatentCache(str(path))
+    return data.__getitems__([(index, bool(index % 2)) for index in range(len(data))])
+
+
+@given(mutate=mutations(), name=some.sampled_from(["manifest.json", "labels.npy", "moments-000.npy", "paths.txt"]))
+@often
+def test_latent_caches(folder, cache, mutate, name):
+    """Opening, reading and verifying; whatever is wrong with a file, --verify finds it."""
+    copy = folder / "copy"
+    shutil.rmtree(copy, ignore_errors=True)
+    shutil.copytree(cache, copy)
+    raw = (cache / name).read_bytes()
+    spoilt = mutate(raw)
+    (copy / name).write_bytes(spoilt)
+    with contextlib.suppress(UserError):
+        answers(copy)
+    try:
+        found = verify(str(copy)) != []
+    except UserError:
+        found = True
+    assert found or spoilt == raw or json_equal(spoilt, raw)
+
+
+def json_equal(one, two):
+    """White space in the manifest is nobody's loss."""
+    try:
+        return json.loads(one) == json.loads(two)
+    except ValueError:
+        return False
+
+
+values = some.recursive(some.none() | some.booleans() | some.integers() | some.floats() | some.text(max_size=8)
+                        | some.sampled_from(["../../etc/passwd", "/etc/passwd", 10**15, -1, 0, "fp16", "bf16"]),
+                        lambda inner: some.lists(inner, max_size=3)
+                        | some.dictionaries(some.text(max_size=5), inner, max_size=3), max_leaves=4)
+
+
+@given(data=some.data())
+@often
+def test_manifests_of_somebody_else(folder, cache, data):
+    """With a checksum that fits: any value in any place is refused, or read as what it says; nothing else is opened."""
+    copy = folder / "hostile"
+    shutil.rmtree(copy, ignore_errors=True)
+    shutil.copytree(cache, copy)
+    manifest = read_manifest(str(copy))
+    name = data.draw(some.sampled_from(sorted(manifest)))
+    if isinstance(manifest[name], dict) and data.draw(some.booleans()):
+        inner = data.draw(some.sampled_from(sorted(manifest[name])))
+        manifest[name][inner] = data.draw(values)
+    elif data.draw(some.booleans()):
+        manifest[name] = data.draw(values)
+    else:
+        del manifest[name]
+    write_manifest(str(copy), manifest)
+    for use in (lambda: answers(copy), lambda: verify(str(copy))):
+        with contextlib.suppress(UserError):
+            use()
+
+
+@pytest.mark.parametrize("name", ["train", "sample", "sample_ddp", "extract_features", "download"])
+@given(data=some.data())
+@often
+def test_flags(name, data):
+    """Any text as any flag's value: argparse's sentence and status 2, or a value."""
+    from runtime.flags import parse
+    parser = __import__(name).build_parser()
+    flags = sorted(option for action in parser._actions for option in action.option_strings if option.startswith("--"))
+    text = some.text(max_size=12) | some.sampled_from(["nan", "inf", "-inf", "1e999", "-1", "0", str(2**70), "ddim",
+                                                       "ddim0", "\x00", "٣", "--", "-", "=", "auto", "all"])
+    line = [part for _ in range(data.draw(some.integers(1, 3))) for part in (
+        data.draw(some.sampled_from(flags)), data.draw(text))]
+    with open(os.devnull, "w") as nothing, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "stderr", nothing)
+        patch.setattr(sys, "stdout", nothing)
+        try:
+            parse(parser, line)
+        except SystemExit as stop:
+            assert stop.code in (0, 2)
