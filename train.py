@@ -20,7 +20,7 @@ from diffusion import create_diffusion
 from diffusion.timestep_sampler import create_named_schedule_sampler
 from runtime import data, experiment, latent_cache, latents, processes
 from runtime.errors import Stopped, UserError, run_command
-from runtime.flags import HelpFormatter, decay, fraction, non_negative_int, parse, positive_float, positive_int
+from runtime.flags import HelpFormatter, decay, fraction, minutes, non_negative_int, parse, positive_float, positive_int
 from runtime.generate import SampleNoise, image_maker
 from runtime.randomness import WEIGHTS, BatchRandomness, seed_of
 from runtime.saving import Saver
@@ -81,7 +81,7 @@ def build_parser():
                        help="end after so many steps in a row whose loss or gradient is not finite; none is applied")
     group.add_argument("--max-loss-spike", type=positive_float, metavar="FACTOR",
                        help="nor is a step with a loss of more than so many times its average")
-    group.add_argument("--timeout", type=positive_float, default=processes.PATIENCE, metavar="MINUTES",
+    group.add_argument("--timeout", type=minutes, default=processes.PATIENCE, metavar="MINUTES",
                        help="how long a process waits for the others")
     return parser
 
@@ -94,8 +94,11 @@ def main():
         vars(flags).update({name: value for name, value in defaults.items() if name not in typed})
     if os.path.isdir(flags.vae):
         flags.vae = os.path.abspath(flags.vae)  # checkpoints keep it, and are sampled from elsewhere
-    accelerator = processes.start(patience=flags.timeout)
-    train(prepare(accelerator, flags, given), flags)
+    with StopSignals() as signals:
+        with processes.waiting("the start", flags.timeout):
+            accelerator = processes.start(patience=flags.timeout)
+            run = prepare(accelerator, flags, given)
+        train(run, flags, signals)
     accelerator.end_training()
 
 
@@ -155,14 +158,14 @@ def prepare(accelerator, flags, given):
                logger)
 
 
-def train(run, flags):
-    """The training loop. Ends by `Stopped` where a signal asked for it."""
+def train(run, flags, signals):
+    """The training loop. Ends by `Stopped` where one of `signals` asked for it, on any process."""
     accelerator, batches, logger = run.accelerator, run.batches, run.logger
     warn = logger.info if accelerator.is_main_process else functools.partial(print, file=sys.stderr, flush=True)
     bad_images = data.BadImages(flags.max_bad_images, os.path.join(run.folder, "bad_images.txt"), warn)
     watch = processes.Watch(accelerator)
     run.network.train()
-    with (StopSignals() as signals, processes.waiting("training", flags.timeout),
+    with (processes.waiting("training", flags.timeout),
           experiment.Monitor(accelerator, logger, run.folder, batches.first, batches.last,
                              flags.global_batch_size) as monitor):
         loader = data.load_batches(run.dataset, batches, flags.num_workers, accelerator.device, bad_images.add)
@@ -188,7 +191,7 @@ def train(run, flags):
                 monitor.show(done, grad_norm=grad_norm, learning_rate=flags.lr)
             if done % flags.ckpt_every == 0 or last or write_failed:
                 path = run.saver.save(done)
-                logger.info(f"Saved checkpoint to {path}")
+                logger.info(f"{'Saving' if flags.async_save else 'Saved'} checkpoint to {path}")
             if flags.sample_every and done % flags.sample_every == 0 and accelerator.is_main_process:
                 monitor.show_images(done, *sample_grid(run.state.ema.model, run.codec, run.dataset.class_names))
             if last:

@@ -73,6 +73,7 @@ def open_log(folder, is_main):
     logger = logging.getLogger("dit")
     logger.propagate = False
     logger.setLevel(logging.INFO)
+    logging.raiseExceptions = False  # a log line that finds the disk full is lost, and nothing else
     handlers = [logging.NullHandler()]
     if is_main:
         handlers = [logging.StreamHandler(sys.stdout), logging.FileHandler(os.path.join(folder, "log.txt"))]
@@ -110,11 +111,13 @@ class Monitor:
         """End the run, however it ended: no line can be logged after it."""
         self.bar.close()
         if self.tensorboard:
-            self.tensorboard.close()
+            with self._only_watching("TensorBoard's file"):
+                self.tensorboard.close()
         self._redirect.__exit__(*error)
         for handler in list(self.logger.handlers):
             self.logger.removeHandler(handler)
-            handler.close()
+            with contextlib.suppress(OSError):
+                handler.close()
 
     def _start_window(self):
         self.sums, self.steps, self.skipped, self.start = None, 0, 0, time.perf_counter()
@@ -147,17 +150,29 @@ class Monitor:
         record |= {"speed/images_per_second": rate * self.global_batch_size, "speed/memory_gb": memory_gb(),
                    "train/skipped_steps": self.skipped}
         if self.tensorboard:
-            for name, value in record.items():
-                self.tensorboard.add_scalar(name, value, step)
+            with self._only_watching("TensorBoard's file"):
+                for name, value in record.items():
+                    self.tensorboard.add_scalar(name, value, step)
         return self._start_window()
 
     def show_images(self, step, images, columns):
         """Write a grid of images (N, C, H, W) in [-1, 1] as `samples/0000100.png`, and to TensorBoard."""
         path = os.path.join(self.folder, "samples", f"{step:07d}.png")
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        generate.save_grid(images, columns, path)
-        self.tensorboard.add_image("samples", generate.image_grid(images, columns), step)
-        self.logger.info(f"(step={step:07d}) Samples: {path}")
+        with self._only_watching(path):
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            generate.save_grid(images, columns, path)
+            self.logger.info(f"(step={step:07d}) Samples: {path}")
+            if self.tensorboard:
+                self.tensorboard.add_image("samples", generate.image_grid(images, columns), step)
+
+    @contextlib.contextmanager
+    def _only_watching(self, what):
+        """A block whose failure, on a full disk say, is told and does not end the run. TensorBoard is left off then."""
+        try:
+            yield
+        except (OSError, UserError) as error:
+            self.logger.info(f"WARNING: cannot write {what} ({error}); training goes on without TensorBoard")
+            self.tensorboard = None
 
 
 def memory_gb():

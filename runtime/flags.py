@@ -36,6 +36,13 @@ def positive_float(text):
     return value
 
 
+def minutes(text):
+    value = positive_float(text)
+    if value > 1e6:
+        raise argparse.ArgumentTypeError(f"{text} minutes are more than a year")
+    return value
+
+
 def fraction(text):
     value = float(text)
     if not 0 <= value <= 1:
@@ -66,7 +73,7 @@ def sampling_steps(text):
     return text if text.startswith("ddim") else positive_int(text)
 
 
-for kind in (positive_int, non_negative_int, positive_float, fraction, decay, guidance_scale, channels,
+for kind in (positive_int, non_negative_int, positive_float, minutes, fraction, decay, guidance_scale, channels,
              sampling_steps):
     kind.__name__ = "number"  # argparse says "invalid number value: 'x'" where the text is none
 

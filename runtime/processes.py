@@ -78,8 +78,9 @@ def waiting(what, patience=PATIENCE):
 
 
 # How gloo and NCCL say so.
-LOST_PEER = ("Timed out waiting", "Connection closed by peer", "Connection reset by peer", "Connection refused",
-             "timeout caused pair closure", "Broken pipe", "NCCL", "Read error", "Write error", "Socket Timeout")
+LOST_PEER = ("Timed out waiting", "Timed out after", "Connection closed by peer", "Connection reset by peer",
+             "Connection refused", "timeout caused pair closure", "Broken pipe", "NCCL", "Read error", "Write error",
+             "Socket Timeout")
 
 
 @contextmanager

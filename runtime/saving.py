@@ -1,4 +1,5 @@
 """When and how a run's checkpoints are written: together, in the background, and how many are kept."""
+import contextlib
 import os
 from concurrent.futures import ThreadPoolExecutor
 
@@ -66,7 +67,8 @@ class Saver:
         for at in list(steps)[self.keep:]:
             milestone = self.milestones is not None and at % self.milestones == 0
             if not milestone and not self._is_protected(steps[at]):
-                os.remove(steps[at])
+                with contextlib.suppress(OSError):  # one too many is no reason to end a run
+                    os.remove(steps[at])
 
     def _is_protected(self, path):
         return self.protected is not None and os.path.abspath(path) == os.path.abspath(self.protected)

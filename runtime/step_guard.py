@@ -1,6 +1,7 @@
 """Steps that must not change anything: a loss or gradient that is not finite, or a loss that jumps."""
 import logging
 import math
+import os
 
 import torch
 from accelerate.utils import gather_object
@@ -28,10 +29,10 @@ class StepGuard:
         return dict(total=self.total, in_a_row=self.in_a_row, average=self.average, averaged=self.averaged)
 
     def load_state_dict(self, state):
-        for name, value in state.items():
-            setattr(self, name, value)
-        if self.exhausted:
-            self.in_a_row = 0  # the run ended so, and whoever starts it again wants it tried again
+        self.total, self.in_a_row, self.averaged = (int(state[name]) for name in ("total", "in_a_row", "averaged"))
+        self.average = float(state["average"])
+        if self.exhausted and not int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
+            self.in_a_row = 0  # the run ended so, and a person who starts it again wants it tried again
 
     @property
     def exhausted(self):

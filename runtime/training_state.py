@@ -46,10 +46,20 @@ class TrainingState:
         raise     UserError where they have, where it is of another model, or holds no training state
         """
         stored = checkpoint.load(path)
+        try:
+            return self._restore(stored, path, override)
+        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+            raise UserError(f"--resume {path}: this is no training state of this code ({reason})") from None
+
+    def _restore(self, stored, path, override):
         missing = [name for name in ("model", "ema", "opt", "args") if name not in stored]
         if missing:
             raise UserError(f"--resume {path}: this file has no {', '.join(missing)}; "
                             "it may do to sample from, not to go on training")
+        step = stored["step"] if "step" in stored else _step_in_name(path)
+        if type(step) is not int or not 0 <= step < 2**62:
+            raise ValueError(f"step is {step!r}")
         self._check_model(stored.get("config", {}).get("model"), path)
         changes = self._changes(stored)
         if changes and not override:
@@ -64,7 +74,7 @@ class TrainingState:
         for part, name in ((self.schedule_sampler, "schedule_sampler"), (self.guard, "guard")):
             if stored.get(name):
                 part.load_state_dict(stored[name])
-        return stored["step"] if "step" in stored else _step_in_name(path), changes
+        return step, changes
 
     def _changes(self, stored):
         """Sentences on flags and data that are not those of the checkpoint."""

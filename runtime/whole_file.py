@@ -1,4 +1,5 @@
 """Files that are written whole or not at all."""
+import errno
 import os
 import re
 from contextlib import contextmanager
@@ -35,10 +36,13 @@ def whole_file(path, sync=True):
 
 
 def _sync_folder(folder):
-    """Have the folder's list of names on the disk."""
+    """Have the folder's list of names on the disk, where the file system knows how."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
     finally:
         os.close(descriptor)
 
