@@ -1,7 +1,7 @@
 """Filling a latent cache, by any number of processes, over any number of restarts."""
 import os
 import shutil
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import numpy as np
 import torch
@@ -59,7 +59,8 @@ class CacheWriter:
             try:
                 yield
             finally:
-                os.remove(path)
+                with suppress(FileNotFoundError):  # somebody removed the folder
+                    os.remove(path)
 
     def bytes_left(self):
         """How much of the disk the files will take that they do not take yet."""
