@@ -92,6 +92,8 @@ def main():
         defaults = DIGITS if "model" in given else DIGITS | DIGITS_MODEL
         typed = given | {"epochs"} if "max_steps" in given else given
         vars(flags).update({name: value for name, value in defaults.items() if name not in typed})
+    if flags.keep_every and not flags.keep_checkpoints:
+        raise UserError(f"--keep-every {flags.keep_every} needs --keep-checkpoints; without it all are kept")
     if os.path.isdir(flags.vae):
         flags.vae = os.path.abspath(flags.vae)  # checkpoints keep it, and are sampled from elsewhere
     with StopSignals() as signals:

@@ -73,8 +73,8 @@ def waiting(what, patience=PATIENCE):
         if not any(sign in text for sign in LOST_PEER):
             raise
         reason = next(line for line in text.splitlines() if any(sign in line for sign in LOST_PEER))
-        raise UserError(f"{what}: another process is gone, or did not answer within {patience:g} minutes "
-                        f"(--timeout). [{reason.strip()}]") from None
+        raise UserError(f"{what}: another process is gone, or did not answer within {patience:g} minutes. "
+                        f"[{reason.strip()}]") from None
 
 
 # How gloo and NCCL say so.

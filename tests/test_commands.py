@@ -62,6 +62,11 @@ def test_help_is_complete(command, name):
     ([*DIGITS, "--model", "DiT-M/2"], r"argument --model: invalid choice: 'DiT-M/2'"),
     ([], r"one of the arguments --data-path --features-path is required"),
     ([*DIGITS, "--features-path", "x"], r"--features-path: not allowed with argument --data-path"),
+    ([*DIGITS, "--keep-every", "5"], r"--keep-every 5 needs --keep-checkpoints"),
+    ([*DIGITS, "--keep-checkpoints", "0"], r"argument --keep-checkpoints: 0 is not a positive whole number"),
+    ([*DIGITS, "--max-loss-spike", "-1"], r"argument --max-loss-spike: -1 is not a positive number"),
+    ([*DIGITS, "--timeout", "1e15"], r"argument --timeout: 1e15 minutes are more than a year"),
+    ([*DIGITS, "--max-bad-steps", "x"], r"argument --max-bad-steps: invalid number value: 'x'"),
     ([*DIGITS, "--features-in-memory"], r"--features-in-memory needs --features-path"),
 ])
 def test_train_mistakes(command, tmp_path, flags, sentence):
