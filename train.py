@@ -146,16 +146,17 @@ def prepare(accelerator, flags, given):
     warnings += [f"WARNING: {change} (--override)" for change in changes]
     steps_per_epoch = len(dataset) // flags.global_batch_size
     last_step = min(flags.epochs * steps_per_epoch, flags.max_steps or math.inf)
-    logger = guard.logger = experiment.open_log(folder, accelerator.is_main_process)
-    if accelerator.is_main_process:
-        for line in (*opening_lines(flags, folder, accelerator, model, dataset, resumed, first_step, last_step),
-                     *warnings, *latents.first_look(codec, dataset.examples(latents.LOOKED_AT), device)):
-            logger.info(line)
+    with processes.together(accelerator):
+        saver = Saver(accelerator, state, folder, flags.keep_checkpoints, flags.keep_every, resumed, flags.async_save)
+        logger = guard.logger = experiment.open_log(folder, accelerator.is_main_process)
+        if accelerator.is_main_process:
+            for line in (*opening_lines(flags, folder, accelerator, model, dataset, resumed, first_step, last_step),
+                         *warnings, *latents.first_look(codec, dataset.examples(latents.LOOKED_AT), device)):
+                logger.info(line)
     batches = data.GlobalBatches(len(dataset), flags.global_batch_size, rows, flags.global_seed, first_step, last_step,
                                  flips=flags.flip)
     random = BatchRandomness(flags.global_seed, flags.global_batch_size, rows, device)
     step = TrainingStep(accelerator, network, codec, diffusion, schedule_sampler, random, parts=flags.grad_accum_steps)
-    saver = Saver(accelerator, state, folder, flags.keep_checkpoints, flags.keep_every, resumed, flags.async_save)
     return Run(accelerator, dataset, codec, model, network, optimizer, guard, state, saver, batches, step, folder,
                logger)
 
@@ -170,7 +171,8 @@ def train(run, flags, signals):
     with (processes.waiting("training", flags.timeout),
           experiment.Monitor(accelerator, logger, run.folder, batches.first, batches.last,
                              flags.global_batch_size) as monitor):
-        loader = data.load_batches(run.dataset, batches, flags.num_workers, accelerator.device, bad_images.add)
+        with processes.together(accelerator):
+            loader = data.BatchLoader(run.dataset, batches, flags.num_workers, accelerator.device, bad_images.add)
         for step, (images, labels) in enumerate(loader, start=batches.first):
             if step % batches.steps_per_epoch == 0 and batches.steps_per_epoch >= flags.log_every:
                 logger.info(f"Beginning epoch {step // batches.steps_per_epoch}...")
@@ -187,8 +189,8 @@ def train(run, flags, signals):
             run.optimizer.zero_grad(set_to_none=True)
 
             done = step + 1
-            stop, write_failed = watch.exchange(signals.received, run.saver.has_failed())
-            last = done == batches.last or stop or run.guard.exhausted
+            stop, fault, write_failed = watch.exchange(signals.received, loader.fault, run.saver.has_failed())
+            last = done == batches.last or stop or fault or run.guard.exhausted
             if done % flags.log_every == 0 or last:
                 monitor.show(done, grad_norm=grad_norm, learning_rate=flags.lr)
             if done % flags.ckpt_every == 0 or last or write_failed:
@@ -199,6 +201,8 @@ def train(run, flags, signals):
             if last:
                 run.saver.finish()
                 run.guard.check(path)
+                with processes.together(accelerator):
+                    loader.check()
                 if stop and done < batches.last:
                     logger.info(f"Stopped by {signals.received or 'another process'} after {done} steps; --resume auto "
                                 "goes on")

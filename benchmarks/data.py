@@ -15,7 +15,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from runtime import checksum
-from runtime.data import Batch, GlobalBatches, ImageFolderData, load_batches
+from runtime.data import Batch, BatchLoader, GlobalBatches, ImageFolderData
 from runtime.latent_cache import CacheWriter, LatentCache, new_manifest
 from runtime.latents import LatentSpace
 
@@ -71,7 +71,7 @@ def memory(data, epochs, device, batch=256):
 
 def batches_of(data, workers, device, batch, steps):
     order = GlobalBatches(len(data), batch, slice(0, batch), seed=0, first=0, last=steps, flips=True)
-    return load_batches(data, order, workers, device, on_bad=print)
+    return BatchLoader(data, order, workers, device, on_bad=print)
 
 
 # ---------------------------------------------------------------- what is read

@@ -69,14 +69,18 @@ def open_folder(results_dir, model_name, resume):
 
 
 def open_log(folder, is_main):
-    """The run's logger: stdout and log.txt on the main process, silence on the others."""
+    """The run's logger: stdout and log.txt on the main process, silence on the others. raise: `UserError`"""
     logger = logging.getLogger("dit")
     logger.propagate = False
     logger.setLevel(logging.INFO)
     logging.raiseExceptions = False  # a log line that finds the disk full is lost, and nothing else
     handlers = [logging.NullHandler()]
     if is_main:
-        handlers = [logging.StreamHandler(sys.stdout), logging.FileHandler(os.path.join(folder, "log.txt"))]
+        path = os.path.join(folder, "log.txt")
+        try:
+            handlers = [logging.StreamHandler(sys.stdout), logging.FileHandler(path)]
+        except OSError as error:
+            raise UserError(f"--results-dir: cannot write {path} ({error})") from None
     for handler in handlers:
         handler.setFormatter(logging.Formatter("[%(asctime)s] %(message)s", datefmt="%Y-%m-%d %H:%M:%S"))
         logger.addHandler(handler)

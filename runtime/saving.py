@@ -24,7 +24,8 @@ class Saver:
         self.thread = ThreadPoolExecutor(1, thread_name_prefix="saver") if background else None
         self.writing = None
         if accelerator.is_main_process:
-            remove_unfinished(os.path.join(folder, "checkpoints"))
+            with contextlib.suppress(OSError):  # a folder that cannot be written to is told at the first checkpoint
+                remove_unfinished(os.path.join(folder, "checkpoints"))
 
     def save(self, step):
         """Write the state after `step` steps; returns its path. To be called by all processes.

@@ -23,6 +23,40 @@ class StopSignals:
             signal.signal(number, handler)
 
 
+class Postponed:
+    """A signal's handler that is called within `with` blocks alone: where an exception from it does no harm.
+
+    What came before a block is answered at its beginning. For handlers that look for what happened themselves.
+    """
+
+    @classmethod
+    def of(cls, number):
+        """Postpone the handler that this signal has now, unless it is postponed already."""
+        handler = signal.getsignal(number)
+        if not isinstance(handler, cls):
+            handler = cls(number, handler)
+            signal.signal(number, handler)
+        return handler
+
+    def __init__(self, number, handler):
+        self.number, self.handler, self.is_open = number, handler, False
+
+    def __call__(self, number, frame):
+        if self.is_open and callable(self.handler):
+            self.handler(number, frame)
+
+    def __enter__(self):
+        self.is_open = True
+        try:
+            self(self.number, None)
+        except BaseException:
+            self.is_open = False
+            raise
+
+    def __exit__(self, *error):
+        self.is_open = False
+
+
 def leave_to_master(worker):
     """For a worker that loads data: a signal to the whole group is its master's business, who still needs its data.
 

@@ -67,14 +67,28 @@ class TrainingState:
                             "one, or pass --override")
         checkpoint.load_weights(self.model, stored["model"], path)
         checkpoint.load_weights(self.ema.model, stored["ema"], path)
-        learning_rates = [group["lr"] for group in self.optimizer.param_groups]
-        self.optimizer.load_state_dict(stored["opt"])
-        for group, lr in zip(self.optimizer.param_groups, learning_rates):
-            group["lr"] = lr  # the flag decides
         for part, name in ((self.schedule_sampler, "schedule_sampler"), (self.guard, "guard")):
             if stored.get(name):
                 part.load_state_dict(stored[name])
+        self._restore_optimizer(stored["opt"], is_fresh=step <= self.guard.total)
         return step, changes
+
+    def _restore_optimizer(self, stored, is_fresh):
+        """The moments; how it steps (learning rate, betas ...) is said by the flags. is_fresh: no step was applied."""
+        settings = [{name: value for name, value in group.items() if name != "params"}
+                    for group in self.optimizer.param_groups]
+        self.optimizer.load_state_dict(stored)
+        for group, own in zip(self.optimizer.param_groups, settings):
+            group.update(own)
+        for name, weight in self.model.named_parameters():
+            moments = self.optimizer.state.get(weight, {})
+            if (is_fresh and not moments) or not weight.requires_grad:
+                continue
+            shapes = {key: tuple(moments[key].shape) for key in ("exp_avg", "exp_avg_sq", "step")}
+            if shapes != dict(exp_avg=tuple(weight.shape), exp_avg_sq=tuple(weight.shape), step=()):
+                raise ValueError(f"the optimiser's moments of {name} have the shapes {shapes}")
+            if not all(torch.is_floating_point(value) for value in moments.values()):
+                raise ValueError(f"the optimiser's moments of {name} are no floating-point numbers")
 
     def _changes(self, stored):
         """Sentences on flags and data that are not those of the checkpoint."""

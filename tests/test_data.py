@@ -5,7 +5,7 @@ import torch
 from conftest import picture, write_images
 from PIL import Image
 
-from runtime.data import BadImages, GlobalBatches, ImageFolderData, load_batches, open_data
+from runtime.data import BadImages, BatchLoader, GlobalBatches, ImageFolderData, open_data
 from runtime.digits import DigitsClassifier, DigitsData
 from runtime.errors import UserError
 from runtime.generate import to_uint8
@@ -72,12 +72,12 @@ def never(bad):
 
 @forks
 @pytest.mark.parametrize("workers", [0, 2])
-def test_load_batches(tmp_path, workers):
+def test_batches_are_loaded_in_order(tmp_path, workers):
     """In the order of the batches, however many workers."""
     files = {f"{i % 2}/{i}.png": Image.fromarray(picture(8, 8, 3, seed=i)) for i in range(6)}
     data = ImageFolderData(write_images(tmp_path, files), 8)
     batches = pairs(data, steps=5)
-    loaded = list(load_batches(data, batches, workers, CPU, never))
+    loaded = list(BatchLoader(data, batches, workers, CPU, never))
     assert len(loaded) == len(batches) == 5
     for (images, labels), keys in zip(loaded, batches):
         want = data.__getitems__(keys)
@@ -130,7 +130,7 @@ def test_a_broken_image_is_named(tmp_path, workers, damage):
     data = ImageFolderData(root, 8)
     on_bad = BadImages(0, str(tmp_path / "bad.txt"), never).add
     with pytest.raises(UserError, match=str(bad)) as caught:
-        list(load_batches(data, pairs(data, steps=2), workers, CPU, on_bad))
+        list(BatchLoader(data, pairs(data, steps=2), workers, CPU, on_bad))
     assert "Traceback" not in str(caught.value) and "\n" not in str(caught.value)
     assert "--max-bad-images" in str(caught.value)
 

@@ -8,15 +8,20 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import call
+from conftest import DIGITS, call
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as some
 
+import models
+from diffusion import create_diffusion
+from diffusion.timestep_sampler import create_named_schedule_sampler
 from runtime import checkpoint
 from runtime.errors import UserError
 from runtime.latent_cache import LatentCache, verify
 from runtime.latent_cache.manifest import read_manifest, write_manifest
 from runtime.sample_set import npz_array
+from runtime.step_guard import StepGuard
+from runtime.training_state import TrainingState
 
 often = settings(max_examples=600, deadline=2000, database=None, derandomize=True,
                  suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
@@ -47,6 +52,12 @@ def mutations(draw):
     return mutate
 
 
+values = some.recursive(some.none() | some.booleans() | some.integers() | some.floats() | some.text(max_size=8)
+                        | some.sampled_from(["../../etc/passwd", "/etc/passwd", 10**15, -1, 0, "fp16", "bf16"]),
+                        lambda inner: some.lists(inner, max_size=3)
+                        | some.dictionaries(some.text(max_size=5), inner, max_size=3), max_leaves=4)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("fuzz")
@@ -73,6 +84,67 @@ def test_checkpoints(folder, zipped, mutate):
         return
     if zipped:  # the old format has no checksums
         assert torch.equal(found["model"]["w"], STATE["model"]["w"]) and found["step"] == 7
+
+
+@pytest.fixture(scope="module")
+def training_state(folder):
+    """A checkpoint after two steps of a real run, and what makes the state of a run that would go on from it."""
+    call("train", *DIGITS, "--schedule-sampler", "loss-second-moment", "--max-steps", 2, "--results-dir", folder)
+    stored = checkpoint.load(str(next(folder.glob("000-*/checkpoints/0000002.pt"))))
+
+    def make():
+        model = models.DiT(**stored["config"]["model"])
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0)
+        sampler = create_named_schedule_sampler("loss-second-moment", create_diffusion(""))
+        return TrainingState(model, optimizer, sampler, StepGuard(None, 10), 0.99, dict(stored["args"]),
+                             stored["config"])
+
+    return stored, make
+
+
+def places(value, path=()):
+    """Every place in nested dictionaries and lists, as the keys that lead to it."""
+    inside = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, inner in inside:
+        yield (*path, key)
+        yield from places(inner, (*path, key))
+
+
+def changed(value, path, change):
+    """A copy in which `change` was called on the container and the key that a path leads to."""
+    key, *rest = path
+    copy = value.copy()
+    if rest:
+        copy[key] = changed(value[key], rest, change)
+    else:
+        change(copy, key)
+    return copy
+
+
+@pytest.mark.filterwarnings("ignore:Using a non-tuple sequence")  # torch's, of lists in the place of names
+@given(data=some.data())
+@settings(often, max_examples=400)
+def test_training_states(folder, training_state, data):
+    """Whole files with good checksums, in which something is another thing: refused, or a state that can be trained."""
+    stored, make = training_state
+    where = data.draw(some.sampled_from(sorted(places(stored), key=str)))
+    other = data.draw(values | some.sampled_from([torch.zeros(3), torch.zeros(2, 2, dtype=torch.long), torch.ones(())]))
+    change = data.draw(some.sampled_from([lambda box, key: box.pop(key), lambda box, key: box.update({key: other})
+                                          if isinstance(box, dict) else box.__setitem__(key, other)]))
+    path = str(folder / "changed.pt")
+    checkpoint.save(path, changed(stored, where, change))
+    state = make()
+    try:
+        state.restore(path, override=True)
+    except UserError as error:
+        assert path in str(error)
+        return
+    for weight in state.model.parameters():
+        weight.grad = torch.ones_like(weight)
+    state.optimizer.step()
+    state.ema.update(state.model)
+    state.schedule_sampler.sample(4, torch.device("cpu"))
+    assert state.optimizer.param_groups[0]["lr"] == 1e-3 and state.optimizer.param_groups[0]["betas"] == (0.9, 0.999)
 
 
 @given(mutate=mutations())
@@ -125,12 +197,6 @@ def json_equal(one, two):
         return json.loads(one) == json.loads(two)
     except ValueError:
         return False
-
-
-values = some.recursive(some.none() | some.booleans() | some.integers() | some.floats() | some.text(max_size=8)
-                        | some.sampled_from(["../../etc/passwd", "/etc/passwd", 10**15, -1, 0, "fp16", "bf16"]),
-                        lambda inner: some.lists(inner, max_size=3)
-                        | some.dictionaries(some.text(max_size=5), inner, max_size=3), max_leaves=4)
 
 
 @given(data=some.data())

@@ -14,13 +14,14 @@ import time
 import psutil
 import pytest
 import torch
-from conftest import DIGITS, ROOT, TINY, call, free_port, wait_for
+from conftest import DIGITS, ROOT, TINY, call, free_port, picture, wait_for, write_images
+from PIL import Image
 
 import runtime.data
 import runtime.generate
 from diffusion.gaussian_diffusion import GaussianDiffusion
 from runtime import checkpoint
-from runtime.errors import STOPPED
+from runtime.errors import STOPPED, UserError
 
 DROP = ["--class-dropout-prob", 0.5]
 
@@ -97,7 +98,8 @@ def test_cut_and_resumed_is_undisturbed(children, sources, tmp_path, source, cut
 
 
 def fresh_optimizer(state):
-    state["opt"]["state"] = {}
+    for moments in state["opt"]["state"].values():
+        moments.update({name: torch.zeros_like(moment) for name, moment in moments.items()})
 
 
 def back_to(name):
@@ -139,6 +141,36 @@ def test_resumed_on_another_number_of_processes(children, sources, tmp_path, bef
     straight, cut = scalars(tmp_path / "straight"), scalars(tmp_path / "cut")
     assert straight.keys() == cut.keys() == set(range(1, 8))
     assert all(abs(straight[step] - cut[step]) < 1e-5 for step in straight)
+
+
+class SignalsItself:
+    """Sends its own process a signal at the n-th part of a batch, before the gradients of that part."""
+
+    def __init__(self, name, part):
+        self.name, self.part = name, part
+
+    def __call__(self, rank):
+        losses, count = GaussianDiffusion.training_losses, [0]
+
+        def signalled(*args, **more):
+            count[0] += 1
+            if count[0] == self.part:
+                os.kill(os.getpid(), getattr(signal, self.name))
+            return losses(*args, **more)
+
+        GaussianDiffusion.training_losses = signalled
+
+
+@pytest.mark.parametrize("name, status, reached", [("SIGTERM", STOPPED, 4), ("SIGKILL", -signal.SIGKILL, 2)])
+def test_cut_inside_an_accumulation_window(children, tmp_path, name, status, reached):
+    """In the third of four parts of step 4: what was accumulated is used up or lost, never carried along or saved."""
+    flags = [*DIGITS, *DROP, "--grad-accum-steps", 4, "--ckpt-every", 2, "--max-steps", 7]
+    children.run("train", *flags, "--results-dir", tmp_path / "straight")
+    children.run("train", *flags, "--results-dir", tmp_path / "cut", prepare=SignalsItself(name, 3 * 4 + 3),
+                 status=status)
+    assert steps_of(tmp_path / "cut")[-1] == reached
+    children.run("train", *flags, "--results-dir", tmp_path / "cut", "--resume", "auto")
+    assert differences(stored(tmp_path / "straight", 7), stored(tmp_path / "cut", 7)) == []
 
 
 # ---------------------------------------------------------------- 3: SIGKILL
@@ -381,6 +413,9 @@ def test_observers_that_cannot_write(children, tmp_path, processes):
 BROKEN = {
     "a whole number": lambda state: 5, "no config": lambda state: state | dict(config=None),
     "flags": lambda state: state | dict(args=5), "optimiser": lambda state: state | dict(opt={}),
+    "no moments": lambda state: state | dict(opt=state["opt"] | dict(state={})),
+    "moments of another shape": lambda state: state | dict(opt=state["opt"] | dict(state={
+        i: moments | dict(exp_avg=torch.zeros(3)) for i, moments in state["opt"]["state"].items()})),
     "step as text": lambda state: state | dict(step="6"), "a negative step": lambda state: state | dict(step=-5),
     "guard": lambda state: state | dict(guard=dict(allows=3)), "weights": lambda state: state | dict(model=7),
 }
@@ -442,6 +477,63 @@ def test_a_signal_at_the_start(children, tmp_path, processes):
     children.run("train", *DIGITS, "--max-steps", 300, "--results-dir", tmp_path, processes=processes,
                  prepare=told_at_the_start, status=STOPPED)
     assert steps_of(tmp_path) == [processes]
+
+
+# ---------------------------------------------------------------- what loads the data
+
+def ruin_an_image(folder, child):
+    """An image that could be read until now; returns what repairs it, and what is said of it."""
+    path = folder / "bee" / "3.png"
+    raw = path.read_bytes()
+    path.write_bytes(raw[:50])
+    return lambda: path.write_bytes(raw), f"cannot read the image {path}"
+
+
+def kill_a_worker(folder, child):
+    psutil.Process(child.pid).children()[0].kill()
+    return lambda: None, "a process that loads data died: DataLoader worker (pid"
+
+
+@pytest.mark.parametrize("fault, processes, workers", [
+    (ruin_an_image, 1, 0), (ruin_an_image, 1, 2), (ruin_an_image, 2, 0), (ruin_an_image, 2, 1),
+    (kill_a_worker, 1, 2), (kill_a_worker, 2, 1)])
+def test_a_fault_of_the_data_saves_and_ends(children, image_folder, vae_folder, tmp_path, fault, processes, workers):
+    """On one process: all save after the same step and end with a sentence; the next start goes on exactly."""
+    shutil.copytree(image_folder, tmp_path / "images")
+    flags = ["--data-path", tmp_path / "images", "--image-size", 32, "--vae", vae_folder, *TINY, "--num-classes", 3,
+             "--global-batch-size", 8, *DROP, "--num-workers", workers, "--log-every", 1]
+    group = children.start("train", *flags, "--max-steps", 3000, "--results-dir", tmp_path / "cut",
+                           processes=processes)
+    wait_for(lambda: "(step=0000005)" in group[0].log.read_text())
+    repair, sentence = fault(tmp_path / "images", group[-1])
+    for child in group:
+        child.join(60)
+    text = "".join(child.log.read_text() for child in group)
+    assert [child.exitcode for child in group] == [2] * processes, text
+    assert text.count("error:") == 1 and sentence in text and "Traceback" not in text, text
+    (done,) = steps_of(tmp_path / "cut")
+    repair()
+    children.run("train", *flags, "--max-steps", done + 4, "--results-dir", tmp_path / "cut", "--resume", "auto",
+                 processes=processes)
+    children.run("train", *flags, "--max-steps", done + 4, "--results-dir", tmp_path / "straight", processes=processes)
+    assert differences(stored(tmp_path / "straight", done + 4), stored(tmp_path / "cut", done + 4)) == []
+
+
+def test_a_worker_dies_while_its_master_computes(tmp_path):
+    """Not there and then, where the optimiser may be half done; when the next batch is waited for."""
+    files = {f"a/{i}.png": Image.fromarray(picture(8, 8, 3, seed=i)) for i in range(8)}
+    data = runtime.data.ImageFolderData(write_images(tmp_path, files), 8)
+    order = runtime.data.GlobalBatches(8, 2, slice(0, 2), 0, 0, 5000, flips=False)
+    loader = runtime.data.BatchLoader(data, order, 1, torch.device("cpu"), pytest.fail)
+    batches = iter(loader)
+    next(batches)
+    worker = psutil.Process().children()[-1]
+    worker.kill()
+    wait_for(lambda: worker.status() == psutil.STATUS_ZOMBIE)
+    time.sleep(0.1)  # the signal is answered here, if anywhere
+    assert loader.fault is None
+    with pytest.raises(UserError, match="a process that loads data died"):
+        list(batches)
 
 
 # ---------------------------------------------------------------- 8, 9: other processes
