@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import DIGITS, call
+from conftest import DIGITS, TINY, call
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as some
 
@@ -240,3 +240,42 @@ def test_flags(name, data):
             parse(parser, line)
         except SystemExit as stop:
             assert stop.code in (0, 2)
+
+
+SIZES = ["--depth", "--hidden-size", "--num-heads", "--patch-size", "--num-classes", "--model"]  # cost memory: a few
+
+
+@given(data=some.data())
+@settings(often, max_examples=150, deadline=None)
+def test_whole_runs(folder, data):
+    """train.py from end to end, with up to three flags of any value: it trains a step, or says a sentence."""
+    import train
+    parser = train.build_parser()
+    takes_value = sorted(flag for action in parser._actions for flag in action.option_strings
+                         if flag.startswith("--") and action.nargs != 0 and flag not in (
+                             "--data-path", "--features-path", "--results-dir", "--num-workers", "--vae", "--resume"))
+    lone = ["--flip", "--no-flip", "--features-in-memory", "--async-save", "--override"]
+    number = some.integers(-1, 70) | some.sampled_from([0.5, 1e-9, 1e9, 1e30, 0.1])
+    line = ["--data-path", "digits", *TINY, "--max-steps", "1", "--global-batch-size", "4", "--log-every", "1",
+            "--results-dir", str(folder / "runs")]
+    for _ in range(data.draw(some.integers(1, 3))):
+        if data.draw(some.integers(0, 4)) == 0:
+            line.append(data.draw(some.sampled_from(lone)))
+            continue
+        flag = data.draw(some.sampled_from(takes_value))
+        large = some.sampled_from([2**31, 2**63, 2**70]) if flag not in SIZES else some.nothing()
+        value = data.draw(number | large | some.sampled_from(["loss-second-moment", "DiT-S/8", "auto"]))
+        if flag == "--max-steps" and (not isinstance(value, int) or value > 9):
+            continue  # it would train for so long
+        line += [flag, str(value)]
+    with open(os.devnull, "w") as nothing, pytest.MonkeyPatch.context() as patch:
+        for stream in ("stdout", "stderr"):
+            patch.setattr(sys, stream, nothing)
+        patch.setattr(sys, "argv", ["train.py", *line])
+        with contextlib.suppress(UserError):
+            try:
+                train.main()
+            except SystemExit as stop:
+                assert stop.code in (0, 2)
+            finally:
+                shutil.rmtree(folder / "runs", ignore_errors=True)
