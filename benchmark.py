@@ -14,24 +14,20 @@ import torch
 import benchmarks.data
 import benchmarks.process
 import benchmarks.save
+from runtime.provenance import hardware
 
 MEASUREMENTS = {"process": benchmarks.process, "data": benchmarks.data, "save": benchmarks.save}
-
-
-def hardware():
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    return f"{platform.machine()}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=MEASUREMENTS)
     measurement = MEASUREMENTS[parser.parse_args().what]
-    results = measurement.measure("cuda" if torch.cuda.is_available() else "cpu")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    results = measurement.measure(device)
     for name, row in results.items():
         print(measurement.line(name, row))
-    print(json.dumps(dict(hardware=hardware(), torch=torch.__version__, python=platform.python_version(),
+    print(json.dumps(dict(hardware=hardware(device), torch=torch.__version__, python=platform.python_version(),
                           date=time.strftime("%Y-%m-%d"), results=results)))
 
 

@@ -15,7 +15,8 @@ from runtime import checksum, processes
 from runtime.errors import run_command
 from runtime.flags import HelpFormatter, add_model_flags, add_sampling_flags, non_negative_int, parse, positive_int
 from runtime.generate import SampleNoise, image_maker, to_uint8
-from runtime.sample_set import SampleSet, random_labels
+from runtime.provenance import made_with
+from runtime.sample_set import SampleSet, sample_labels, set_record
 from runtime.trained_model import load_trained
 
 
@@ -27,6 +28,8 @@ def build_parser():
     group.add_argument("--sample-dir", default="samples", help="where the .npz goes")
     group.add_argument("--num-fid-samples", type=positive_int, default=50000, help="size of the set")
     group.add_argument("--per-proc-batch-size", type=positive_int, default=32, help="images at once")
+    group.add_argument("--labels", choices=["uniform", "balanced"], default="uniform",
+                       help="random classes (as published), or as many of each")
     group.add_argument("--global-seed", type=non_negative_int, default=0, help="of labels and noise")
     group.add_argument("--png", action="store_true", help="also write every image as a PNG")
     group.add_argument("--tf32", action=argparse.BooleanOptionalAction, default=True, help="TF32 matrix products")
@@ -51,7 +54,7 @@ def main():
     bar = tqdm(total=left, unit="image", dynamic_ncols=True, disable=not accelerator.is_main_process)
     with processes.together(accelerator):
         for first, end in todo[rank::world]:
-            labels = random_labels(flags.global_seed, range(first, end), trained.num_classes)
+            labels = sample_labels(flags.labels, flags.global_seed, range(first, end), trained.num_classes)
             noise = SampleNoise(flags.global_seed, range(first, end), device)
             images = make(torch.from_numpy(labels).to(device), noise)
             samples.add(first, to_uint8(images).cpu().numpy(), labels)
@@ -59,11 +62,14 @@ def main():
     bar.close()
 
     count = processes.on_main(accelerator, lambda: samples.assemble(flags.num_fid_samples))
+    processes.on_main(accelerator, lambda: samples.describe(set_record(
+        make, count, flags.global_seed, flags.labels, trained.record() | made_with(device))))
     if flags.png:
         with processes.together(accelerator):
             samples.write_pngs(flags.num_fid_samples, rank, world)
     more = f"; the first {flags.num_fid_samples} are those asked for" if count > flags.num_fid_samples else ""
-    accelerator.print(f"{samples.npz} holds {count} images (arr_0) and labels (arr_1){more}")
+    accelerator.print(f"{samples.npz} holds {count} images (arr_0) and labels (arr_1){more}; how they were made is in "
+                      f"{os.path.basename(samples.folder)}.json")
     accelerator.end_training()
 
 
@@ -76,6 +82,7 @@ def folder_name(trained, make, flags):
              f"vae-{vae}", f"cfg-{flags.cfg_scale:g}", f"channels-{make.cfg_channels}",
              f"{make.sampler}-{flags.num_sampling_steps}"]
     parts += [f"eta-{flags.eta:g}"] if flags.eta else []
+    parts += [f"labels-{flags.labels}"] if flags.labels != "uniform" else []
     parts += [f"seed-{flags.global_seed}"] + ([] if flags.tf32 else ["fp32"])
     return "-".join(parts)
 

@@ -1,13 +1,20 @@
-"""Say how many samples of the embedded digits show the digit that was asked for.
+"""Judge samples of the embedded digits: how many show the digit that was asked for, how far they are from real ones.
 
     python score_digits.py samples/NAME.npz
 """
 import argparse
 
+import torch
+
+from evaluation.features import PixelFeatures
+from evaluation.metrics import frechet_distance
+from evaluation.moments import Moments
+from evaluation.sources import DigitsImages, NpzImages
+from runtime.data import spread
 from runtime.digits import DigitsClassifier
 from runtime.errors import UserError, run_command
 from runtime.flags import HelpFormatter
-from runtime.sample_set import npz_array
+from runtime.npz import npz_array
 
 
 def build_parser():
@@ -18,12 +25,32 @@ def build_parser():
 
 def main():
     classifier = DigitsClassifier()
+    train, held_out = (images.batch(0, len(images)) for images in map(DigitsImages, ("digits", "digits-held-out")))
+    real = torch.cat([train, held_out])
+    halves = distance(real[0::2], real[1::2])
     for path in build_parser().parse_args().samples:
-        images, labels = npz_array(path, "arr_0"), npz_array(path, "arr_1")
-        if images.shape[1:] != (8, 8, 3):
-            raise UserError(f"{path} holds images of the shape {images.shape[1:]}, the digits are 8 x 8 pixels")
-        print(f"{classifier.agreement(images, labels):.1%} of {len(labels)} samples are taken for the digit asked for, "
-              f"by a classifier that is right on {classifier.accuracy:.1%} of the real held-out digits")
+        images, labels = NpzImages(path), npz_array(path, "arr_1")
+        if images.images.shape[1:] != (8, 8, 3):
+            raise UserError(f"{path} holds images of the shape {images.images.shape[1:]}, the digits are 8 x 8 pixels")
+        print(f"{classifier.agreement(images.images, labels):.1%} of {len(labels)} samples are taken for the digit "
+              f"asked for, by a classifier that is right on {classifier.accuracy:.1%} of the real held-out digits")
+        # A distance of few images is too large, and the more so the fewer they are: only equal numbers compare.
+        like_samples = train[spread(len(train), len(images))]
+        print(f"Frechet distance (pixels) to the {len(held_out)} held-out digits: "
+              f"{distance(images.batch(0, len(images)), held_out):.3f} of {len(images)} samples, "
+              f"{distance(like_samples, held_out):.3f} of {len(like_samples)} real digits")
+        print(f"Frechet distance (pixels) between two halves of all real digits: {halves:.3f}")
+
+
+def distance(one, other):
+    """The Frechet distance of two sets of images (n, 8, 8, 3) uint8 in the space of their pixels."""
+    features = PixelFeatures("cpu")
+    moments = []
+    for images in (one, other):
+        rows = features(images).pool
+        moments.append(Moments(rows.shape[1]))
+        moments[-1].add(rows)
+    return frechet_distance(*(moment.statistics() for moment in moments))
 
 
 if __name__ == "__main__":

@@ -18,10 +18,23 @@ import torch
 import models
 from diffusion import create_diffusion
 from diffusion.timestep_sampler import create_named_schedule_sampler
+from evaluation.during_training import open_evaluator
 from runtime import data, experiment, latent_cache, latents, processes
 from runtime.errors import Stopped, UserError, run_command
-from runtime.flags import HelpFormatter, decay, fraction, minutes, non_negative_int, parse, positive_float, positive_int
+from runtime.flags import (
+    HelpFormatter,
+    decay,
+    fraction,
+    guidance_scale,
+    minutes,
+    non_negative_int,
+    parse,
+    positive_float,
+    positive_int,
+    sampling_steps,
+)
 from runtime.generate import SampleNoise, image_maker
+from runtime.provenance import made_with
 from runtime.randomness import WEIGHTS, BatchRandomness, seed_of
 from runtime.saving import Saver
 from runtime.signals import StopSignals
@@ -67,7 +80,7 @@ def build_parser():
     group.add_argument("--max-grad-norm", type=positive_float, help="clip the gradient to this norm")
     group.add_argument("--schedule-sampler", choices=["uniform", "loss-second-moment"], default="uniform",
                        help="which timesteps: all alike, or more of those with a large loss")
-    group = parser.add_argument_group("results and faults")
+    group = parser.add_argument_group("results")
     group.add_argument("--results-dir", default="results", help="where experiments get their folders")
     group.add_argument("--log-every", type=positive_int, default=100, help="steps")
     group.add_argument("--ckpt-every", type=positive_int, default=50000, help="steps")
@@ -75,6 +88,14 @@ def build_parser():
     group.add_argument("--keep-every", type=positive_int, metavar="STEPS", help="and those of every so many steps")
     group.add_argument("--async-save", action="store_true", help="write checkpoints while training goes on")
     group.add_argument("--sample-every", type=positive_int, help="steps between grids of EMA samples")
+    group = parser.add_argument_group("evaluation")
+    group.add_argument("--eval-every", type=positive_int, help="steps between measurements of EMA samples")
+    group.add_argument("--eval-reference", metavar="REF", help="what they are compared with, as of evaluate.py")
+    group.add_argument("--eval-samples", type=positive_int, default=10000, help="how many are made each time")
+    group.add_argument("--eval-features", default="inception", help="inception, pixels, or a TorchScript file")
+    group.add_argument("--eval-cfg-scale", type=guidance_scale, default=1.0, help="their guidance; 1: none")
+    group.add_argument("--eval-sampling-steps", type=sampling_steps, default=250, help="as in 250, or ddim50")
+    group = parser.add_argument_group("faults")
     group.add_argument("--resume", metavar="PATH", help="a checkpoint, an experiment's folder, or: auto (the latest)")
     group.add_argument("--override", action="store_true", help="resume although flags have other values than then")
     group.add_argument("--max-bad-steps", type=positive_int, default=10,
@@ -94,6 +115,9 @@ def main():
         vars(flags).update({name: value for name, value in defaults.items() if name not in typed})
     if flags.keep_every and not flags.keep_checkpoints:
         raise UserError(f"--keep-every {flags.keep_every} needs --keep-checkpoints; without it all are kept")
+    if bool(flags.eval_every) != bool(flags.eval_reference):
+        raise UserError(f"--eval-every {flags.eval_every} and --eval-reference {flags.eval_reference} need each other: "
+                        "when to measure, and against what")
     if os.path.isdir(flags.vae):
         flags.vae = os.path.abspath(flags.vae)  # checkpoints keep it, and are sampled from elsewhere
     with StopSignals() as signals:
@@ -119,6 +143,7 @@ class Run:
     saver: Saver
     batches: data.GlobalBatches
     step: object
+    evaluator: object  # an `Evaluator`, or None
     folder: str
     logger: object
 
@@ -157,8 +182,19 @@ def prepare(accelerator, flags, given):
                                  flips=flags.flip)
     random = BatchRandomness(flags.global_seed, flags.global_batch_size, rows, device)
     step = TrainingStep(accelerator, network, codec, diffusion, schedule_sampler, random, parts=flags.grad_accum_steps)
-    return Run(accelerator, dataset, codec, model, network, optimizer, guard, state, saver, batches, step, folder,
-               logger)
+    evaluator = None
+    if flags.eval_every:
+        with processes.together(accelerator):
+            make = image_maker(state.ema.model, codec, flags.eval_sampling_steps, flags.eval_cfg_scale)
+        evaluator = open_evaluator(
+            accelerator, flags.eval_features, flags.eval_reference, make, len(dataset.class_names), flags.eval_samples,
+            flags.global_seed, batch_size=(rows.stop - rows.start) // flags.grad_accum_steps,
+            image_size=flags.image_size, folder=folder, first_step=first_step, warn=logger.info,
+            made_of=dict(model=flags.model, weights="ema", ema_decay=flags.ema_decay, image_size=flags.image_size,
+                         vae=flags.vae) | made_with(device))
+        logger.info(f"Every {flags.eval_every} steps: {evaluator.description()}")
+    return Run(accelerator, dataset, codec, model, network, optimizer, guard, state, saver, batches, step, evaluator,
+               folder, logger)
 
 
 def train(run, flags, signals):
@@ -193,11 +229,15 @@ def train(run, flags, signals):
             last = done == batches.last or stop or fault or run.guard.exhausted
             if done % flags.log_every == 0 or last:
                 monitor.show(done, grad_norm=grad_norm, learning_rate=flags.lr)
-            if done % flags.ckpt_every == 0 or last or write_failed:
+            if is_saved := done % flags.ckpt_every == 0 or last or write_failed:
                 path = run.saver.save(done)
                 logger.info(f"{'Saving' if flags.async_save else 'Saved'} checkpoint to {path}")
             if flags.sample_every and done % flags.sample_every == 0 and accelerator.is_main_process:
-                monitor.show_images(done, *sample_grid(run.state.ema.model, run.codec, run.dataset.class_names))
+                with monitor.paused():
+                    monitor.show_images(done, *sample_grid(run.state.ema.model, run.codec, run.dataset.class_names))
+            if run.evaluator and done % flags.eval_every == 0 and not stop and not fault:
+                with monitor.paused():
+                    evaluate(run, done, monitor, signals, is_saved)
             if last:
                 run.saver.finish()
                 run.guard.check(path)
@@ -208,6 +248,17 @@ def train(run, flags, signals):
                                 "goes on")
                     raise Stopped
         logger.info("Done!")
+
+
+def evaluate(run, step, monitor, signals, is_saved):
+    """Measure EMA samples, show the scores, and keep the checkpoint of the best ones."""
+    found = run.evaluator(step, stopped=lambda: signals.received)
+    if found is None:
+        return run.logger.info(f"(step={step:07d}) the evaluation was given up: told to stop")
+    scores, is_best = found
+    monitor.show_scores(step, scores)
+    if is_best:
+        run.logger.info(f"(step={step:07d}) The best so far: {run.saver.keep_best(step, is_saved)}")
 
 
 def own_rows(flags, accelerator):
@@ -228,7 +279,7 @@ def open_dataset(flags, given, device):
     if flags.features_path:
         cache = latent_cache.LatentCache(flags.features_path)
         codec = cache.codec(*(getattr(flags, name) if name in given else None for name in ("vae", "image_size")),
-                            device=device, decodes=bool(flags.sample_every))
+                            device=device, decodes=bool(flags.sample_every or flags.eval_every))
         flags.vae, flags.image_size = codec.name, cache.image_size
         dataset = cache.in_memory(device) if flags.features_in_memory else cache
     elif flags.features_in_memory:

@@ -159,6 +159,21 @@ class Monitor:
                     self.tensorboard.add_scalar(name, value, step)
         return self._start_window()
 
+    def show_scores(self, step, scores):
+        """Log the scores of an evaluation, and give them to TensorBoard."""
+        self.logger.info(f"(step={step:07d}) " + ", ".join(f"{name}: {value:.4f}" for name, value in scores.items()))
+        if self.tensorboard:
+            with self._only_watching("TensorBoard's file"):
+                for name, value in scores.items():
+                    self.tensorboard.add_scalar(f"eval/{name}", value, step)
+
+    @contextlib.contextmanager
+    def paused(self):
+        """A block that is no training: its time does not count in the speed."""
+        start = time.perf_counter()
+        yield
+        self.start += time.perf_counter() - start
+
     def show_images(self, step, images, columns):
         """Write a grid of images (N, C, H, W) in [-1, 1] as `samples/0000100.png`, and to TensorBoard."""
         path = os.path.join(self.folder, "samples", f"{step:07d}.png")

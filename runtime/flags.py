@@ -86,10 +86,11 @@ def parse(parser, argv=None):
     return flags, {name for name, value in vars(probe).items() if value is not untouched}
 
 
-def add_model_flags(parser, vae):
-    """Which model to sample from; published defaults."""
+def add_model_flags(parser, vae, ckpt=True):
+    """Which model to sample from; published defaults. ckpt=False: the command names the checkpoint in its own way."""
     group = parser.add_argument_group("model (a checkpoint of train.py says all this itself)")
-    group.add_argument("--ckpt", help="a .pt or .safetensors file; default: the published DiT-XL/2 of --image-size")
+    if ckpt:
+        group.add_argument("--ckpt", help="a .pt or .safetensors file; default: the published DiT-XL/2 of --image-size")
     group.add_argument("--model", choices=DiT_models, default="DiT-XL/2", help="architecture")
     group.add_argument("--image-size", type=positive_int, default=256, help="pixels")
     group.add_argument("--num-classes", type=positive_int, default=1000, help="that it was trained on")
@@ -105,3 +106,12 @@ def add_sampling_flags(parser, cfg_scale):
     group.add_argument("--num-sampling-steps", type=sampling_steps, default=250, help="as in 250, or ddim50")
     group.add_argument("--sampler", choices=["ddpm", "ddim"], help="default: ddpm, or ddim with ddimN steps")
     group.add_argument("--eta", type=fraction, default=0.0, help="noise of ddim: 0 deterministic, 1 as ddpm")
+
+
+def add_feature_flags(parser):
+    """In which feature space sets of images are compared."""
+    group = parser.add_argument_group("features")
+    group.add_argument("--features", default="inception",
+                       help="inception (FID and the rest), pixels (up to 32 x 32), or a TorchScript module's file")
+    group.add_argument("--inception", metavar="FILE", help="weights of Inception; default: downloaded once")
+    return group

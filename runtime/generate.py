@@ -94,8 +94,10 @@ class ImageMaker:
 
     def record(self):
         """What makes these images what they are, beside weights and noise."""
-        return dict(sampler=self.sampler, steps=self.diffusion.num_timesteps, eta=self.eta, cfg_scale=self.cfg_scale,
-                    cfg_channels=self.cfg_channels, in_channels=self.model.in_channels)
+        steps = self.diffusion.num_timesteps
+        return dict(sampler=self.sampler, steps=steps, model_calls=steps * (2 if self.cfg_scale > 1 else 1),
+                    eta=self.eta, cfg_scale=self.cfg_scale, cfg_channels=self.cfg_channels,
+                    in_channels=self.model.in_channels)
 
     @torch.no_grad()
     def __call__(self, labels, noise, on_step=None, progress=False):
@@ -133,6 +135,9 @@ class ImageMaker:
             return out[: len(x)]
 
         return guided
+
+
+UINT8_RULE = "clamp(127.5 x + 128, 0, 255), truncated"
 
 
 def to_uint8(images):

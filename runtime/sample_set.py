@@ -1,6 +1,7 @@
 """A set of samples on disk: made in any order by any number of processes, never twice, then one .npz for ADM's suite.
 """
 import glob
+import json
 import os
 import re
 import zipfile
@@ -8,7 +9,10 @@ import zipfile
 import numpy as np
 from PIL import Image
 
+from . import checksum
 from .errors import UserError
+from .generate import UINT8_RULE
+from .npz import npz_array
 from .randomness import SAMPLE_LABEL, seed_of
 from .ranges import missing_ranges
 from .whole_file import whole_file
@@ -17,6 +21,26 @@ from .whole_file import whole_file
 def random_labels(seed, indices, num_classes):
     """Uniform random class labels; that of sample i is a function of (seed, i)."""
     return np.array([np.random.default_rng(seed_of(seed, SAMPLE_LABEL, i)).integers(num_classes) for i in indices])
+
+
+def sample_labels(policy, seed, indices, num_classes):
+    """The class labels of samples, each a function of (seed, its index).
+
+    policy  "uniform": random; "balanced": 0, 1, 2, ... over and over, so that every class has as many
+    return  (n,) int64
+    """
+    if policy == "balanced":
+        return np.array([i % num_classes for i in indices], dtype=np.int64)
+    return random_labels(seed, indices, num_classes)
+
+
+def set_record(make, count, seed, labels, made_of):
+    """What a set of samples is; plain values.
+
+    make     the `ImageMaker`
+    made_of  a `TrainedModel`'s record, and what else belongs to it
+    """
+    return dict(images=count, made=made_of | make.record() | dict(labels=labels, seed=seed, uint8=UINT8_RULE))
 
 
 class SampleSet:
@@ -86,6 +110,18 @@ class SampleSet:
         self._remove_parts(num_samples)
         return num_samples
 
+    def describe(self, record):
+        """Write beside the .npz, as `FOLDER.json`, what it is: `record`, a plain dictionary, and its SHA-256."""
+        path, sha256 = self.folder + ".json", checksum.of_file(self.npz)
+        try:
+            with open(path, encoding="utf-8") as file:
+                if json.load(file)["sha256"] == sha256:
+                    return
+        except (OSError, ValueError, LookupError, TypeError):
+            pass  # there is none, or of another set
+        with whole_file(path) as file:
+            file.write((json.dumps(record | dict(sha256=sha256), indent=2) + "\n").encode())
+
     def _remove_parts(self, num_samples):
         used = [path for _, end, path in self._parts() if end <= num_samples]  # the others are of a larger set
         unfinished = [path for folder in (self.parts + os.sep, self.npz) for path in glob.glob(
@@ -117,25 +153,3 @@ class SampleSet:
             if not os.path.exists(path):
                 with whole_file(path, sync=False) as file:
                     Image.fromarray(images[i]).save(file, format="PNG")
-
-
-def npz_array(path, name):
-    """An array of an uncompressed .npz as a memory map: nothing is read before it is used."""
-    try:
-        with zipfile.ZipFile(path) as archive, open(path, "rb") as file:
-            entry = archive.getinfo(f"{name}.npy")
-            if entry.compress_type != zipfile.ZIP_STORED:
-                raise UserError(f"{path} is compressed; it was not written by this program")
-            file.seek(entry.header_offset + 26)  # behind the lengths of the local header's name and extra field
-            lengths = np.frombuffer(file.read(4), dtype="<u2")
-            file.seek(entry.header_offset + 30 + int(lengths.sum()))
-            version = np.lib.format.read_magic(file)
-            read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-            shape, fortran, dtype = read_header[version](file)
-            if dtype.hasobject or fortran:
-                raise UserError(f"{path}: {name} is no plain array")
-            return np.memmap(path, dtype=dtype, mode="r", offset=file.tell(), shape=shape)
-    except UserError:
-        raise
-    except Exception as error:  # a damaged file fails in many ways; each means the same to the user
-        raise UserError(f"{path} is damaged, or no .npz of samples ({error})") from None

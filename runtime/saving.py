@@ -4,7 +4,7 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 
 from . import checkpoint, processes
-from .whole_file import remove_unfinished
+from .whole_file import linked, remove_unfinished
 
 
 class Saver:
@@ -40,6 +40,20 @@ class Saver:
                     self._write(self.state.values(step), path, step)
                 else:
                     self.writing = self.thread.submit(self._write, self.state.copy(step), path, step)
+        return path
+
+    def keep_best(self, step, is_saved):
+        """Have the state of now, after `step` steps, as `checkpoints/best.pt`. To be called by all processes.
+
+        is_saved  whether it has just been saved: then `best.pt` is another name of that file, which costs nothing
+        """
+        folder = os.path.join(self.folder, "checkpoints")
+        path = os.path.join(folder, "best.pt")
+        with processes.together(self.accelerator):
+            if self.accelerator.is_main_process:
+                self._wait()
+                if not (is_saved and linked(os.path.join(folder, f"{step:07d}.pt"), path)):
+                    checkpoint.save(path, self.state.values(step))
         return path
 
     def has_failed(self):

@@ -1,12 +1,13 @@
 """A model as it was trained, ready to sample from: weights, codec, classes."""
 import argparse
+import os
 from dataclasses import dataclass
 
 import torch
 
 import models
 
-from . import checkpoint, latents, pretrained
+from . import checkpoint, checksum, latents, pretrained
 from .errors import UserError
 
 
@@ -22,6 +23,7 @@ class TrainedModel:
     image_size   pixels
     weights      which were taken: "ema", "model" or "bare"
     step         optimiser steps, or None where the checkpoint does not say
+    ema_decay    of the moving average, or None where the checkpoint does not say
     """
 
     model: torch.nn.Module
@@ -32,6 +34,7 @@ class TrainedModel:
     image_size: int
     weights: str
     step: int
+    ema_decay: float = None
 
     @property
     def num_classes(self):
@@ -44,6 +47,15 @@ class TrainedModel:
         after = "" if self.step is None else f" after {self.step:,} steps"
         return (f"{self.path}: {self.weights} weights of {self.name}{after}, {self.num_classes} classes, "
                 f"{self.image_size} pixels, VAE {self.codec.name}")
+
+    def record(self):
+        """What makes its images what they are; plain values."""
+        vae = getattr(self.codec, "vae", None)
+        return dict(model=self.name, checkpoint=os.path.abspath(self.path),
+                    weights_sha256=checksum.of_weights(self.model), weights=self.weights, step=self.step,
+                    ema_decay=self.ema_decay if self.weights == "ema" else None, image_size=self.image_size,
+                    num_classes=self.num_classes, vae=self.codec.name,
+                    vae_sha256=vae and checksum.of_weights(vae))
 
 
 def load_trained(path, model, image_size, num_classes, vae, given, device):
@@ -78,7 +90,7 @@ def load_trained(path, model, image_size, num_classes, vae, given, device):
                         f"{model.in_channels}")
     checkpoint.load_weights(model, state_dict, path)
     return TrainedModel(model.to(device).eval(), codec, path, config.get("class_names"), flags["model"],
-                        flags["image_size"], weights, stored.get("step"))
+                        flags["image_size"], weights, stored.get("step"), _args(stored).get("ema_decay"))
 
 
 def _seen_in(state_dict, num_classes):
@@ -93,8 +105,7 @@ def _seen_in(state_dict, num_classes):
 
 def _told_by(stored, flags, given, path):
     """What the checkpoint itself says of model, image_size, num_classes and vae; published ones keep it in `args`."""
-    args = stored.get("args")
-    args = vars(args) if isinstance(args, argparse.Namespace) else args if isinstance(args, dict) else {}
+    args = _args(stored)
     told = {name: args[name] for name in ("model", "image_size", "num_classes") if name in args}
     for name, value in told.items():
         if name in given and flags[name] != value:
@@ -104,3 +115,9 @@ def _told_by(stored, flags, given, path):
     # VAE, or one of the user's own, the checkpoint's is meant.
     own_codec = "config" in stored and "vae" in args and args["vae"] not in ("ema", "mse")
     return told | (dict(vae=args["vae"]) if own_codec and "vae" not in given else {})
+
+
+def _args(stored):
+    """The flags that a checkpoint was trained with, as a dictionary; published ones keep a namespace."""
+    args = stored.get("args")
+    return vars(args) if isinstance(args, argparse.Namespace) else args if isinstance(args, dict) else {}

@@ -35,6 +35,23 @@ def whole_file(path, sync=True):
             os.remove(temporary)
 
 
+def linked(path, name):
+    """Give the file `path` a second name, in the place of what has it now; False where the disk knows no such thing."""
+    temporary = f"{name}.{os.getpid()}.tmp"
+    try:
+        if os.path.lexists(temporary):
+            os.remove(temporary)
+        os.link(path, temporary)
+        os.replace(temporary, name)
+        _sync_folder(os.path.dirname(os.path.abspath(name)))
+    except OSError:
+        return False
+    finally:
+        if os.path.lexists(temporary):
+            os.remove(temporary)
+    return True
+
+
 def _sync_folder(folder):
     """Have the folder's list of names on the disk, where the file system knows how."""
     descriptor = os.open(folder, os.O_RDONLY)

@@ -19,7 +19,7 @@ from runtime import checkpoint
 from runtime.errors import UserError
 from runtime.latent_cache import LatentCache, verify
 from runtime.latent_cache.manifest import read_manifest, write_manifest
-from runtime.sample_set import npz_array
+from runtime.npz import npz_array
 from runtime.step_guard import StepGuard
 from runtime.training_state import TrainingState
 

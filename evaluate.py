@@ -1,0 +1,174 @@
+"""Measure samples: FID, sFID, Inception Score, precision and recall, as ADM's suite computes them.
+
+    python evaluate.py samples/NAME.npz --reference VIRTUAL_imagenet256_labeled.npz
+    torchrun --nproc_per_node=8 evaluate.py DiT-XL-2-256x256.pt --reference VIRTUAL_imagenet256_labeled.npz
+    python evaluate.py --make-reference /path/to/images --image-size 256 --output reference.npz
+    python evaluate.py results/000-DiT-S-2/checkpoints/0002992.pt --nll digits-held-out
+    python evaluate.py --diff A.scores.json B.scores.json
+
+SAMPLES is an .npz, a folder of images, digits, digits-held-out, or a checkpoint, of which images are then made and
+measured in one go, those that sample_ddp.py makes. Every score is written down with all that it depends on.
+"""
+import argparse
+import os
+
+from evaluation import records, scores
+from evaluation.features import open_features
+from evaluation.measure import measure
+from evaluation.reference import PRECISION_IMAGES, open_reference, save_reference
+from evaluation.sources import FolderImages, GeneratedImages, open_images
+from runtime import pretrained, processes
+from runtime.errors import UserError, run_command
+from runtime.flags import (
+    HelpFormatter,
+    add_feature_flags,
+    add_model_flags,
+    add_sampling_flags,
+    minutes,
+    non_negative_int,
+    parse,
+    positive_int,
+)
+from runtime.generate import image_maker
+from runtime.provenance import made_with
+from runtime.trained_model import load_trained
+
+
+def build_parser():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser.add_argument("samples", nargs="?", metavar="SAMPLES", help="an .npz, a folder, or a checkpoint")
+    group = parser.add_argument_group("what to do")
+    group.add_argument("--reference", metavar="REF", help="ADM's .npz, an .npz of images, a folder, or a file of "
+                                                          "--make-reference: what SAMPLES are compared with")
+    group.add_argument("--make-reference", metavar="DATA", help="measure these images, to compare with them later")
+    group.add_argument("--nll", metavar="DATA", help="bits per dimension of a checkpoint on these images: a folder "
+                                                     "with a folder a class, digits, or digits-held-out")
+    group.add_argument("--diff", nargs=2, metavar=("A", "B"), help="say in what two records differ")
+    group.add_argument("--output", metavar="FILE", help="the record, or the reference; default: beside SAMPLES")
+    add_feature_flags(parser)
+    add_model_flags(parser, vae="ema", ckpt=False)
+    add_sampling_flags(parser, cfg_scale=1.5)
+    group = parser.add_argument_group("set")
+    group.add_argument("--num-fid-samples", type=positive_int, default=50000, help="images made of a checkpoint")
+    group.add_argument("--nll-images", type=positive_int, default=1000, help="images of --nll; 1000 passes each")
+    group.add_argument("--per-proc-batch-size", type=positive_int, default=32, help="images at once")
+    group.add_argument("--labels", choices=["uniform", "balanced"], default="uniform",
+                       help="random classes (as published), or as many of each")
+    group.add_argument("--global-seed", type=non_negative_int, default=0, help="of labels and noise")
+    group.add_argument("--tf32", action=argparse.BooleanOptionalAction, default=True,
+                       help="TF32 matrix products in the model (never in the features)")
+    group.add_argument("--timeout", type=minutes, default=processes.PATIENCE, metavar="MINUTES",
+                       help="how long a process waits for the others")
+    return parser
+
+
+def main():
+    flags, given = parse(build_parser())
+    check(flags)
+    if flags.diff:
+        return show_differences(*flags.diff)
+    accelerator = processes.start(flags.tf32, flags.timeout)
+    with processes.waiting("the evaluation", flags.timeout):
+        if flags.make_reference:
+            make_reference(accelerator, flags, given)
+        elif flags.nll:
+            evaluate_likelihood(accelerator, flags, given)
+        else:
+            evaluate(accelerator, flags, given)
+    accelerator.end_training()
+
+
+def check(flags):
+    """Is it clear what is asked for?"""
+    asked = [name for name in ("reference", "make_reference", "nll", "diff") if getattr(flags, name)]
+    if len(asked) != 1:
+        raise UserError("pass one of --reference, --make-reference, --nll and --diff, not "
+                        + (" and ".join("--" + name.replace("_", "-") for name in asked) or "none"))
+    (asked,) = asked
+    if (flags.samples is None) != (asked in ("make_reference", "diff")):
+        raise UserError(f"--{asked.replace('_', '-')} " + (
+            "needs SAMPLES: an .npz, a folder, or a checkpoint" if flags.samples is None
+            else f"takes no SAMPLES, here are {flags.samples}"))
+    if asked == "make_reference" and not flags.output:
+        raise UserError("--make-reference needs --output: where the reference goes")
+    folder = os.path.dirname(os.path.abspath(flags.output or "."))
+    if not os.path.isdir(folder):
+        raise UserError(f"--output {flags.output}: there is no folder {folder}")
+
+
+def evaluate(accelerator, flags, given):
+    """Samples against a reference: prints the scores, and writes their record."""
+    with processes.together(accelerator):
+        features = open_features(flags.features, accelerator.device, flags.inception)
+        images, image_size = open_samples(flags, given, accelerator)
+    reference, reference_record = open_reference(accelerator, flags.reference, features, flags.per_proc_batch_size,
+                                                 image_size)
+    samples = measure(accelerator, images, features, flags.per_proc_batch_size, title="samples")
+
+    def report():
+        found = scores.score(samples, reference, features)
+        for line in scores.lines(found, features, samples, reference):
+            print(line)
+        record = dict(scores=found, name=scores.distance_name(features, samples.count), features=features.record(),
+                      samples=images.record(), reference=reference_record, evaluated=made_with(accelerator.device))
+        path = flags.output or records.free_path(stem_of(flags.samples), ".scores.json")
+        records.write_record(path, record)
+        print(f"wrote {path}")
+
+    processes.on_main(accelerator, report)
+
+
+def open_samples(flags, given, accelerator):
+    """The images that SAMPLES names, and their size in pixels (None: each as it is)."""
+    if not is_checkpoint(flags.samples):
+        images = open_images(flags.samples, flags.image_size if "image_size" in given else None)
+        return images, images.image_size if isinstance(images, FolderImages) else images.batch(0, 1).shape[2]
+    trained = load_trained(flags.samples, flags.model, flags.image_size, flags.num_classes, flags.vae, given,
+                           accelerator.device)
+    accelerator.print(trained.description())
+    make = image_maker(trained.model, trained.codec, flags.num_sampling_steps, flags.cfg_scale, flags.cfg_channels,
+                       flags.sampler, flags.eta)
+    images = GeneratedImages(make, trained.num_classes, flags.num_fid_samples, flags.global_seed, flags.labels,
+                             trained.record() | made_with(accelerator.device))
+    return images, trained.image_size
+
+
+def is_checkpoint(name):
+    return name in pretrained.PUBLISHED or name.endswith((".pt", ".pth", ".safetensors"))
+
+
+def stem_of(samples):
+    """The name that a record beside SAMPLES begins with."""
+    return os.path.splitext(samples)[0] if os.path.isfile(samples) else os.path.normpath(samples)
+
+
+def make_reference(accelerator, flags, given):
+    """Measure the images of --make-reference and write what can be compared with."""
+    with processes.together(accelerator):
+        features = open_features(flags.features, accelerator.device, flags.inception)
+        images = open_images(flags.make_reference, flags.image_size if "image_size" in given else None)
+    found = measure(accelerator, images, features, flags.per_proc_batch_size, PRECISION_IMAGES, title="reference")
+
+    def save():
+        save_reference(flags.output, found, features, images.record() | made_with(accelerator.device))
+        print(f"wrote {flags.output}: {found.count} images, {len(found.pool[0])} features "
+              f"({features.record()['space']})")
+
+    processes.on_main(accelerator, save)
+
+
+def evaluate_likelihood(accelerator, flags, given):
+    """Bits per dimension of a checkpoint: prints them, and writes their record and a plot."""
+
+
+def show_differences(one, two):
+    """Print every field in which two records differ, those of the scores first."""
+    found = list(records.differences(records.read_record(one), records.read_record(two)))
+    for path, first, second in found:
+        print(f"{path}: {first} | {second}")
+    if not found:
+        print("the records do not differ")
+
+
+if __name__ == "__main__":
+    run_command(main)

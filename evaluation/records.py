@@ -1,0 +1,42 @@
+"""The record beside every score: what was measured, with what, against what; and what differs between two of them."""
+import json
+import os
+
+from runtime.errors import UserError
+from runtime.whole_file import whole_file
+
+
+def write_record(path, record):
+    """Write a record as JSON; an older one is never overwritten."""
+    with whole_file(path) as file:
+        file.write((json.dumps(record, indent=2) + "\n").encode())
+
+
+def free_path(stem, ending):
+    """The first of `STEM.ending`, `STEM-2.ending`, ... that is not there."""
+    path, number = f"{stem}{ending}", 1
+    while os.path.exists(path):
+        number += 1
+        path = f"{stem}-{number}{ending}"
+    return path
+
+
+def read_record(path):
+    """A dictionary. raise: UserError where there is none."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            record = json.load(file)
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"--diff {path}: this is no record of evaluate.py ({error})") from None
+    if not isinstance(record, dict):
+        raise UserError(f"--diff {path}: this is no record of evaluate.py")
+    return record
+
+
+def differences(one, two, path=""):
+    """(field, value of one, value of two) of all that differs; a missing field is None."""
+    if isinstance(one, dict) and isinstance(two, dict):
+        for name in [*one, *(name for name in two if name not in one)]:
+            yield from differences(one.get(name), two.get(name), f"{path}.{name}" if path else name)
+    elif one != two:
+        yield path, one, two

@@ -1,0 +1,94 @@
+"""What samples are compared with: statistics files of ADM and of our own, or images."""
+import json
+import os
+
+import numpy as np
+import torch
+
+from runtime import checksum
+from runtime.errors import UserError
+from runtime.npz import npz_array, npz_names
+from runtime.whole_file import whole_file
+
+from .measure import Measured, measure
+from .sources import NpzImages, open_images
+
+PRECISION_IMAGES = 10_000  # of a reference, for precision and recall: as many as ADM's references hold
+
+
+def open_reference(accelerator, path, features, batch_size, image_size=None):
+    """(`Measured`, record) of what --reference names: ADM's .npz (`mu`, `sigma`, `mu_s`, `sigma_s`, `arr_0`), an .npz
+    of images, a folder, `digits`, `digits-held-out`, or a file of `save_reference`.
+
+    raise  UserError for a file that is damaged, or of another feature space. To be called by all processes.
+    """
+    names = npz_names(path) if os.path.isfile(path) else set()
+    if "mu" not in names:
+        images = open_images(path, image_size)
+        return _measured(accelerator, images, features, batch_size), images.record()
+    record = dict(path=os.path.abspath(path), sha256=checksum.of_file(path))
+    record |= _own_record(path, names, features)
+    reference = Measured(record.get("images"), _statistics(path, "mu", "sigma"),
+                         _statistics(path, "mu_s", "sigma_s") if "mu_s" in names else None)
+    if "features" in names:
+        rows = _finite(path, "features")
+        if rows.ndim != 2 or rows.shape[1] != len(reference.pool[0]):
+            raise UserError(f"--reference {path}: mu has {len(reference.pool[0])} numbers, features has the shape "
+                            f"{rows.shape}")
+        reference.features = torch.from_numpy(rows.astype("float32"))
+    elif "arr_0" in names:  # ADM's: statistics of the whole training set, and images for precision and recall
+        reference.features = _measured(accelerator, NpzImages(path), features, batch_size).features
+    return reference, record
+
+
+def _measured(accelerator, images, features, batch_size):
+    return measure(accelerator, images, features, batch_size, keep=PRECISION_IMAGES, title="reference")
+
+
+def _own_record(path, names, features):
+    """What a file of ours says of itself; ADM's files say nothing, and are of the standard Inception network."""
+    if "record" not in names:
+        if "spatial" not in features.record():
+            raise UserError(f"--reference {path} holds statistics of Inception features, --features is "
+                            f"{features.record()['space']}")
+        return {}
+    try:
+        record = json.loads(npz_array(path, "record").tobytes())
+        space, source = record["features"], record["source"]
+    except (ValueError, LookupError, TypeError):
+        raise UserError(f"--reference {path}: its record cannot be read") from None
+    if space != features.record():
+        raise UserError(f"--reference {path} was made in another feature space ({_short(space)}) than --features says "
+                        f"({_short(features.record())})")
+    return dict(images=record.get("images"), source=source)
+
+
+def _statistics(path, mean_name, covariance_name):
+    mean, covariance = _finite(path, mean_name), _finite(path, covariance_name)
+    if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
+        raise UserError(f"--reference {path}: {mean_name} and {covariance_name} have the shapes {mean.shape} and "
+                        f"{covariance.shape}, not (D,) and (D, D)")
+    return mean, covariance
+
+
+def _finite(path, name):
+    array = np.asarray(npz_array(path, name))
+    if array.dtype.kind != "f" or not np.isfinite(array).all():
+        raise UserError(f"--reference {path}: {name} does not consist of finite numbers")
+    return array
+
+
+def _short(space):
+    return ", ".join(str(value)[:20] for value in space.values()) if isinstance(space, dict) else space
+
+
+def save_reference(path, reference, features, source):
+    """Write a `Measured` set as a reference: ADM's arrays, the features for precision and recall, and a record.
+
+    source  what the images are, a plain dictionary
+    """
+    spatial = {} if reference.spatial is None else dict(mu_s=reference.spatial[0], sigma_s=reference.spatial[1])
+    record = json.dumps(dict(features=features.record(), images=reference.count, source=source))
+    with whole_file(path) as file:
+        np.savez(file, mu=reference.pool[0], sigma=reference.pool[1], features=reference.features.numpy(),
+                 record=np.frombuffer(record.encode(), dtype=np.uint8), **spatial)

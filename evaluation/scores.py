@@ -1,0 +1,58 @@
+"""The scores of a set of samples, by their names."""
+from runtime.errors import UserError
+
+from .metrics import NEIGHBOURS, SPLIT, frechet_distance, inception_score, precision_recall
+
+
+def score(samples, reference, features):
+    """All scores that a feature space has, of one `Measured` set against another; for the main process.
+
+    return  dictionary: fid, sfid, inception_score, inception_score_std, precision, recall in the standard Inception
+            space; else frechet_distance, precision, recall. What the reference does not allow is left out.
+    """
+    for name in ("pool", "spatial"):
+        one, other = getattr(samples, name), getattr(reference, name)
+        if one is not None and other is not None and one[0].shape != other[0].shape:
+            raise UserError(f"the reference has {len(other[0])} numbers an image, the samples have {len(one[0])}: "
+                            "images of another size, or another feature space?")
+    names = ("fid", "sfid") if features.is_standard else ("frechet_distance", "spatial_frechet_distance")
+    found = {names[0]: frechet_distance(samples.pool, reference.pool)}
+    if samples.spatial is not None and reference.spatial is not None:
+        found[names[1]] = frechet_distance(samples.spatial, reference.spatial)
+    if features.class_logits:
+        mean, deviation = inception_score(features.class_logits(samples.features))
+        found |= dict(inception_score=mean, inception_score_std=deviation)
+    if reference.features is not None:
+        precision, recall = precision_recall(samples.features, reference.features)
+        found |= dict(precision=precision, recall=recall)
+    return found
+
+
+def main_score(features):
+    """The name of the distance that sets are ranked by: the lower, the better."""
+    return "fid" if features.is_standard else "frechet_distance"
+
+
+def distance_name(features, count):
+    """What the distance of `count` samples may be called: FID-50K, or what it is."""
+    if features.is_standard:
+        return f"FID-{f'{count // 1000}K' if count % 1000 == 0 else count}"
+    return f"Frechet distance ({features.record()['space']}, {count} images)"
+
+
+def lines(scores, features, samples, reference):
+    """The scores as lines for people, with warnings where they mean little."""
+    yield f"{distance_name(features, samples.count)}: {scores[main_score(features)]:.4f}"
+    for name, title in (("sfid", "sFID"), ("spatial_frechet_distance", "of the spatial features")):
+        if name in scores:
+            yield f"{title}: {scores[name]:.4f}"
+    if "inception_score" in scores:
+        yield (f"Inception Score: {scores['inception_score']:.3f} +- {scores['inception_score_std']:.3f} "
+               f"(parts of {min(SPLIT, samples.count)})")
+    if "precision" in scores:
+        yield (f"precision: {scores['precision']:.4f}, recall: {scores['recall']:.4f} (k = {NEIGHBOURS}, "
+               f"{len(reference.features)} images of the reference)")
+    dimensions = len(samples.pool[0])
+    if samples.count <= dimensions:
+        yield (f"WARNING: {samples.count} samples in {dimensions} dimensions: the covariance is singular and the "
+               "distance much too large; compare with equally many only")

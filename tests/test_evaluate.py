@@ -1,0 +1,362 @@
+"""evaluate.py: samples of every kind against references of every kind, and the record of what was measured."""
+import json
+import os
+import re
+
+import numpy as np
+import pytest
+import torch
+from conftest import DIGITS, call, picture
+from PIL import Image
+
+from evaluation import scores
+from evaluation.measure import Measured
+from evaluation.metrics import precision_recall
+from runtime.npz import npz_array
+
+PIXELS = ["--features", "pixels"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("evaluate")
+
+
+def images_of(count, seed, shape=(4, 4, 3)):
+    """(count, H, W, 3) uint8: noise around a colour of its own."""
+    random = np.random.default_rng(seed)
+    return np.clip(random.normal(100 + 10 * seed, 30, (count, *shape)), 0, 255).astype(np.uint8)
+
+
+@pytest.fixture(scope="module")
+def sets(folder):
+    """Two .npz of small images."""
+    paths = [str(folder / "one.npz"), str(folder / "two.npz")]
+    for seed, path in enumerate(paths, start=1):
+        np.savez(path, arr_0=images_of(70 + seed, seed), arr_1=np.zeros(70 + seed, dtype=np.int64))
+    return paths
+
+
+@pytest.fixture(scope="module")
+def trained(folder):
+    """A checkpoint of a DiT of the digits, hardly trained."""
+    call("train", *DIGITS, "--max-steps", 3, "--results-dir", folder / "runs")
+    return str(next((folder / "runs").glob("000-*")) / "checkpoints" / "0000003.pt")
+
+
+@pytest.fixture(scope="module")
+def inception(folder):
+    """A file of random weights for torch-fidelity's Inception."""
+    from torchvision.models import inception_v3
+    torch.manual_seed(0)
+    network = inception_v3(weights=None, num_classes=1008, aux_logits=False, transform_input=False, init_weights=False)
+    for module in network.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            torch.nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+    torch.save(network.state_dict(), folder / "inception.pth")
+    return str(folder / "inception.pth")
+
+
+@pytest.fixture
+def run(command, tmp_path):
+    """run(*flags) -> the scores that evaluate.py recorded, and what it printed; run(..., fails=True) -> the error."""
+    def run(*flags, fails=False):
+        path = tmp_path / "record.json"
+        status, out, err = command("evaluate", *flags, "--output", path)
+        assert status == (2 if fails else 0), err
+        if fails:
+            assert "Traceback" not in err
+            return err
+        return json.loads(path.read_text()), out
+    return run
+
+
+def by_hand(one, two):
+    """The Frechet distance of two arrays of images in the space of their pixels, with SciPy's root."""
+    import scipy.linalg
+    one, two = (images.reshape(len(images), -1) / 255.0 for images in (one, two))
+    (mean_one, cov_one), (mean_two, cov_two) = ((rows.mean(axis=0), np.cov(rows, rowvar=False)) for rows in (one, two))
+    root = scipy.linalg.sqrtm(cov_one @ cov_two).real
+    return ((mean_one - mean_two) ** 2).sum() + np.trace(cov_one + cov_two - 2 * root)
+
+
+# ---------------------------------------------------------------- samples and references
+
+def test_two_sets(run, sets):
+    record, out = run(sets[0], "--reference", sets[1], *PIXELS)
+    one, two = images_of(71, 1), images_of(72, 2)
+    want = precision_recall(*(torch.from_numpy(images).flatten(1) / 255 for images in (one, two)))
+    assert abs(record["scores"]["frechet_distance"] - by_hand(one, two)) < 1e-5
+    assert (record["scores"]["precision"], record["scores"]["recall"]) == pytest.approx(want)
+    assert "fid" not in record["scores"] and "FID" not in out
+    assert "Frechet distance (pixels, 71 images)" in out and "precision: " in out
+
+
+@pytest.mark.parametrize("batch", [1, 7, 500])
+def test_the_batch_size_does_not_matter(run, sets, batch):
+    scores = [run(sets[0], "--reference", sets[1], *PIXELS, "--per-proc-batch-size", size)[0]["scores"]
+              for size in (32, batch)]
+    assert scores[0] == pytest.approx(scores[1], abs=1e-9)
+
+
+def test_a_folder_is_as_good_as_an_npz(run, sets, tmp_path):
+    """Images in the order of their paths, folders within folders."""
+    for i, image in enumerate(images_of(71, 1)):
+        path = tmp_path / "images" / f"{i // 10}" / f"{i:03d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(path)
+    (tmp_path / "images" / "notes.txt").write_text("not an image")
+    (one, _), (two, _) = (run(samples, "--reference", sets[1], *PIXELS) for samples in (sets[0], tmp_path / "images"))
+    assert one["scores"] == pytest.approx(two["scores"], abs=1e-12)
+    (other, _) = run(sets[1], "--reference", tmp_path / "images", *PIXELS)
+    assert other["scores"]["precision"] == pytest.approx(one["scores"]["recall"])
+
+
+def test_images_are_scaled_for_a_reference(run, sets, tmp_path):
+    """A folder of pictures is cropped to the size of the samples, or to --image-size."""
+    (tmp_path / "photos").mkdir()
+    for seed in range(9):
+        Image.fromarray(picture(20 + seed, 30, 3, seed=seed)).save(tmp_path / "photos" / f"{seed}.png")
+    run(sets[0], "--reference", tmp_path / "photos", *PIXELS)
+    err = run(tmp_path / "photos", "--reference", sets[0], *PIXELS, fails=True)
+    assert "pixels, others have" in err and "pass --image-size" in err
+    run(tmp_path / "photos", "--reference", sets[0], *PIXELS, "--image-size", 4)
+    (tmp_path / "photos" / "4.png").write_bytes(b"spoilt")
+    assert f"cannot read the image {tmp_path}/photos/4.png" in run(
+        tmp_path / "photos", "--reference", sets[0], *PIXELS, "--image-size", 4, fails=True)
+
+
+def test_a_reference_that_was_made(command, run, sets, tmp_path):
+    status, out, err = command("evaluate", "--make-reference", sets[1], *PIXELS, "--output", tmp_path / "ref.npz")
+    assert status == 0 and "72 images, 48 features (pixels)" in out, err
+    (direct, _), (made, _) = (run(sets[0], "--reference", ref, *PIXELS) for ref in (sets[1], tmp_path / "ref.npz"))
+    assert direct["scores"] == pytest.approx(made["scores"], abs=1e-12)
+    assert made["reference"]["images"] == 72 and made["reference"]["source"]["sha256"] == direct["reference"]["sha256"]
+
+
+def test_inception_and_adm_statistics(command, run, sets, inception, tmp_path):
+    """A file as ADM publishes it gives what its images give; without `arr_0` there is no precision, without `mu_s` no
+    sFID."""
+    flags = ["--inception", inception]
+    for name, images in (("samples", images_of(6, 1)), ("real", images_of(7, 2))):
+        np.savez(tmp_path / f"{name}.npz", arr_0=images)
+    command("evaluate", "--make-reference", tmp_path / "real.npz", *flags, "--output", tmp_path / "own.npz")
+    with np.load(tmp_path / "own.npz") as own:
+        statistics = {name: own[name] for name in ("mu", "sigma", "mu_s", "sigma_s")}
+    np.savez(tmp_path / "adm.npz", **statistics, arr_0=images_of(7, 2))
+    np.savez(tmp_path / "bare.npz", mu=statistics["mu"], sigma=statistics["sigma"])
+    records = [run(tmp_path / "samples.npz", "--reference", tmp_path / f"{ref}.npz", *flags)
+               for ref in ("real", "own", "adm", "bare")]
+    (first, out), *others = records
+    assert set(first["scores"]) == {"frechet_distance", "spatial_frechet_distance", "inception_score",
+                                    "inception_score_std", "precision", "recall"}
+    assert "inception with other weights" in out and "FID" not in out and "the covariance is singular" in out
+    for other, _ in others[:2]:
+        assert other["scores"] == pytest.approx(first["scores"], rel=1e-6, abs=1e-6)
+    assert set(others[2][0]["scores"]) == {"frechet_distance", "inception_score", "inception_score_std"}
+    err = run(sets[0], "--reference", tmp_path / "adm.npz", *PIXELS, fails=True)
+    assert "holds statistics of Inception features, --features is pixels" in err
+    err = run(sets[0], "--reference", tmp_path / "own.npz", *PIXELS, fails=True)
+    assert "was made in another feature space" in err
+
+
+def spoilt(tmp_path, **arrays):
+    rows = np.random.default_rng(0).standard_normal((60, 48))
+    good = dict(mu=rows.mean(axis=0), sigma=np.cov(rows, rowvar=False), features=rows.astype(np.float32),
+                record=np.frombuffer(json.dumps(dict(features=dict(space="pixels", range="0 .. 1"), images=60,
+                                                     source={})).encode(), dtype=np.uint8))
+    np.savez(tmp_path / "ref.npz", **{name: array for name, array in (good | arrays).items() if array is not None})
+    return tmp_path / "ref.npz"
+
+
+@pytest.mark.parametrize("arrays, sentence", [
+    (dict(sigma=None), "no .npz with sigma in it"),
+    (dict(sigma=np.array([None, 1])), "sigma is no plain array"),
+    (dict(sigma=np.zeros((48, 47))), r"mu and sigma have the shapes (48,) and (48, 47), not (D,) and (D, D)"),
+    (dict(mu=np.zeros((48, 1))), "not (D,) and (D, D)"),
+    (dict(mu=np.full(48, np.nan)), "mu does not consist of finite numbers"),
+    (dict(mu=np.zeros(48, dtype=np.int64)), "mu does not consist of finite numbers"),
+    (dict(features=np.array(["x"])), "features does not consist of finite numbers"),
+    (dict(record=np.frombuffer(b"no record", dtype=np.uint8)), "its record cannot be read"),
+    (dict(mu=np.zeros(12), sigma=np.eye(12)), "the reference has 12 numbers an image, the samples have 48"),
+    (dict(features=np.zeros((60, 12), dtype=np.float32)), "mu has 48 numbers, features has the shape (60, 12)"),
+])
+def test_references_that_are_spoilt(run, sets, tmp_path, arrays, sentence):
+    assert "frechet_distance" in run(sets[0], "--reference", spoilt(tmp_path), *PIXELS)[0]["scores"]
+    assert sentence in run(sets[0], "--reference", spoilt(tmp_path, **arrays), *PIXELS, fails=True)
+
+
+@pytest.mark.parametrize("images, sentence", [
+    (np.zeros((9, 4, 4, 3)), "arr_0 is float64 of the shape (9, 4, 4, 3), not uint8 of (N, H, W, 3)"),
+    (np.zeros((9, 3, 4, 4), dtype=np.uint8), "not uint8 of (N, H, W, 3)"),
+    (np.zeros((9, 48), dtype=np.uint8), "not uint8 of (N, H, W, 3)"),
+    (np.array([None] * 9), "arr_0 is no plain array"),
+])
+def test_samples_that_are_none(run, sets, tmp_path, images, sentence):
+    np.savez(tmp_path / "bad.npz", arr_0=images)
+    assert sentence in run(tmp_path / "bad.npz", "--reference", sets[0], *PIXELS, fails=True)
+
+
+# ---------------------------------------------------------------- checkpoints
+
+FEW = ["--num-fid-samples", 16, "--per-proc-batch-size", 4, "--num-sampling-steps", "ddim3", "--cfg-scale", 2]
+
+
+def test_a_checkpoint_is_sampled_and_measured(command, run, trained, tmp_path):
+    """The images are those that sample_ddp.py writes, whose record says the same of them."""
+    command("sample_ddp", "--ckpt", trained, *FEW, "--sample-dir", tmp_path / "samples")
+    (npz,) = (tmp_path / "samples").glob("*.npz")
+    before = sorted(os.listdir(os.path.dirname(trained)))
+    (direct, out), (written, _) = (run(samples, "--reference", "digits-held-out", *PIXELS, *FEW)
+                                   for samples in (trained, npz))
+    assert direct["scores"] == pytest.approx(written["scores"], abs=1e-12)
+    assert "ema weights of DiT-S/2 after 3 steps" in out and sorted(os.listdir(os.path.dirname(trained))) == before
+    made = direct["samples"]["made"]
+    assert made.items() >= dict(sampler="ddim", steps=3, model_calls=6, cfg_scale=2.0, cfg_channels=1, in_channels=1,
+                                vae="none", weights="ema", ema_decay=0.9999, step=3, precision="fp32", tf32=False,
+                                labels="uniform", seed=0, uint8="clamp(127.5 x + 128, 0, 255), truncated").items()
+    same = {name: value for name, value in made.items() if name not in ("command", "date")}
+    assert written["samples"]["made"].items() >= same.items()
+    assert direct["samples"]["images"] == written["samples"]["images"] == 16
+
+
+def test_a_changed_set_has_no_record(command, run, trained, tmp_path):
+    """What is written beside a set holds for that file, not for another one under its name."""
+    command("sample_ddp", "--ckpt", trained, *FEW, "--sample-dir", tmp_path / "samples")
+    (npz,) = (tmp_path / "samples").glob("*.npz")
+    np.savez(npz, arr_0=np.array(npz_array(str(npz), "arr_0"))[::-1], arr_1=np.zeros(16, dtype=np.int64))
+    assert "made" not in run(npz, "--reference", "digits", *PIXELS)[0]["samples"]
+
+
+def test_balanced_labels(command, trained, tmp_path):
+    command("sample_ddp", "--ckpt", trained, *FEW, "--labels", "balanced", "--sample-dir", tmp_path)
+    (npz,) = tmp_path.glob("*labels-balanced*.npz")
+    assert npz_array(str(npz), "arr_1").tolist() == [i % 10 for i in range(16)]
+
+
+def test_processes_do_not_matter(children, trained, sets, tmp_path):
+    for name, processes in (("one", 1), ("two", 2)):
+        out = children.run("evaluate", trained, "--reference", "digits-held-out", *PIXELS, *FEW, "--output",
+                           tmp_path / f"{name}.json", processes=processes)
+        children.run("evaluate", sets[0], "--reference", sets[1], *PIXELS, "--output", tmp_path / f"{name}-set.json",
+                     processes=processes)
+        assert out.count("Frechet distance") == 1
+    for kind in ("", "-set"):
+        one, two = (json.loads((tmp_path / f"{name}{kind}.json").read_text())["scores"] for name in ("one", "two"))
+        assert one == pytest.approx(two, abs=1e-9)
+
+
+def test_more_processes_than_images(children, tmp_path):
+    np.savez(tmp_path / "a.npz", arr_0=images_of(5, 1))
+    np.savez(tmp_path / "b.npz", arr_0=images_of(40, 2))
+    out = children.run("evaluate", tmp_path / "a.npz", "--reference", tmp_path / "b.npz", *PIXELS, processes=6)
+    assert "(pixels, 5 images)" in out and (tmp_path / "a.scores.json").exists()
+
+
+def test_an_error_on_one_process_ends_all(children, sets, tmp_path):
+    (tmp_path / "images").mkdir()
+    for i in range(6):
+        Image.fromarray(picture(4, 4, 3, seed=i)).save(tmp_path / "images" / f"{i}.png")
+    (tmp_path / "images" / "5.png").write_bytes(b"spoilt")
+    out = children.run("evaluate", tmp_path / "images", "--reference", sets[0], *PIXELS, processes=2, status=2)
+    assert out.count("error:") == 1 and "cannot read the image" in out and "Traceback" not in out
+
+
+# ---------------------------------------------------------------- names and records
+
+class Standard:
+    is_standard = True
+
+
+def test_what_a_distance_is_called():
+    """FID-50K is 50,000 images in the standard space, and nothing else."""
+    from evaluation.features import PixelFeatures
+    assert scores.distance_name(Standard(), 50000) == "FID-50K"
+    assert scores.distance_name(Standard(), 10000) == "FID-10K"
+    assert scores.distance_name(Standard(), 1234) == "FID-1234"
+    assert "FID" not in scores.distance_name(PixelFeatures("cpu"), 50000)
+    rows = np.random.default_rng(0).standard_normal((9, 3))
+    one = Measured(9, (rows.mean(axis=0), np.cov(rows, rowvar=False)), features=torch.from_numpy(rows))
+    Standard.class_logits = None
+    assert set(scores.score(one, one, Standard())) == {"fid", "precision", "recall"}
+
+
+def test_records_lie_beside_the_samples(command, sets):
+    """A second one does not overwrite the first."""
+    paths = []
+    for _ in range(2):
+        status, out, err = command("evaluate", sets[0], "--reference", sets[1], *PIXELS)
+        assert status == 0, err
+        paths.append(re.search(r"wrote (\S+)", out)[1])
+    assert [os.path.basename(path) for path in paths] == ["one.scores.json", "one.scores-2.json"]
+    assert all(os.path.dirname(path) == os.path.dirname(sets[0]) for path in paths)
+
+
+def test_two_records_are_compared(command, run, trained, tmp_path):
+    for scale in (1, 2):
+        record, _ = run(trained, "--reference", "digits-held-out", *PIXELS, *FEW, "--cfg-scale", scale)
+        (tmp_path / f"{scale}.json").write_text(json.dumps(record))
+    status, out, err = command("evaluate", "--diff", tmp_path / "1.json", tmp_path / "2.json")
+    assert status == 0, err
+    lines = dict(line.split(": ", 1) for line in out.splitlines())
+    assert lines["samples.made.cfg_scale"] == "1.0 | 2.0" and lines["samples.made.model_calls"] == "3 | 6"
+    assert list(lines)[0].startswith("scores.") and "samples.made.seed" not in lines
+    status, out, _ = command("evaluate", "--diff", tmp_path / "1.json", tmp_path / "1.json")
+    assert out == "the records do not differ\n"
+
+
+def test_a_record_says_what_was_used(run, sets):
+    record, _ = run(sets[0], "--reference", sets[1], *PIXELS)
+    assert len(record["samples"]["sha256"]) == len(record["reference"]["sha256"]) == 64
+    made = record["evaluated"]
+    assert made["versions"]["torch"] == torch.__version__.split("+")[0] and "torch-fidelity" in made["versions"]
+    assert re.fullmatch(r"[0-9a-f]{12}(-dirty)?", made["commit"]) and made["tf32"] is False
+    assert made["command"].startswith("evaluate.py ") and made["device"].startswith("cpu")
+
+
+# ---------------------------------------------------------------- mistakes
+
+@pytest.mark.parametrize("flags, sentence", [
+    ([], "pass one of --reference, --make-reference, --nll and --diff, not none"),
+    (["x.npz"], "pass one of --reference"),
+    (["x.npz", "--reference", "y", "--nll", "digits"], "not --reference and --nll"),
+    (["--reference", "y"], "--reference needs SAMPLES"),
+    (["x.npz", "--diff", "a", "b"], "--diff takes no SAMPLES, here are x.npz"),
+    (["--make-reference", "digits"], "--make-reference needs --output"),
+    (["x.npz", "--reference", "digits", "--output", "/nowhere/x.json"], "--output /nowhere/x.json: there is no folder"),
+    (["x.npz", "--reference", "digits", "--features", "pixels"], "there is neither a file nor a folder x.npz"),
+    (["digits", "--reference", "nothing.npz", "--features", "pixels"], "neither a file nor a folder nothing.npz"),
+    (["x.pt", "--reference", "digits", "--features", "pixels"], "x.pt"),
+    (["digits", "--reference", "digits", "--features", "what"], "--features what: neither inception"),
+    (["--diff", "a", "b"], "--diff a: this is no record"),
+])
+def test_mistakes(command, monkeypatch, tmp_path, flags, sentence):
+    monkeypatch.chdir(tmp_path)
+    status, _, err = command("evaluate", *flags)
+    assert status == 2 and sentence in err and "Traceback" not in err, err
+
+
+def test_a_folder_without_images(run, sets, tmp_path):
+    (tmp_path / "empty").mkdir()
+    assert "empty holds no images" in run(tmp_path / "empty", "--reference", sets[0], *PIXELS, fails=True)
+
+
+# ---------------------------------------------------------------- ADM's own numbers
+
+PUBLISHED = {
+    "admnet_guided_imagenet128.npz": ("VIRTUAL_imagenet128_labeled.npz", 2.973, 5.09, 141.48, 0.781, 0.593),
+    "admnet_guided_upsampled_imagenet256.npz": ("VIRTUAL_imagenet256_labeled.npz", 3.943, 6.140, 215.84, 0.8265, 0.5309),
+}
+ADM = os.environ.get("ADM_BATCHES", "")
+
+
+@pytest.mark.skipif(not ADM, reason="needs OpenAI's sample batches: ADM_BATCHES=folder, and Inception's weights")
+@pytest.mark.parametrize("batch", PUBLISHED)
+def test_published_numbers(run, batch):
+    """OpenAI's sample batches against its references, by its evaluation suite."""
+    reference, fid, sfid, inception_score, precision, recall = PUBLISHED[batch]
+    found = run(os.path.join(ADM, batch), "--reference", os.path.join(ADM, reference))[0]["scores"]
+    assert found["fid"] == pytest.approx(fid, abs=0.01) and found["sfid"] == pytest.approx(sfid, abs=0.02)
+    assert found["inception_score"] == pytest.approx(inception_score, rel=2e-3)
+    assert found["precision"] == pytest.approx(precision, abs=3e-3)
+    assert found["recall"] == pytest.approx(recall, abs=3e-3)

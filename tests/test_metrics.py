@@ -1,0 +1,154 @@
+"""Distances and scores, against closed forms, textbook formulas and brute force in float64."""
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+
+from evaluation.metrics import frechet_distance, inception_score, precision_recall
+from evaluation.moments import Moments
+from runtime.errors import UserError
+
+
+def random_rows(count, dimensions, seed, spread=1.0, mean=0.0):
+    random = np.random.default_rng(seed)
+    return mean + spread * random.standard_normal((count, dimensions)) @ random.standard_normal(
+        (dimensions, dimensions)) / dimensions**0.5
+
+
+def statistics_of(rows):
+    return rows.mean(axis=0), np.cov(rows, rowvar=False)
+
+
+# ---------------------------------------------------------------- Frechet distance
+
+def test_gaussians_with_a_closed_form():
+    """Covariances that commute: |m1 - m2|^2 + sum (sqrt(l1) - sqrt(l2))^2, D = 64."""
+    random = np.random.default_rng(0)
+    rotation = np.linalg.qr(random.standard_normal((64, 64)))[0]
+    one, two = random.uniform(0.1, 3, (2, 64))
+    mean_one, mean_two = random.standard_normal((2, 64))
+    found = frechet_distance((mean_one, rotation * one @ rotation.T), (mean_two, rotation * two @ rotation.T))
+    assert abs(found - ((mean_one - mean_two) ** 2).sum() - ((one**0.5 - two**0.5) ** 2).sum()) < 1e-9
+
+
+@pytest.mark.parametrize("count", [200, 2000])
+def test_the_textbook_formula(count):
+    """With SciPy's matrix root, for fewer images than dimensions (512) and for more."""
+    one, two = statistics_of(random_rows(count, 512, 1)), statistics_of(random_rows(count, 512, 2, 1.5, 0.1))
+    root = scipy.linalg.sqrtm(one[1] @ two[1]).real
+    want = ((one[0] - two[0]) ** 2).sum() + np.trace(one[1] + two[1] - 2 * root)
+    assert abs(frechet_distance(one, two) - want) < 1e-6
+
+
+def test_a_distance_of_nothing():
+    one = statistics_of(random_rows(500, 32, 1))
+    assert abs(frechet_distance(one, one)) < 1e-9
+    shifted = one[0] + 2, one[1]
+    assert abs(frechet_distance(one, shifted) - 32 * 4) < 1e-9
+
+
+# ---------------------------------------------------------------- moments
+
+@pytest.mark.parametrize("mean", [0.0, 1e4])
+@pytest.mark.parametrize("batch", [1, 64, 1001])
+def test_streamed_moments(batch, mean):
+    rows = random_rows(1001, 17, 3, mean=mean)
+    moments = Moments(17)
+    for part in torch.from_numpy(rows).split(batch):
+        moments.add(part)
+    found = moments.statistics()
+    assert moments.count == 1001
+    for one, want in zip(found, statistics_of(rows)):
+        np.testing.assert_allclose(one, want, rtol=1e-9, atol=1e-9 * max(1, abs(mean)) ** 0.5)
+
+
+def moments_of_two(rank, address, results):
+    """One of two processes with uneven shares of the rows."""
+    from accelerate import Accelerator
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
+    rows = torch.from_numpy(random_rows(1001, 17, 3))
+    accelerator = Accelerator(cpu=True)
+    assert accelerator.num_processes == 2
+    first, second = Moments(17), Moments(17)
+    first.add(rows[:700] if rank == 0 else rows[700:])
+    if rank == 1:
+        second.add(rows)
+    torch.save([moments.reduce(accelerator).statistics() for moments in (first, second)], f"{results}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_moments_of_two_processes(tmp_path, monkeypatch):
+    """The same on both, also where one has nothing."""
+    for name, value in dict(WORLD_SIZE="2", RANK="0", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1").items():
+        monkeypatch.setenv(name, value)
+    torch.multiprocessing.start_processes(moments_of_two, (f"file://{tmp_path}/meet", str(tmp_path)), nprocs=2,
+                                          start_method="fork")
+    for rank in range(2):
+        for found in torch.load(tmp_path / f"{rank}.pt", weights_only=False):
+            for one, want in zip(found, statistics_of(random_rows(1001, 17, 3))):
+                np.testing.assert_allclose(one, want, rtol=1e-9, atol=1e-9)
+
+
+# ---------------------------------------------------------------- Inception Score
+
+def brute_inception_score(logits, split):
+    p = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    parts = [p[i:i + split] for i in range(0, len(p), split)]
+    scores = [np.exp((part * (np.log(part) - np.log(part.mean(axis=0)))).sum(axis=1).mean()) for part in parts]
+    return np.mean(scores), np.std(scores)
+
+
+@pytest.mark.parametrize("count", [40, 47])
+def test_inception_score(count):
+    """In file order, the last part shorter where the split does not divide."""
+    logits = 3 * np.random.default_rng(0).standard_normal((count, 9))
+    found = inception_score(torch.from_numpy(logits), split=10)
+    np.testing.assert_allclose(found, brute_inception_score(logits, 10), rtol=1e-12)
+    if count == 40:
+        assert abs(inception_score(torch.from_numpy(np.sort(logits, axis=0)), split=10)[0] - found[0]) > 1e-3
+
+
+def test_inception_score_of_extremes():
+    certain = torch.eye(10).repeat(5, 1) * 1000
+    assert abs(inception_score(certain)[0] - 10) < 1e-9
+    assert abs(inception_score(torch.zeros(50, 10))[0] - 1) < 1e-12
+
+
+# ---------------------------------------------------------------- precision and recall
+
+def brute_precision_recall(samples, reference, k=3):
+    def distances(one, other):
+        return np.sqrt(((one[:, None] - other[None]) ** 2).sum(axis=2))
+
+    def share_within(points, centres):
+        radii = np.sort(distances(centres, centres), axis=1)[:, k]
+        return (distances(points, centres) <= radii).any(axis=1).mean()
+
+    return share_within(samples, reference), share_within(reference, samples)
+
+
+@pytest.mark.parametrize("block", [7, 64, 1000])
+def test_precision_and_recall(block):
+    """Blocks that do not divide the number of images, sets of different sizes."""
+    samples, reference = random_rows(83, 6, 1, 0.8), random_rows(101, 6, 2, mean=0.3)
+    found = precision_recall(torch.from_numpy(samples), torch.from_numpy(reference), block)
+    want = brute_precision_recall(samples, reference)
+    np.testing.assert_allclose(found, want, atol=1e-6)
+    assert 0.1 < min(want) and max(want) < 0.99
+
+
+def test_the_directions_of_precision_and_recall():
+    reference = torch.from_numpy(random_rows(200, 6, 1))
+    collapsed = reference[:1] + 1e-3 * torch.from_numpy(random_rows(100, 6, 2))
+    precision, recall = precision_recall(collapsed, reference)
+    assert precision == 1.0 and recall < 0.05
+    assert precision_recall(reference, reference) == (1.0, 1.0)
+    assert precision_recall(reference + 100, reference) == (0.0, 0.0)
+    wide = torch.cat([reference, reference + 100])
+    assert precision_recall(wide, reference) == (0.5, 1.0)
+
+
+def test_too_few_images_for_neighbours():
+    with pytest.raises(UserError, match="more than 3 images of the reference, here are 3"):
+        precision_recall(torch.zeros(9, 2), torch.zeros(3, 2))
