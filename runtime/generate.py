@@ -32,10 +32,13 @@ class GlobalNoise:
 
 
 class SampleNoise:
-    """Noise of each sample from a generator of its own: sample i is a function of (seed, i), whatever its batch."""
+    """Noise of each sample from a generator of its own: sample i is a function of (seed, i), whatever its batch.
 
-    def __init__(self, seed, indices, device):
-        self.generators = [generator(seed, SAMPLE_NOISE, int(i), device=device) for i in indices]
+    stream  of `runtime.randomness`: what the noise is for
+    """
+
+    def __init__(self, seed, indices, device, stream=SAMPLE_NOISE):
+        self.generators = [generator(seed, stream, int(i), device=device) for i in indices]
         self.device = device
 
     def initial(self, shape):

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 # One number for each use, so that two uses never share a sequence. Changing one changes every trajectory.
-WEIGHTS, DATA_ORDER, FLIP, TIMESTEP, NOISE, LABEL_DROP, POSTERIOR, SAMPLE_LABEL, SAMPLE_NOISE = range(9)
+WEIGHTS, DATA_ORDER, FLIP, TIMESTEP, NOISE, LABEL_DROP, POSTERIOR, SAMPLE_LABEL, SAMPLE_NOISE, LIKELIHOOD = range(10)
 
 
 # The fractional part of the golden ratio in 64 bits: odd, so that multiples of it differ in their low bits too.

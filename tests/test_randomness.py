@@ -81,8 +81,8 @@ def test_samples_are_distinct_on_the_cpu_too():
 def test_the_keying_is_frozen():
     """A change here changes every training run and sample set: it must be meant."""
     streams = ["WEIGHTS", "DATA_ORDER", "FLIP", "TIMESTEP", "NOISE", "LABEL_DROP", "POSTERIOR",
-               "SAMPLE_LABEL", "SAMPLE_NOISE"]
-    assert [getattr(randomness, stream) for stream in streams] == list(range(9))
+               "SAMPLE_LABEL", "SAMPLE_NOISE", "LIKELIHOOD"]
+    assert [getattr(randomness, stream) for stream in streams] == list(range(10))
     assert seed_of(1, 3, 5) == 2878406626260388669
     assert seed_of(0, 8, 49999) == 2459982477438780256
     assert seed_of(123456789, 2, 2**33) == 6676117541431902272
