@@ -16,18 +16,25 @@ $(VENV)/ready: requirements.txt requirements-dev.txt
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	touch $@
 
+RUN     = $(DEMO)/000-DiT-S-2
+
 demo: $(VENV)/ready  ## train on the digits, sample, make a set of samples and judge it
-	rm -rf $(DEMO)
+	rm -rf $(DEMO) && mkdir $(DEMO)
+	$(PY) evaluate.py --make-reference digits-held-out --features pixels --output $(DEMO)/held-out.npz
 	$(PY) train.py --data-path digits --image-size 8 --num-classes 10 --vae none \
 	    --model DiT-S/2 --depth 4 --hidden-size 96 --num-heads 4 \
 	    --global-batch-size 64 --lr 4e-3 --ema-decay 0.997 --max-steps 3000 \
-	    --log-every 250 --ckpt-every 1000 --sample-every 500 --num-workers 0 --results-dir $(DEMO)
-	$(PY) sample.py --ckpt $(DEMO)/000-DiT-S-2/checkpoints/0003000.pt --cfg-scale 1.5 \
+	    --log-every 250 --ckpt-every 1000 --sample-every 500 --num-workers 0 --results-dir $(DEMO) \
+	    --eval-every 250 --eval-reference $(DEMO)/held-out.npz --eval-features pixels --eval-samples 359 \
+	    --eval-cfg-scale 1.5 --eval-sampling-steps ddim25
+	$(PY) sample.py --ckpt $(RUN)/checkpoints/0003000.pt --cfg-scale 1.5 \
 	    --samples-per-label 10 --trajectory --output $(DEMO)/digits.png
-	$(PY) sample_ddp.py --ckpt $(DEMO)/000-DiT-S-2/checkpoints/0003000.pt --cfg-scale 1.5 \
+	$(PY) sample_ddp.py --ckpt $(RUN)/checkpoints/0003000.pt --cfg-scale 1.5 \
 	    --num-fid-samples 500 --per-proc-batch-size 250 --sample-dir $(DEMO)/samples
 	$(PY) score_digits.py $(DEMO)/samples/*.npz
-	@echo "Look at $(DEMO)/digits.png (a digit a row) and $(DEMO)/digits.gif (from noise to digits)."
+	$(PY) plot_run.py $(RUN) --output $(DEMO)/training.png
+	@echo "Look at $(DEMO)/digits.png (a digit a row), $(DEMO)/digits.gif (from noise to digits) and"
+	@echo "$(DEMO)/training.png (loss and distance to real digits while it trained)."
 
 test: $(VENV)/ready  ## the whole test suite
 	$(PY) -m pytest

@@ -12,12 +12,12 @@ measured in one go, those that sample_ddp.py makes. Every score is written down 
 import argparse
 import os
 
-from evaluation import records, scores
+from evaluation import likelihood, records, scores
 from evaluation.features import open_features
 from evaluation.measure import measure
 from evaluation.reference import PRECISION_IMAGES, open_reference, save_reference
 from evaluation.sources import FolderImages, GeneratedImages, open_images
-from runtime import pretrained, processes
+from runtime import data, pretrained, processes
 from runtime.errors import UserError, run_command
 from runtime.flags import (
     HelpFormatter,
@@ -111,7 +111,7 @@ def evaluate(accelerator, flags, given):
             print(line)
         record = dict(scores=found, name=scores.distance_name(features, samples.count), features=features.record(),
                       samples=images.record(), reference=reference_record, evaluated=made_with(accelerator.device))
-        path = flags.output or records.free_path(stem_of(flags.samples), ".scores.json")
+        path = flags.output or records.free_path(stem_of(flags.samples) + ".scores", ".json")
         records.write_record(path, record)
         print(f"wrote {path}")
 
@@ -159,6 +159,25 @@ def make_reference(accelerator, flags, given):
 
 def evaluate_likelihood(accelerator, flags, given):
     """Bits per dimension of a checkpoint: prints them, and writes their record and a plot."""
+    with processes.together(accelerator):
+        trained = load_trained(flags.samples, flags.model, flags.image_size, flags.num_classes, flags.vae, given,
+                               accelerator.device)
+        dataset = data.open_data(flags.nll, trained.image_size)
+    accelerator.print(trained.description())
+    found = likelihood.bits_per_dimension(accelerator, trained, dataset, flags.nll_images, flags.per_proc_batch_size,
+                                          flags.global_seed)
+
+    def report():
+        print(likelihood.summary(found))
+        path = flags.output or records.free_path(stem_of(flags.samples) + ".nll", ".json")
+        records.write_record(path, dict(likelihood=found, data=dict(path=flags.nll, images=len(dataset)),
+                                        model=trained.record(), seed=flags.global_seed,
+                                        evaluated=made_with(accelerator.device)))
+        plot = os.path.splitext(path)[0] + ".png"
+        likelihood.plot(found, plot)
+        print(f"wrote {path} and {plot}")
+
+    processes.on_main(accelerator, report)
 
 
 def show_differences(one, two):

@@ -126,8 +126,8 @@ def bound(trained, diffusion, dataset, indices, classes, seed, device, on_pass):
         terms = diffusion.calc_bpd_loop(model, x_start, clip_denoised=not trained.codec.is_random,
                                         noise_fn=lambda _: noise.initial(shape))
     except torch.OutOfMemoryError:
-        raise UserError(f"a batch of {len(indices)} images does not fit into the memory of {device}: make it smaller "
-                        "(--batch-size)") from None
+        raise UserError(f"a batch of {len(indices)} images does not fit into the memory of {device}: lower "
+                        "--per-proc-batch-size") from None
     terms = {name: values.cpu().double() for name, values in terms.items()}
     for index, total in zip(indices, terms["total_bpd"]):
         if not torch.isfinite(total):
@@ -187,12 +187,13 @@ def plot(result, path):
         panel.set_title(letter, loc="left", weight="bold")
         panel.grid(color="0.9", lw=0.6)
         panel.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(_title(result), wrap=True, fontsize="medium")
+    figure.suptitle(summary(result), wrap=True, fontsize="medium")
     with whole_file(path) as file:
         figure.savefig(file, format="png")
 
 
-def _title(result):
+def summary(result):
+    """A result of `bits_per_dimension` in a line."""
     error = "" if result["standard_error"] is None else f" ± {result['standard_error']:.3f}"
     return (f"{result['bits_per_dimension']:.3f}{error} bits per dimension of {result['space']} "
             f"(bound; {result['images']:,} images, {len(result['timesteps']):,} timesteps)")

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from runtime import checksum
+from runtime.data import open_data
 from runtime.errors import UserError
 from runtime.generate import SampleNoise, to_uint8
 from runtime.images import BadImage, read_image
@@ -68,8 +69,9 @@ class FolderImages:
             if isinstance(image, BadImage):
                 raise UserError(f"cannot read the image {image.path} ({image.reason})")
             if images and image.shape != images[0].shape:
-                raise UserError(f"{image.path} has {image.shape[1]} x {image.shape[0]} pixels, others have "
-                                f"{images[0].shape[1]} x {images[0].shape[0]}: pass --image-size")
+                (height, width), (first_height, first_width) = image.shape[:2], images[0].shape[:2]
+                raise UserError(f"{os.path.join(self.path, name)} has {width} x {height} pixels, others have "
+                                f"{first_width} x {first_height}: pass --image-size")
             images.append(image)
         return torch.from_numpy(np.stack(images))
 
@@ -82,9 +84,8 @@ class DigitsImages:
     """The embedded digits: `digits`, those that are trained on, or `digits-held-out`."""
 
     def __init__(self, name):
-        from runtime.digits import DigitsData
-        self.name = name
-        self.images = to_uint8(DigitsData("held-out" if name == "digits-held-out" else "train").images).contiguous()
+        self.name, digits = name, open_data(name, image_size=8)
+        self.images = to_uint8(digits.images).contiguous()
 
     def __len__(self):
         return len(self.images)

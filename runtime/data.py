@@ -100,14 +100,14 @@ def spread(length, count):
 
 
 def open_data(data_path, image_size, max_bad_images=0):
-    """The data set that --data-path names: "digits", or a folder of class folders."""
-    if data_path != "digits":
+    """The data set that a path names: "digits", "digits-held-out", or a folder of class folders."""
+    if data_path not in ("digits", "digits-held-out"):
         return ImageFolderData(data_path, image_size, max_bad_images)
     from .digits import DigitsData
     if image_size != DigitsData.image_size:
         raise UserError(f"--image-size {image_size}: the digits are {DigitsData.image_size} pixels wide, "
                         f"pass --image-size {DigitsData.image_size} or leave it out")
-    return DigitsData()
+    return DigitsData("held-out" if data_path == "digits-held-out" else "train")
 
 
 class BadImages:

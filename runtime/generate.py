@@ -42,19 +42,20 @@ class SampleNoise:
         self.device = device
 
     def initial(self, shape):
-        return self.step(torch.empty(shape, device=self.device))
-
-    def step(self, x):
-        noise = torch.empty_like(x)
+        # Not like another tensor: where that lies in memory channels last, numbers would come in another order.
+        noise = torch.empty(shape, device=self.device)
         for row, own in zip(noise, self.generators):
             row.normal_(generator=own)
         return noise
+
+    def step(self, x):
+        return self.initial(x.shape)
 
 
 def image_maker(model, codec, num_steps, cfg_scale, cfg_channels=None, sampler=None, eta=0.0):
     """An `ImageMaker`, from what the sampling flags say."""
     try:
-        diffusion = create_diffusion(str(num_steps))
+        diffusion = create_diffusion(str(num_steps), learn_sigma=model.learn_sigma)
     except ValueError as error:
         raise UserError(f"--num-sampling-steps {num_steps}: {error}") from None
     in_channels = model.in_channels

@@ -31,13 +31,17 @@ class BadImage:
 
 
 def read_image(path, size):
-    """The file's image as (size, size, 3) uint8, upright, its centre cropped; or a `BadImage`."""
+    """The file's image as (size, size, 3) uint8, upright, its centre cropped; or a `BadImage`.
+
+    size  None: as large as it is, (H, W, 3)
+    """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # odd metadata: not the picture
             with Image.open(path) as file:
                 file.load()
-                return np.array(center_crop(to_rgb(upright(file)), size))
+                image = to_rgb(upright(file))
+                return np.array(image if size is None else center_crop(image, size))
     except Exception as error:  # a damaged file fails in many ways; each means the same
         not_its_fault = isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno is not None)
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"

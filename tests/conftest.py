@@ -62,7 +62,8 @@ class Children:
     def __init__(self, folder):
         self.folder, self.started = folder, []
         self.context = multiprocessing.get_context("forkserver")
-        self.context.set_forkserver_preload(["train", "sample_ddp", "extract_features", "evaluate", "torch.utils.tensorboard",
+        self.context.set_forkserver_preload(["train", "sample_ddp", "extract_features", "evaluate",
+                                             "torch.utils.tensorboard",
                                              "diffusers.models.autoencoders.autoencoder_kl"])
 
     def start(self, name, *flags, processes=1, prepare=None):

@@ -176,7 +176,8 @@ def test_one_sentence_from_several_processes(tmp_path):
     assert "terminate called" not in done.stderr
 
 
-LAYERS = {"commands": {"train", "sample", "sample_ddp", "extract_features", "download", "score_digits", "benchmark"},
+LAYERS = {"commands": {"train", "sample", "sample_ddp", "evaluate", "extract_features", "download", "score_digits",
+                       "plot_run", "benchmark"},
           "measurements": {"benchmarks"}, "parts": {"runtime", "evaluation"}, "ideas": {"models", "diffusion"}}
 MAY_IMPORT = {"commands": {"measurements", "parts", "ideas"}, "measurements": {"parts", "ideas"},
               "parts": {"parts", "ideas"}, "ideas": set()}
@@ -230,7 +231,7 @@ def test_oldest_versions_are_those_required(monkeypatch):
 def test_requirements_name_every_import():
     """Each package that the code imports is required, and environment.yml takes the same list."""
     required = set(re.findall(r"^([\w-]+)", (ROOT / "requirements.txt").read_text(), re.MULTILINE))
-    package = {"PIL": "pillow", "sklearn": "scikit-learn"}
+    package = {"PIL": "pillow", "sklearn": "scikit-learn", "torch_fidelity": "torch-fidelity"}
     imported = {name for path in project_files() for name in imports_of(path)}
     foreign = {name for name in imported if name not in sys.stdlib_module_names and not layer_of(name)}
     assert {package.get(name, name) for name in foreign} <= required

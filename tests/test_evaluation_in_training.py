@@ -1,0 +1,160 @@
+"""train.py --eval-every: what is measured while a run trains, and that the run does not notice."""
+import csv
+import json
+import os
+import re
+import signal
+
+import pytest
+from conftest import DIGITS, call
+from PIL import Image
+from test_reliability import differences, folder_of, scalars, stored
+
+from evaluation.sources import GeneratedImages
+from runtime import checkpoint
+from runtime.errors import STOPPED
+
+RUN = [*DIGITS, "--lr", 0.01, "--ema-decay", 0.5, "--max-steps", 9, "--log-every", 3]
+EVAL = ["--eval-features", "pixels", "--eval-samples", 12, "--eval-sampling-steps", "ddim3"]
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory):
+    path = tmp_path_factory.mktemp("reference") / "held-out.npz"
+    call("evaluate", "--make-reference", "digits-held-out", "--features", "pixels", "--output", path)
+    return path
+
+
+def rows_of(results):
+    with open(folder_of(results) / "evaluations.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_run_that_is_evaluated(children, reference, tmp_path, processes):
+    """The trajectory is that of a run that is not, bit for bit; scores go to the log, TensorBoard and a CSV."""
+    children.run("train", *RUN, "--results-dir", tmp_path / "quiet", processes=processes)
+    out = children.run("train", *RUN, *EVAL, "--eval-every", 2, "--eval-reference", reference, "--ckpt-every", 4,
+                       "--results-dir", tmp_path / "watched", processes=processes)
+    assert differences(stored(tmp_path / "quiet", 9), stored(tmp_path / "watched", 9)) == []
+    rows = rows_of(tmp_path / "watched")
+    assert [row["step"] for row in rows] == ["2", "4", "6", "8"] and {row["images"] for row in rows} == {"12"}
+    distances = {int(row["step"]): float(row["frechet_distance"]) for row in rows}
+    assert scalars(tmp_path / "watched", "eval/frechet_distance") == pytest.approx(distances)
+    assert all(f"(step={step:07d}) frechet_distance: {distance:.4f}" in out for step, distance in distances.items())
+    assert "Every 2 steps: Frechet distance (pixels, 12 images) of EMA samples (ddim, 3 steps, guidance 1)" in out
+    record = json.loads((folder_of(tmp_path / "watched") / "evaluations.json").read_text())
+    assert record["samples"]["made"].items() >= dict(weights="ema", ema_decay=0.5, sampler="ddim", seed=0).items()
+    assert record["reference"]["source"]["path"] == "digits-held-out"
+
+    best = checkpoint.load(str(folder_of(tmp_path / "watched") / "checkpoints" / "best.pt"))
+    assert best["step"] == min(distances, key=distances.get)
+    if best["step"] % 4 == 0:
+        assert differences(best, stored(tmp_path / "watched", best["step"])) == []
+
+
+def test_scores_are_those_of_evaluate(command, reference, tmp_path):
+    """The same samples as of the checkpoint, by evaluate.py."""
+    status, _, err = command("train", *RUN, *EVAL, "--eval-every", 9, "--eval-reference", reference, "--results-dir",
+                             tmp_path)
+    assert status == 0, err
+    best = folder_of(tmp_path) / "checkpoints" / "best.pt"
+    assert best.samefile(best.with_name("0000009.pt"))  # another name costs nothing
+    status, _, err = command("evaluate", best, "--reference", reference, "--features", "pixels", "--cfg-scale", 1,
+                             "--num-fid-samples", 12, "--num-sampling-steps", "ddim3", "--per-proc-batch-size", 8,
+                             "--output", tmp_path / "record.json")
+    assert status == 0, err
+    found = json.loads((tmp_path / "record.json").read_text())["scores"]
+    (row,) = rows_of(tmp_path)
+    assert found == pytest.approx({name: float(row[name]) for name in found}, rel=1e-7)
+
+
+def test_a_run_that_is_resumed(command, reference, tmp_path):
+    """Rows of steps that are done again are replaced; the best one before still counts."""
+    flags = [*RUN, *EVAL, "--eval-every", 2, "--eval-reference", reference, "--results-dir", tmp_path]
+    assert command("train", *flags, "--ckpt-every", 5)[0] == 0
+    first = rows_of(tmp_path)
+    path = folder_of(tmp_path) / "checkpoints" / "0000009.pt"
+    os.truncate(path, 100)
+    os.truncate(folder_of(tmp_path) / "evaluations.csv", (folder_of(tmp_path) / "evaluations.csv").stat().st_size - 9)
+    (folder_of(tmp_path) / "checkpoints" / "best.pt").unlink()
+    status, out, err = command("train", *flags, "--ckpt-every", 5, "--resume", "auto")
+    assert status == 0 and "at step 5" in out, err
+    again = rows_of(tmp_path)
+    assert [row["step"] for row in again] == ["2", "4", "6", "8"]
+    assert [row["frechet_distance"] for row in again] == [row["frechet_distance"] for row in first]
+    distances = [float(row["frechet_distance"]) for row in again]
+    assert out.count("The best so far") == sum(distances[i] < min(distances[:i]) for i in (2, 3))
+
+
+class ToldWhileSampling:
+    """One process gets SIGTERM while it makes the first samples."""
+
+    def __init__(self, rank):
+        self.rank = rank
+
+    def __call__(self, rank):
+        batch = GeneratedImages.batch
+
+        def told(*args):
+            if rank == self.rank:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return batch(*args)
+
+        GeneratedImages.batch = told
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_signal_during_an_evaluation(children, reference, tmp_path, processes):
+    """The evaluation is given up, the run saves and stops."""
+    out = children.run("train", *RUN, *EVAL, "--eval-samples", 64, "--eval-every", 4, "--eval-reference", reference,
+                       "--results-dir", tmp_path, processes=processes, prepare=ToldWhileSampling(processes - 1),
+                       status=STOPPED)
+    assert "(step=0000004) the evaluation was given up" in out and "frechet_distance:" not in out
+    assert not (folder_of(tmp_path) / "evaluations.csv").exists() and "--resume auto goes on" in out
+
+
+def test_a_table_that_cannot_be_written(command, reference, tmp_path):
+    """Training goes on."""
+    flags = [*RUN, *EVAL, "--eval-every", 4, "--eval-reference", reference, "--results-dir", tmp_path]
+    assert command("train", *RUN, "--max-steps", 1, "--results-dir", tmp_path)[0] == 0
+    (folder_of(tmp_path) / "evaluations.csv").mkdir()
+    status, out, err = command("train", *flags, "--resume", "auto")
+    assert status == 0 and re.search(r"WARNING: cannot write \S+evaluations.csv.*training goes on", out), err
+    assert out.count("frechet_distance:") == 2
+
+
+@pytest.mark.parametrize("flags, sentence", [
+    (["--eval-every", 5], "--eval-every 5 and --eval-reference None need each other"),
+    (["--eval-reference", "digits"], "--eval-every None and --eval-reference digits need each other"),
+    (["--eval-every", 5, "--eval-reference", "nothing", "--eval-features", "pixels"], "neither a file nor a folder"),
+    (["--eval-every", 5, "--eval-reference", "digits", "--eval-features", "nothing"], "--features nothing: neither"),
+    (["--eval-every", 5, "--eval-reference", "digits", "--eval-features", "pixels", "--eval-sampling-steps", 5000],
+     "--num-sampling-steps 5000"),
+])
+def test_mistakes_are_told_before_the_first_step(command, tmp_path, flags, sentence):
+    status, out, err = command("train", *RUN, *flags, "--results-dir", tmp_path)
+    assert status == 2 and sentence in err and "Traceback" not in err and "step=" not in out
+
+
+# ---------------------------------------------------------------- plot_run.py
+
+def test_runs_are_drawn(command, reference, tmp_path):
+    """Loss and distance of one run, in its folder; of several, in one picture; without evaluations, the loss alone."""
+    command("train", *RUN, *EVAL, "--eval-every", 4, "--eval-reference", reference, "--results-dir", tmp_path)
+    command("train", *RUN, "--results-dir", tmp_path)
+    one, two = folder_of(tmp_path), folder_of(tmp_path, 1)
+    sizes = []
+    for flags, path in (([one], one / "training.png"), ([two], two / "training.png"),
+                        ([one, two, "--output", tmp_path / "both.png"], tmp_path / "both.png")):
+        status, _, err = command("plot_run", *flags)
+        assert status == 0, err
+        with Image.open(path) as picture:
+            sizes.append(picture.size)
+    assert sizes[0] == sizes[2] and sizes[0][0] == 2 * sizes[1][0]
+    (tmp_path / "folder.png").mkdir()
+    for flags, sentence in (([one, two], "several runs need --output"), ([tmp_path], "is no run of train.py"),
+                            ([one, "--output", tmp_path / "x.what"], "no picture format has the ending .what"),
+                            ([one, "--output", tmp_path / "folder.png"], "cannot write")):
+        status, _, err = command("plot_run", *flags)
+        assert status == 2 and sentence in err, err
