@@ -212,6 +212,10 @@ def test_imports_go_down_only():
                 assert layer_of(imported) in MAY_IMPORT[layer_of(own)], f"{path} imports {imported}"
 
 
+def test_runtime_does_not_know_evaluation():
+    assert not any("evaluation" in imports_of(path) for path in (ROOT / "runtime").rglob("*.py"))
+
+
 def test_ideas_know_no_files_and_no_command_line():
     for path in project_files():
         if layer_of(path.relative_to(ROOT).parts[0].removesuffix(".py")) == "ideas":
