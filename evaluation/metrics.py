@@ -32,13 +32,15 @@ def inception_score(logits, split=SPLIT):
     return parts.mean().item(), parts.std(correction=0).item()
 
 
-def precision_recall(samples, reference, block=1000):
+def precision_recall(samples, reference, block=1000, device="cpu"):
     """Improved precision and recall with k = 3 (Kynkaanniemi et al., 2019, arXiv 1904.06991).
 
     precision: the share of samples within the k-nearest-neighbour ball of an image of the reference; recall: the other
-    way round. samples (N, D), reference (M, D), compared in float64, `block` rows at once.
+    way round. samples (N, D), reference (M, D), compared in float64, `block` rows at once, on `device`.
     """
     for name, features in (("samples", samples), ("images of the reference", reference)):
         if len(features) <= NEIGHBOURS:
             raise UserError(f"precision and recall need more than {NEIGHBOURS} {name}, here are {len(features)}")
-    return calculate_precision_recall_part(samples.double(), reference.double(), NEIGHBOURS, block)
+    device = "cpu" if torch.device(device).type == "mps" else device  # which has no float64
+    return calculate_precision_recall_part(samples.to(device).double(), reference.to(device).double(), NEIGHBOURS,
+                                           block)

@@ -23,7 +23,7 @@ def score(samples, reference, features):
         mean, deviation = inception_score(features.class_logits(samples.features))
         found |= dict(inception_score=mean, inception_score_std=deviation)
     if reference.features is not None:
-        precision, recall = precision_recall(samples.features, reference.features)
+        precision, recall = precision_recall(samples.features, reference.features, device=features.device)
         found |= dict(precision=precision, recall=recall)
     return found
 

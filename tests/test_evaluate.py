@@ -292,7 +292,7 @@ def test_bits_of_images_that_do_not_fit(command, trained, image_folder):
 # ---------------------------------------------------------------- names and records
 
 class Standard:
-    is_standard = True
+    is_standard, device, class_logits = True, "cpu", None
 
 
 def test_what_a_distance_is_called():
@@ -304,7 +304,6 @@ def test_what_a_distance_is_called():
     assert "FID" not in scores.distance_name(PixelFeatures("cpu"), 50000)
     rows = np.random.default_rng(0).standard_normal((9, 3))
     one = Measured(9, (rows.mean(axis=0), np.cov(rows, rowvar=False)), features=torch.from_numpy(rows))
-    Standard.class_logits = None
     assert set(scores.score(one, one, Standard())) == {"fid", "precision", "recall"}
 
 
