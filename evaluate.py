@@ -16,7 +16,7 @@ from evaluation import likelihood, records, scores
 from evaluation.features import open_features
 from evaluation.measure import measure
 from evaluation.reference import PRECISION_IMAGES, open_reference, save_reference
-from evaluation.sources import FolderImages, GeneratedImages, open_images
+from evaluation.sources import GeneratedImages, open_images
 from runtime import data, pretrained, processes
 from runtime.errors import UserError, run_command
 from runtime.flags import (
@@ -64,7 +64,7 @@ def build_parser():
 
 def main():
     flags, given = parse(build_parser())
-    check(flags)
+    check(flags, given)
     if flags.diff:
         return show_differences(*flags.diff)
     accelerator = processes.start(flags.tf32, flags.timeout)
@@ -78,7 +78,12 @@ def main():
     accelerator.end_training()
 
 
-def check(flags):
+# What says how a checkpoint's images are made: without a meaning for images that are there already.
+MAKING = {"num_fid_samples", "labels", "global_seed", "cfg_scale", "cfg_channels", "num_sampling_steps", "sampler",
+          "eta", "model", "num_classes", "vae"}
+
+
+def check(flags, given):
     """Is it clear what is asked for?"""
     asked = [name for name in ("reference", "make_reference", "nll", "diff") if getattr(flags, name)]
     if len(asked) != 1:
@@ -89,9 +94,24 @@ def check(flags):
         raise UserError(f"--{asked.replace('_', '-')} " + (
             "needs SAMPLES: an .npz, a folder, or a checkpoint" if flags.samples is None
             else f"takes no SAMPLES, here are {flags.samples}"))
+    if flags.samples and asked == "reference" and not is_checkpoint(flags.samples) and given & MAKING:
+        name = sorted(given & MAKING)[0].replace("_", "-")
+        raise UserError(f"--{name} says how a checkpoint's images are made; those of {flags.samples} are there already")
     if asked == "make_reference" and not flags.output:
         raise UserError("--make-reference needs --output: where the reference goes")
-    folder = os.path.dirname(os.path.abspath(flags.output or "."))
+    if flags.output:
+        check_output(flags)
+
+
+def check_output(flags):
+    """Is --output a file that may be written?"""
+    ending = ".npz" if flags.make_reference else ".json"
+    if not flags.output.endswith(ending):
+        raise UserError(f"--output {flags.output}: its name must end in {ending}")
+    for name in (flags.samples, flags.reference, flags.make_reference):
+        if name and os.path.abspath(name) == os.path.abspath(flags.output):
+            raise UserError(f"--output {flags.output} would overwrite what is to be measured")
+    folder = os.path.dirname(os.path.abspath(flags.output))
     if not os.path.isdir(folder):
         raise UserError(f"--output {flags.output}: there is no folder {folder}")
 
@@ -110,7 +130,8 @@ def evaluate(accelerator, flags, given):
         for line in scores.lines(found, features, samples, reference):
             print(line)
         record = dict(scores=found, name=scores.distance_name(features, samples.count), features=features.record(),
-                      samples=images.record(), reference=reference_record, evaluated=made_with(accelerator.device))
+                      samples=images.record() | (dict(pixels_sha256=samples.pixels) if samples.pixels else {}),
+                      reference=reference_record, evaluated=made_with(accelerator.device) | dict(tf32=False))
         path = flags.output or records.free_path(stem_of(flags.samples) + ".scores", ".json")
         records.write_record(path, record)
         print(f"wrote {path}")
@@ -119,10 +140,10 @@ def evaluate(accelerator, flags, given):
 
 
 def open_samples(flags, given, accelerator):
-    """The images that SAMPLES names, and their size in pixels (None: each as it is)."""
+    """The images that SAMPLES names, and their size in pixels."""
     if not is_checkpoint(flags.samples):
         images = open_images(flags.samples, flags.image_size if "image_size" in given else None)
-        return images, images.image_size if isinstance(images, FolderImages) else images.batch(0, 1).shape[2]
+        return images, images.batch(0, 1).shape[2]
     trained = load_trained(flags.samples, flags.model, flags.image_size, flags.num_classes, flags.vae, given,
                            accelerator.device)
     accelerator.print(trained.description())
@@ -150,7 +171,8 @@ def make_reference(accelerator, flags, given):
     found = measure(accelerator, images, features, flags.per_proc_batch_size, PRECISION_IMAGES, title="reference")
 
     def save():
-        save_reference(flags.output, found, features, images.record() | made_with(accelerator.device))
+        source = images.record() | (dict(pixels_sha256=found.pixels) if found.pixels else {})
+        save_reference(flags.output, found, features, source | made_with(accelerator.device) | dict(tf32=False))
         print(f"wrote {flags.output}: {found.count} images, {len(found.pool[0])} features "
               f"({features.record()['space']})")
 

@@ -62,8 +62,9 @@ def main():
     bar.close()
 
     count = processes.on_main(accelerator, lambda: samples.assemble(flags.num_fid_samples))
+    made_by = made_with(device) if left else {}  # of a set that was there already, who knows by what
     processes.on_main(accelerator, lambda: samples.describe(set_record(
-        make, count, flags.global_seed, flags.labels, trained.record() | made_with(device))))
+        make, count, flags.global_seed, flags.labels, trained.record() | made_by)))
     if flags.png:
         with processes.together(accelerator):
             samples.write_pngs(flags.num_fid_samples, rank, world)

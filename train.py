@@ -10,6 +10,7 @@ import argparse
 import functools
 import math
 import os
+import re
 import sys
 from dataclasses import dataclass
 
@@ -19,6 +20,7 @@ import models
 from diffusion import create_diffusion
 from diffusion.timestep_sampler import create_named_schedule_sampler
 from evaluation.during_training import open_evaluator
+from evaluation.sources import GeneratedImages
 from runtime import data, experiment, latent_cache, latents, processes
 from runtime.errors import Stopped, UserError, run_command
 from runtime.flags import (
@@ -184,15 +186,8 @@ def prepare(accelerator, flags, given):
     step = TrainingStep(accelerator, network, codec, diffusion, schedule_sampler, random, parts=flags.grad_accum_steps)
     evaluator = None
     if flags.eval_every:
-        with processes.together(accelerator):
-            make = image_maker(state.ema.model, codec, flags.eval_sampling_steps, flags.eval_cfg_scale)
-        evaluator = open_evaluator(
-            accelerator, flags.eval_features, flags.eval_reference, make, len(dataset.class_names), flags.eval_samples,
-            flags.global_seed, batch_size=(rows.stop - rows.start) // flags.grad_accum_steps,
-            image_size=flags.image_size, folder=folder, first_step=first_step, warn=logger.info,
-            made_of=dict(model=flags.model, weights="ema", ema_decay=flags.ema_decay, image_size=flags.image_size,
-                         vae=flags.vae) | made_with(device))
-        logger.info(f"Every {flags.eval_every} steps: {evaluator.description()}")
+        evaluator = open_evaluation(accelerator, flags, state.ema.model, codec, dataset, rows, folder, first_step,
+                                    logger)
     return Run(accelerator, dataset, codec, model, network, optimizer, guard, state, saver, batches, step, evaluator,
                folder, logger)
 
@@ -209,6 +204,9 @@ def train(run, flags, signals):
                              flags.global_batch_size) as monitor):
         with processes.together(accelerator):
             loader = data.BatchLoader(run.dataset, batches, flags.num_workers, accelerator.device, bad_images.add)
+        if run.evaluator and batches.first and batches.first % flags.eval_every == 0 and run.evaluator.lacks(
+                batches.first):  # the run ended between saving this step and measuring it
+            evaluate(run, batches.first, monitor, signals, is_saved=True)
         for step, (images, labels) in enumerate(loader, start=batches.first):
             if step % batches.steps_per_epoch == 0 and batches.steps_per_epoch >= flags.log_every:
                 logger.info(f"Beginning epoch {step // batches.steps_per_epoch}...")
@@ -235,9 +233,8 @@ def train(run, flags, signals):
             if flags.sample_every and done % flags.sample_every == 0 and accelerator.is_main_process:
                 with monitor.paused():
                     monitor.show_images(done, *sample_grid(run.state.ema.model, run.codec, run.dataset.class_names))
-            if run.evaluator and done % flags.eval_every == 0 and not stop and not fault:
-                with monitor.paused():
-                    evaluate(run, done, monitor, signals, is_saved)
+            if run.evaluator and done % flags.eval_every == 0 and not (stop or fault or run.guard.exhausted):
+                evaluate(run, done, monitor, signals, is_saved)
             if last:
                 run.saver.finish()
                 run.guard.check(path)
@@ -251,14 +248,36 @@ def train(run, flags, signals):
 
 
 def evaluate(run, step, monitor, signals, is_saved):
-    """Measure EMA samples, show the scores, and keep the checkpoint of the best ones."""
-    found = run.evaluator(step, stopped=lambda: signals.received)
-    if found is None:
-        return run.logger.info(f"(step={step:07d}) the evaluation was given up: told to stop")
-    scores, is_best = found
-    monitor.show_scores(step, scores)
-    if is_best:
-        run.logger.info(f"(step={step:07d}) The best so far: {run.saver.keep_best(step, is_saved)}")
+    """Measure EMA samples, show the scores, and keep the checkpoint of the best ones. It never ends the run."""
+    try:
+        with monitor.paused():
+            found = run.evaluator(step, lambda: run.saver.keep_best(step, is_saved), lambda: signals.received)
+    except Exception as error:  # the same on all processes, since they agree on errors
+        run.logger.info(f"WARNING: (step={step:07d}) the evaluation failed; training goes on: "
+                        f"{error or type(error).__name__}")
+    else:
+        if found is None:
+            run.logger.info(f"(step={step:07d}) the evaluation was given up: told to stop")
+        else:
+            monitor.show_scores(step, found)
+
+
+def open_evaluation(accelerator, flags, model, codec, dataset, rows, folder, first_step, logger):
+    """What measures samples of `model`, the EMA, as the --eval flags say. To be called by all processes."""
+    try:
+        with processes.together(accelerator):
+            make = image_maker(model, codec, flags.eval_sampling_steps, flags.eval_cfg_scale)
+        made_of = dict(model=flags.model, weights="ema", ema_decay=flags.ema_decay, image_size=flags.image_size,
+                       vae=flags.vae) | made_with(accelerator.device)
+        images = GeneratedImages(make, len(dataset.class_names), flags.eval_samples, flags.global_seed, made_of=made_of)
+        batch_size = (rows.stop - rows.start) // flags.grad_accum_steps
+        evaluator = open_evaluator(accelerator, flags.eval_features, flags.eval_reference, images, batch_size,
+                                   flags.image_size, folder, first_step, logger.info)
+    except UserError as error:  # the parts name the flags of sample.py and evaluate.py
+        names = r"--(?:num-)?(features|reference|cfg-scale|sampling-steps)\b"
+        raise UserError(re.sub(names, r"--eval-\1", str(error)), shown=error.shown) from None
+    logger.info(f"Every {flags.eval_every} steps: {evaluator.description()}")
+    return evaluator
 
 
 def own_rows(flags, accelerator):

@@ -4,73 +4,114 @@ import io
 import os
 import time
 
-from runtime import processes
+from runtime import checkpoint, processes
 from runtime.errors import UserError
 from runtime.whole_file import whole_file
 
 from . import records, scores
 from .features import open_features
 from .measure import measure
+from .metrics import NEIGHBOURS
 from .reference import open_reference
-from .sources import GeneratedImages
 
 
-def open_evaluator(accelerator, features, reference, make, num_classes, count, seed, batch_size, image_size, made_of,
-                   **more):
+def open_evaluator(accelerator, features, reference, images, batch_size, image_size, folder, first_step, log):
     """An `Evaluator`. To be called by all processes.
 
     features, reference  what --eval-features and --eval-reference say
-    make                 an `ImageMaker` of the EMA model
-    count, seed          of the samples
+    images               `GeneratedImages` of the EMA model
     batch_size           of each process
     image_size           pixels, where the reference is a folder of images
-    made_of              what is to be recorded of the samples beside how they are made, a plain dictionary
-    more                 what else an `Evaluator` takes
+    folder, first_step   the experiment's, and where this run begins
+    raise                UserError for whatever would go wrong at the first evaluation
     """
     with processes.together(accelerator):
+        if len(images) <= NEIGHBOURS:
+            raise UserError(f"--eval-samples {len(images)}: more than {NEIGHBOURS} are needed")
         space = open_features(features, accelerator.device)
-    images = GeneratedImages(make, num_classes, count, seed, made_of=made_of)
-    found = open_reference(accelerator, reference, space, batch_size, image_size)
-    return Evaluator(accelerator, images, space, found, batch_size, **more)
+    found, record = open_reference(accelerator, reference, space, batch_size, image_size)
+    with processes.together(accelerator):
+        answer = space(images.noise_like(2))  # to the features noise is as good as samples: do the sizes fit?
+        for name, rows in answer._asdict().items():
+            statistics = getattr(found, name)
+            if rows is not None and statistics is not None and rows.shape[1] != len(statistics[0]):
+                raise UserError(f"--reference {reference} has {len(statistics[0])} numbers an image, samples of this "
+                                f"model have {rows.shape[1]}: images of another size?")
+    return Evaluator(accelerator, images, space, found, record, batch_size, folder, first_step, log)
 
 
 class Evaluator:
     """Makes samples of a model at some steps, measures them, and remembers which step was the best.
 
-    accelerator  all processes take part
-    images       `GeneratedImages` of the EMA model: the same seeds and labels every time
-    features     the feature space, with the `reference` in it: as `open_reference` gives them
-    folder       the experiment's: `evaluations.csv` has a row a time, `evaluations.json` says what was measured
-    first_step   where this run begins; later rows, of a run that it goes back behind, are dropped
-    warn         called with a sentence where a file cannot be written
+    In the experiment's folder, `evaluations.csv` has a row a time, `evaluations.json` says what was measured, and
+    `checkpoints/best.pt` is the state of the best step. A run that goes on with other settings begins new tables.
     """
 
-    def __init__(self, accelerator, images, features, reference, batch_size, folder, first_step, warn):
+    def __init__(self, accelerator, images, features, reference, reference_record, batch_size, folder, first_step, log):
         self.accelerator, self.images, self.features, self.batch_size = accelerator, images, features, batch_size
-        self.reference, self.reference_record = reference
-        self.csv, self.warn = os.path.join(folder, "evaluations.csv"), warn
+        self.reference, self.reference_record, self.log = reference, reference_record, log
+        self.csv, self.json = (os.path.join(folder, f"evaluations.{ending}") for ending in ("csv", "json"))
         self.name = scores.main_score(features)
-        self.rows = [row for row in read_rows(self.csv) if row["step"] <= first_step]
+        self.rows, self.best = [], float("inf")
+        if accelerator.is_main_process:
+            self._go_on(first_step, os.path.join(folder, "checkpoints", "best.pt"))
 
-    def __call__(self, step, stopped=lambda: False):
+    def _go_on(self, first_step, best_path):
+        """Take over the rows of an earlier run up to first_step, if they measured the same."""
+        settings = records.try_read(self.json).get("settings")
+        if settings not in (None, self.settings()):
+            aside = records.free_path(os.path.splitext(self.csv)[0] + "-before", ".csv")
+            self.log(f"WARNING: evaluations are not made as before; {aside} holds the earlier ones")
+            for old, new in ((self.csv, aside), (self.json, os.path.splitext(aside)[0] + ".json")):
+                if os.path.exists(old):
+                    os.replace(old, new)
+            return
+        self.rows = [row for row in read_rows(self.csv) if row["step"] <= first_step]
+        try:
+            best_step = checkpoint.load(best_path).get("step")
+        except (UserError, AttributeError):
+            best_step = None  # then the next one is the best
+        self.best = next((row[self.name] for row in self.rows if row["step"] == best_step and self.name in row),
+                         float("inf"))
+
+    def settings(self):
+        """What must be equal for two scores to be compared; plain values."""
+        reference = {name: value for name, value in self.reference_record.items() if name not in ("path", "source")}
+        return dict(features=self.features.record(), reference=reference or self.reference_record,
+                    samples=dict(images=len(self.images), labels=self.images.labels, seed=self.images.seed,
+                                 **self.images.make.record()))
+
+    def lacks(self, step):
+        """Whether a step that is done was not measured. To be called by all processes."""
+        return processes.on_main(self.accelerator, lambda: all(row["step"] != step for row in self.rows))
+
+    def __call__(self, step, keep_best, stopped=lambda: False):
         """Measure the samples of now. To be called by all processes.
 
-        return  the scores (on the main process; else an empty dictionary), and whether they are the best so far (alike
-                on all processes); None where a process was told to stop
+        keep_best  called by all processes where the samples are the best so far; returns a path
+        stopped    asked whether to give up
+        return     the scores (an empty dictionary but on the main process); None where it was given up
         """
         start = time.perf_counter()
         found = measure(self.accelerator, self.images, self.features, self.batch_size, stopped=stopped,
                         title=f"evaluation at step {step}")
         if found is None:
             return None
-        return processes.on_main(self.accelerator, lambda: self._score(step, found, start))
+        row, is_best = processes.on_main(self.accelerator, lambda: self._score(found))
+        if is_best:
+            path = keep_best()
+            self.best = row[self.name]
+            self.log(f"(step={step:07d}) the best so far, kept as {path}")
+        if self.accelerator.is_main_process:  # last, so that a kill never leaves a row without its checkpoint
+            seconds = round(time.perf_counter() - start, 1)
+            self.rows = [old for old in self.rows if old["step"] != step]
+            self.rows.append(dict(step=step, images=found.count, **row, seconds=seconds))
+            self._write()
+        return row
 
-    def _score(self, step, found, start):
+    def _score(self, found):
         row = scores.score(found, self.reference, self.features)
-        best = min((row[self.name] for row in self.rows if self.name in row), default=float("inf"))
-        self.rows.append(dict(step=step, images=found.count, **row, seconds=round(time.perf_counter() - start, 1)))
-        self._write()
-        return row, row[self.name] < best
+        return row, row[self.name] < self.best
 
     def description(self):
         """What is measured, in a line."""
@@ -85,13 +126,13 @@ class Evaluator:
         writer = csv.DictWriter(text, names, lineterminator="\n")
         writer.writeheader()
         writer.writerows(self.rows)
-        record = dict(features=self.features.record(), samples=self.images.record(), reference=self.reference_record)
         try:
             with whole_file(self.csv) as file:
                 file.write(text.getvalue().encode())
-            records.write_record(os.path.splitext(self.csv)[0] + ".json", record)
+            records.write_record(self.json, dict(settings=self.settings(), features=self.features.record(),
+                                                 samples=self.images.record(), reference=self.reference_record))
         except UserError as error:
-            self.warn(f"WARNING: {error}; training goes on")
+            self.log(f"WARNING: {error}; training goes on")
 
 
 def read_rows(path):

@@ -1,4 +1,5 @@
 """From a set of images to what is known of it in a feature space, by any number of processes."""
+import hashlib
 from dataclasses import dataclass
 
 import numpy as np
@@ -6,6 +7,8 @@ import torch
 from tqdm.auto import tqdm
 
 from runtime import processes
+from runtime.data import spread
+from runtime.errors import UserError
 
 from .moments import Moments
 
@@ -18,11 +21,45 @@ class Measured:
     pool      (mean, covariance) of the features
     spatial   the same of the second features, or None
     features  (n, D) float32 of all images, or of some, in their order; on the main process only, or None
+    pixels    a hash of all pixels and their order, whatever the batches and processes; None where it was not asked for
     """
     count: int
     pool: tuple
     spatial: tuple = None
     features: torch.Tensor = None
+    pixels: str = None
+
+
+class Share:
+    """What one process measures of a set: `add` batches, in order."""
+
+    def __init__(self, features, kept, hashes):
+        self.features, self.kept, self.hashes = features, np.array(kept), hashes
+        self.moments, self.rows, self.pixels = {}, [], 0
+
+    def add(self, first, images):
+        """Images (n, H, W, 3) uint8, of which the first has the number `first`. raise: UserError"""
+        try:
+            found = self.features(images)
+        except torch.OutOfMemoryError:
+            raise UserError(f"the features of {len(images)} images at once do not fit into memory: lower the batch "
+                            "size (--per-proc-batch-size)") from None
+        for name, rows in found._asdict().items():
+            if rows is None:
+                continue
+            moments = self.moments.setdefault(name, Moments(rows.shape[1], rows.device))
+            if not rows.shape[1] or rows.shape[1] != len(moments.mean):
+                raise UserError(f"the feature space gives {rows.shape[1]} numbers an image, and {len(moments.mean)} "
+                                "before")
+            if not torch.isfinite(rows).all():
+                raise UserError(f"the features of the images {first} .. {first + len(images) - 1} are not finite")
+            moments.add(rows)
+        kept = self.kept[(self.kept >= first) & (self.kept < first + len(images))] - first
+        self.rows.append(found.pool[torch.from_numpy(kept).to(found.pool.device)].cpu())
+        if self.hashes:  # a sum does not depend on who adds what
+            for number, image in enumerate(images.cpu().numpy(), start=first):
+                digest = hashlib.sha256(number.to_bytes(8, "little") + image.tobytes()).digest()
+                self.pixels = (self.pixels + int.from_bytes(digest, "little")) % 2**256
 
 
 def measure(accelerator, images, features, batch_size, keep=None, title="images", stopped=lambda: False):
@@ -31,42 +68,52 @@ def measure(accelerator, images, features, batch_size, keep=None, title="images"
     images   from `evaluation.sources`
     keep     keep the features of at most so many images, at equal distances; None: of all
     title    of the progress bar
-    stopped  asked before every batch whether to give up
-    return   `Measured` on every process; None where one of them gave up
+    stopped  asked before every batch whether to give up; where one process gives up, all do
+    return   `Measured` on every process; None where it was given up
+    raise    UserError on all processes, for whatever went wrong on one
     """
     rank, world, count = accelerator.process_index, accelerator.num_processes, len(images)
     first, end = count * rank // world, count * (rank + 1) // world
-    kept_rows = np.unique(np.linspace(0, count - 1, min(count, keep or count)).round().astype(int))
-    moments, kept = {}, []
+    rounds = -(-max(count * (i + 1) // world - count * i // world for i in range(world)) // batch_size)
+    share = Share(features, spread(count, min(count, keep or count)), images.hashes)
+    watch, error, given_up = processes.Watch(accelerator), None, False
     with processes.together(accelerator), tqdm(total=end - first, unit="image", desc=title, leave=False,
                                                disable=not accelerator.is_main_process or None) as bar:
-        for start in range(first, end, batch_size):
-            if stopped():
+        for start in range(first, first + rounds * batch_size, batch_size):
+            given_up, failed = watch.exchange(stopped(), error)
+            if given_up or failed:
                 break
             stop = min(start + batch_size, end)
-            found = features(images.batch(start, stop))
-            for name, rows in found._asdict().items():
-                if rows is not None:
-                    moments.setdefault(name, Moments(rows.shape[1], rows.device)).add(rows)
-            rows = kept_rows[(kept_rows >= start) & (kept_rows < stop)] - start
-            kept.append(found.pool[torch.from_numpy(rows).to(found.pool.device)].cpu())
-            bar.update(stop - start)
-    moments = _alike(accelerator, moments)
-    if not moments or any(moment.reduce(accelerator).count != count for moment in moments.values()):
-        return None
-    statistics = {name: moment.statistics() for name, moment in moments.items()}
-    return Measured(count, features=_gathered(accelerator, kept), **statistics)
+            if error is None and start < stop:
+                try:
+                    share.add(start, images.batch(start, stop))
+                except Exception as caught:  # the others are told at the next batch, and must not wait for this one
+                    error = caught
+                bar.update(stop - start)
+        if error is not None:
+            raise error
+    return None if given_up else _combined(accelerator, share, count)
 
 
-def _alike(accelerator, moments):
-    """The same moments on every process: one that had no image joins in the sums with nothing."""
-    sizes = {name: len(moment.mean) for name, moment in moments.items()}
+def _combined(accelerator, share, count):
+    """What all processes measured together."""
+    moments, pixels = _of_all(accelerator, share)
+    statistics = {name: moment.reduce(accelerator).statistics() for name, moment in moments.items()}
+    return Measured(count, features=_gathered(accelerator, share.rows), pixels=pixels, **statistics)
+
+
+def _of_all(accelerator, share):
+    """The same moments on every process (one that had no image joins in the sums with nothing), and the pixels' hash.
+    """
+    sizes, pixels = {name: len(moment.mean) for name, moment in share.moments.items()}, share.pixels
     if accelerator.num_processes > 1:
         known = [None] * accelerator.num_processes
-        torch.distributed.all_gather_object(known, sizes)
-        sizes = {name: size for found in known for name, size in found.items()}
-    device = accelerator.device
-    return {name: moments.get(name) or Moments(size, device) for name, size in sorted(sizes.items())}
+        torch.distributed.all_gather_object(known, (sizes, pixels))
+        sizes = {name: size for found, _ in known for name, size in found.items()}
+        pixels = sum(pixels for _, pixels in known) % 2**256
+    moments = {name: share.moments.get(name) or Moments(size, accelerator.device)
+               for name, size in sorted(sizes.items())}
+    return moments, f"{pixels:064x}" if share.hashes else None
 
 
 def _gathered(accelerator, kept):

@@ -1,8 +1,5 @@
 """Distances and scores, as ADM's evaluation suite defines them; the arithmetic is torch-fidelity's."""
 import torch
-from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_statistics_to_metric
-from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, isc_features_to_metric
-from torch_fidelity.metric_prc import calculate_precision_recall_part
 
 from runtime.errors import UserError
 
@@ -16,6 +13,7 @@ def frechet_distance(one, other):
     one, other  (mean (D,), covariance (D, D)) arrays; computed in float64, by eigenvalues (Heusel et al., 2017,
                 arXiv 1706.08500, eq. 6)
     """
+    from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_statistics_to_metric
     first, second = (dict(mu=mean.astype("float64"), sigma=covariance.astype("float64"))
                      for mean, covariance in (one, other))
     return fid_statistics_to_metric(first, second, verbose=False)[KEY_METRIC_FID]
@@ -27,6 +25,7 @@ def inception_score(logits, split=SPLIT):
     logits  (N, classes)
     return  mean and standard deviation over the parts
     """
+    from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, isc_features_to_metric
     parts = torch.tensor([isc_features_to_metric(part, splits=1, shuffle=False)[KEY_METRIC_ISC_MEAN]
                           for part in logits.split(split)], dtype=torch.float64)
     return parts.mean().item(), parts.std(correction=0).item()
@@ -38,6 +37,7 @@ def precision_recall(samples, reference, block=1000, device="cpu"):
     precision: the share of samples within the k-nearest-neighbour ball of an image of the reference; recall: the other
     way round. samples (N, D), reference (M, D), compared in float64, `block` rows at once, on `device`.
     """
+    from torch_fidelity.metric_prc import calculate_precision_recall_part
     for name, features in (("samples", samples), ("images of the reference", reference)):
         if len(features) <= NEIGHBOURS:
             raise UserError(f"precision and recall need more than {NEIGHBOURS} {name}, here are {len(features)}")

@@ -20,10 +20,10 @@ def plot_runs(folders, path):
     path     of the picture
     raise    UserError for a folder without a loss, and where the picture cannot be written
     """
-    runs = {os.path.basename(os.path.normpath(folder)): (losses_in(folder), distances_in(folder)) for folder in folders}
-    titles = sorted({title for _, (title, _) in runs.values() if title})
+    runs = [(folder, losses_in(folder), *distances_in(folder)) for folder in folders]
+    titles = sorted({title for _, _, title, _ in runs if title})
     figure, axes = new_figure(1 + len(titles))
-    for style, (name, (losses, (title, distances))) in zip(STYLES * len(runs), runs.items()):
+    for style, (name, losses, title, distances) in zip(STYLES * len(runs), runs):
         axes[0].plot(*zip(*losses), label=name, linewidth=1.2, **style)
         if title:
             axes[1 + titles.index(title)].plot(*zip(*distances), label=name, marker="o", markersize=3, linewidth=1.2,

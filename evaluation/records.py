@@ -7,7 +7,7 @@ from runtime.whole_file import whole_file
 
 
 def write_record(path, record):
-    """Write a record as JSON; an older one is never overwritten."""
+    """Write a record as JSON."""
     with whole_file(path) as file:
         file.write((json.dumps(record, indent=2) + "\n").encode())
 
@@ -27,16 +27,29 @@ def read_record(path):
         with open(path, encoding="utf-8") as file:
             record = json.load(file)
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"--diff {path}: this is no record of evaluate.py ({error})") from None
+        raise UserError(f"{path} is no record of a measurement ({error})") from None
     if not isinstance(record, dict):
-        raise UserError(f"--diff {path}: this is no record of evaluate.py")
+        raise UserError(f"{path} is no record of a measurement")
     return record
+
+
+def try_read(path):
+    """A dictionary; an empty one where there is none to read."""
+    try:
+        return read_record(path)
+    except UserError:
+        return {}
+
+
+NO_DIFFERENCE = ("date", "command")  # two measurements never agree in these, and nothing depends on them
 
 
 def differences(one, two, path=""):
     """(field, value of one, value of two) of all that differs; a missing field is None."""
     if isinstance(one, dict) and isinstance(two, dict):
         for name in [*one, *(name for name in two if name not in one)]:
+            if name in NO_DIFFERENCE:
+                continue
             yield from differences(one.get(name), two.get(name), f"{path}.{name}" if path else name)
     elif one != two:
         yield path, one, two

@@ -5,7 +5,7 @@ import os
 import numpy as np
 import torch
 
-from runtime import checksum
+from runtime import checksum, processes
 from runtime.errors import UserError
 from runtime.npz import npz_array, npz_names
 from runtime.whole_file import whole_file
@@ -22,12 +22,27 @@ def open_reference(accelerator, path, features, batch_size, image_size=None):
 
     raise  UserError for a file that is damaged, or of another feature space. To be called by all processes.
     """
-    names = npz_names(path) if os.path.isfile(path) else set()
-    if "mu" not in names:
-        images = open_images(path, image_size)
-        return _measured(accelerator, images, features, batch_size), images.record()
-    record = dict(path=os.path.abspath(path), sha256=checksum.of_file(path))
-    record |= _own_record(path, names, features)
+    with processes.together(accelerator):
+        names = npz_names(path) if os.path.isfile(path) else set()
+        images = None
+        if "mu" not in names:
+            images = open_images(path, image_size)
+        else:
+            reference, record = _read(path, names, features)
+            if reference.features is None and "arr_0" in names:
+                images = NpzImages(path)  # ADM's: beside statistics of the training set, for precision and recall
+    if images is None:
+        return reference, record
+    found = measure(accelerator, images, features, batch_size, keep=PRECISION_IMAGES, title="reference")
+    if "mu" in names:
+        reference.features = found.features
+        return reference, record
+    return found, images.record() | (dict(pixels_sha256=found.pixels) if found.pixels else {})
+
+
+def _read(path, names, features):
+    """(`Measured`, record) of a file of statistics."""
+    record = dict(path=os.path.abspath(path), sha256=checksum.of_file(path)) | _own_record(path, names, features)
     reference = Measured(record.get("images"), _statistics(path, "mu", "sigma"),
                          _statistics(path, "mu_s", "sigma_s") if "mu_s" in names else None)
     if "features" in names:
@@ -36,13 +51,7 @@ def open_reference(accelerator, path, features, batch_size, image_size=None):
             raise UserError(f"--reference {path}: mu has {len(reference.pool[0])} numbers, features has the shape "
                             f"{rows.shape}")
         reference.features = torch.from_numpy(rows.astype("float32"))
-    elif "arr_0" in names:  # ADM's: statistics of the whole training set, and images for precision and recall
-        reference.features = _measured(accelerator, NpzImages(path), features, batch_size).features
     return reference, record
-
-
-def _measured(accelerator, images, features, batch_size):
-    return measure(accelerator, images, features, batch_size, keep=PRECISION_IMAGES, title="reference")
 
 
 def _own_record(path, names, features):
@@ -55,7 +64,7 @@ def _own_record(path, names, features):
     try:
         record = json.loads(npz_array(path, "record").tobytes())
         space, source = record["features"], record["source"]
-    except (ValueError, LookupError, TypeError):
+    except (ValueError, LookupError, TypeError, RecursionError):
         raise UserError(f"--reference {path}: its record cannot be read") from None
     if space != features.record():
         raise UserError(f"--reference {path} was made in another feature space ({_short(space)}) than --features says "
@@ -68,6 +77,9 @@ def _statistics(path, mean_name, covariance_name):
     if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
         raise UserError(f"--reference {path}: {mean_name} and {covariance_name} have the shapes {mean.shape} and "
                         f"{covariance.shape}, not (D,) and (D, D)")
+    if (covariance.diagonal() < 0).any() or not np.allclose(covariance, covariance.T, rtol=1e-4, atol=1e-8):
+        raise UserError(f"--reference {path}: {covariance_name} is no covariance, which is symmetric and has no "
+                        "negative diagonal")
     return mean, covariance
 
 

@@ -1,4 +1,6 @@
 """The scores of a set of samples, by their names."""
+import math
+
 from runtime.errors import UserError
 
 from .metrics import NEIGHBOURS, SPLIT, frechet_distance, inception_score, precision_recall
@@ -10,11 +12,7 @@ def score(samples, reference, features):
     return  dictionary: fid, sfid, inception_score, inception_score_std, precision, recall in the standard Inception
             space; else frechet_distance, precision, recall. What the reference does not allow is left out.
     """
-    for name in ("pool", "spatial"):
-        one, other = getattr(samples, name), getattr(reference, name)
-        if one is not None and other is not None and one[0].shape != other[0].shape:
-            raise UserError(f"the reference has {len(other[0])} numbers an image, the samples have {len(one[0])}: "
-                            "images of another size, or another feature space?")
+    check_alike(samples, reference)
     names = ("fid", "sfid") if features.is_standard else ("frechet_distance", "spatial_frechet_distance")
     found = {names[0]: frechet_distance(samples.pool, reference.pool)}
     if samples.spatial is not None and reference.spatial is not None:
@@ -25,7 +23,19 @@ def score(samples, reference, features):
     if reference.features is not None:
         precision, recall = precision_recall(samples.features, reference.features, device=features.device)
         found |= dict(precision=precision, recall=recall)
+    for name, value in found.items():
+        if not math.isfinite(value):
+            raise UserError(f"the {name} comes out as {value}: features or statistics are too large")
     return found
+
+
+def check_alike(samples, reference):
+    """A `UserError` where the features of two `Measured` sets have not the same size."""
+    for name in ("pool", "spatial"):
+        one, other = getattr(samples, name), getattr(reference, name)
+        if one is not None and other is not None and one[0].shape != other[0].shape:
+            raise UserError(f"the reference has {len(other[0])} numbers an image, the samples have {len(one[0])}: "
+                            "images of another size, or another feature space?")
 
 
 def main_score(features):

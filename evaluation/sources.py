@@ -1,6 +1,10 @@
-"""Sets of images to be measured: files, the embedded digits, or what a trained model makes."""
-import json
+"""Sets of images to be measured: files, the embedded digits, or what a trained model makes.
+
+Each has a length; batch(first, end) -> (n, H, W, 3) uint8; record(), what it is, in plain values; and `hashes`: whether
+its pixels are to be hashed while they are read, because nothing else says what they are.
+"""
 import os
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -13,15 +17,21 @@ from runtime.images import BadImage, read_image
 from runtime.npz import npz_array, npz_names
 from runtime.sample_set import sample_labels, set_record
 
+from . import records
+
 
 class NpzImages:
     """The images of an .npz: `arr_0` (N, H, W, 3) uint8, as `sample_ddp.py` writes it and ADM's suite takes it."""
+
+    hashes = False
 
     def __init__(self, path):
         self.path, self.images = path, npz_array(path, "arr_0")
         if self.images.dtype != np.uint8 or self.images.ndim != 4 or self.images.shape[3] != 3:
             raise UserError(f"{path}: arr_0 is {self.images.dtype} of the shape {self.images.shape}, not uint8 of "
                             "(N, H, W, 3)")
+        if not len(self.images):
+            raise UserError(f"{path} holds no images: arr_0 is empty")
 
     def __len__(self):
         return len(self.images)
@@ -33,55 +43,68 @@ class NpzImages:
     def record(self):
         """Where they come from; with what `sample_ddp.py` wrote beside the file, if it still is that file."""
         found = dict(path=os.path.abspath(self.path), images=len(self), sha256=checksum.of_file(self.path))
-        try:
-            with open(os.path.splitext(self.path)[0] + ".json", encoding="utf-8") as file:
-                beside = json.load(file)
-            return found | dict(made=beside["made"]) if beside["sha256"] == found["sha256"] else found
-        except (OSError, ValueError, LookupError, TypeError):
-            return found
+        beside = records.try_read(os.path.splitext(self.path)[0] + ".json")
+        return found | dict(made=beside.get("made")) if beside.get("sha256") == found["sha256"] else found
 
 
 class FolderImages:
-    """All image files below a folder, in the order of their paths.
+    """All image files below a folder, in the order of their paths, all of one size.
 
     image_size  scale and crop them to so many pixels, as training does; None: take them as they are
+    raise       UserError where there are none, or one cannot be read
     """
 
+    hashes = True
     ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".tif", ".tiff")
+    READERS = 8  # threads: most of the work is decoding, which they do side by side
 
     def __init__(self, path, image_size=None):
-        self.path, self.image_size = path, image_size
-        self.names = sorted(os.path.relpath(os.path.join(folder, name), path)
-                            for folder, _, names in os.walk(path, followlinks=True) for name in names
-                            if name.lower().endswith(self.ENDINGS))
+        self.path, self.image_size, self.names = path, image_size, sorted(self._files(path))
         if not self.names:
             raise UserError(f"{path} holds no images ({', '.join(self.ENDINGS)})")
+        self.size = self._read(self.names[0]).shape[:2]
+
+    def _files(self, root):
+        """Paths below `root`. Links are followed, into each folder once."""
+        seen = set()
+        for folder, inner, names in os.walk(root, followlinks=True):
+            real = os.path.realpath(folder)
+            if real in seen:
+                inner.clear()
+                continue
+            seen.add(real)
+            yield from (os.path.relpath(os.path.join(folder, name), root) for name in names
+                        if name.lower().endswith(self.ENDINGS))
+
+    def _read(self, name):
+        image = read_image(os.path.join(self.path, name), self.image_size)
+        if isinstance(image, BadImage):
+            raise UserError(f"cannot read the image {image.path} ({image.reason})")
+        return image
 
     def __len__(self):
         return len(self.names)
 
     def batch(self, first, end):
-        """Images first .. end - 1: (n, H, W, 3) uint8. raise: UserError for one that cannot be read, or is of
-        another size."""
-        images = []
-        for name in self.names[first:end]:
-            image = read_image(os.path.join(self.path, name), self.image_size)
-            if isinstance(image, BadImage):
-                raise UserError(f"cannot read the image {image.path} ({image.reason})")
-            if images and image.shape != images[0].shape:
-                (height, width), (first_height, first_width) = image.shape[:2], images[0].shape[:2]
+        """Images first .. end - 1: (n, H, W, 3) uint8. raise: UserError for one of another size than the first."""
+        names = self.names[first:end]
+        with ThreadPoolExecutor(self.READERS) as readers:
+            images = list(readers.map(self._read, names))
+        for name, image in zip(names, images):
+            if image.shape[:2] != self.size:
+                (height, width), (first_height, first_width) = image.shape[:2], self.size
                 raise UserError(f"{os.path.join(self.path, name)} has {width} x {height} pixels, others have "
                                 f"{first_width} x {first_height}: pass --image-size")
-            images.append(image)
         return torch.from_numpy(np.stack(images))
 
     def record(self):
-        return dict(path=os.path.abspath(self.path), images=len(self), image_size=self.image_size,
-                    names_sha256=checksum.of_value(self.names))
+        return dict(path=os.path.abspath(self.path), images=len(self), image_size=self.image_size)
 
 
 class DigitsImages:
     """The embedded digits: `digits`, those that are trained on, or `digits-held-out`."""
+
+    hashes = False
 
     def __init__(self, name):
         self.name, digits = name, open_data(name, image_size=8)
@@ -106,6 +129,8 @@ class GeneratedImages:
     made_of  what else is to be recorded of them, a plain dictionary
     """
 
+    hashes = False
+
     def __init__(self, make, num_classes, count, seed=0, labels="uniform", made_of=None):
         self.make, self.num_classes, self.count, self.seed, self.labels = make, num_classes, count, seed, labels
         self.made_of = made_of or {}
@@ -118,6 +143,13 @@ class GeneratedImages:
         device, numbers = self.make.model.pos_embed.device, range(first, end)
         labels = sample_labels(self.labels, self.seed, numbers, self.num_classes)
         return to_uint8(self.make(torch.from_numpy(labels).to(device), SampleNoise(self.seed, numbers, device)))
+
+    def noise_like(self, count):
+        """(count, H, W, 3) uint8 noise of the images' size, without the work of making one."""
+        codec, model = self.make.codec, self.make.model
+        stride = codec.space.stride if codec.is_random else 1
+        height, width = (stride * side for side in model.x_embedder.input_size)
+        return torch.from_numpy(np.random.default_rng(0).integers(0, 256, (count, height, width, 3), dtype=np.uint8))
 
     def record(self):
         return set_record(self.make, len(self), self.seed, self.labels, self.made_of)

@@ -215,7 +215,7 @@ class BatchLoader:
     def __init__(self, data, batches, num_workers, device, on_bad):
         self.device, self.on_bad = device, on_bad
         self.pinned = device.type == "cuda" and not data.on_device
-        num_workers = 0 if data.on_device else num_workers
+        self.num_workers = num_workers = 0 if data.on_device else num_workers
         loader = DataLoader(data, batch_sampler=batches, num_workers=num_workers, collate_fn=whole_batch,
                             pin_memory=self.pinned, prefetch_factor=4 if num_workers else None,
                             worker_init_fn=leave_to_master)
@@ -246,7 +246,7 @@ class BatchLoader:
         except StopIteration:
             self.source = None
         except Exception as error:
-            self.source, self.fault = None, worker_is_gone(error) or error
+            self.source, self.fault = None, (self.num_workers and worker_is_gone(error)) or error
 
     def check(self):
         """Raise the fault, if there is one."""

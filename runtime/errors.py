@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 # The same as in requirements.txt; a test compares them.
 OLDEST = {"torch": "2.6", "torchvision": "0.21", "timm": "1.0.17", "diffusers": "0.32", "accelerate": "1.2",
-          "numpy": "1.26", "pillow": "10.0"}
+          "numpy": "1.26", "pillow": "10.0", "torch-fidelity": "0.4"}
 
 
 class UserError(Exception):

@@ -147,8 +147,10 @@ UINT8_RULE = "clamp(127.5 x + 128, 0, 255), truncated"
 def to_uint8(images):
     """(N, C, H, W) in [-1, 1] -> (N, H, W, 3) uint8 by the rule of published sample sets: 127.5 x + 128, truncated.
 
-    One channel is repeated to three.
+    One channel is repeated to three. raise: UserError for what is not finite, which would come out black.
     """
+    if not torch.isfinite(images).all():
+        raise UserError("the model makes images that are not finite: its weights are spoilt")
     images = (127.5 * images.float() + 128.0).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
     return images.expand(*images.shape[:3], 3) if images.shape[3] == 1 else images
 

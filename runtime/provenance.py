@@ -3,6 +3,7 @@ import datetime
 import functools
 import os
 import platform
+import shlex
 import subprocess
 import sys
 from importlib import metadata
@@ -17,7 +18,7 @@ def made_with(device):
     kind = torch.device(device).type
     is_cuda = kind == "cuda"
     return dict(date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"), commit=commit(),
-                command=" ".join([os.path.basename(sys.argv[0]), *sys.argv[1:]]),
+                command=shlex.join([os.path.basename(sys.argv[0]), *sys.argv[1:]]),
                 device=hardware(kind),
                 precision="fp32", tf32=is_cuda and torch.backends.cuda.matmul.allow_tf32,
                 python=platform.python_version(), versions=versions())

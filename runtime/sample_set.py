@@ -117,7 +117,7 @@ class SampleSet:
             with open(path, encoding="utf-8") as file:
                 if json.load(file)["sha256"] == sha256:
                     return
-        except (OSError, ValueError, LookupError, TypeError):
+        except (OSError, ValueError, LookupError, TypeError, RecursionError):
             pass  # there is none, or of another set
         with whole_file(path) as file:
             file.write((json.dumps(record | dict(sha256=sha256), indent=2) + "\n").encode())

@@ -45,6 +45,7 @@ class Saver:
     def keep_best(self, step, is_saved):
         """Have the state of now, after `step` steps, as `checkpoints/best.pt`. To be called by all processes.
 
+        In the foreground always: it is written before the score that makes it the best.
         is_saved  whether it has just been saved: then `best.pt` is another name of that file, which costs nothing
         """
         folder = os.path.join(self.folder, "checkpoints")

@@ -14,7 +14,7 @@ from evaluation.features import open_features
 from evaluation.measure import Measured
 from evaluation.metrics import precision_recall
 from evaluation.reference import open_reference
-from runtime import processes
+from runtime import checkpoint, processes
 from runtime.npz import npz_array
 
 PIXELS = ["--features", "pixels"]
@@ -111,8 +111,43 @@ def test_a_folder_is_as_good_as_an_npz(run, sets, tmp_path):
     (tmp_path / "images" / "notes.txt").write_text("not an image")
     (one, _), (two, _) = (run(samples, "--reference", sets[1], *PIXELS) for samples in (sets[0], tmp_path / "images"))
     assert one["scores"] == pytest.approx(two["scores"], abs=1e-12)
+    assert len(two["samples"]["pixels_sha256"]) == 64 and "pixels_sha256" not in one["samples"]
     (other, _) = run(sets[1], "--reference", tmp_path / "images", *PIXELS)
     assert other["scores"]["precision"] == pytest.approx(one["scores"]["recall"])
+
+
+def test_folders_are_told_apart_by_their_pixels(children, sets, tmp_path):
+    """The same names with other pixels are another hash; another number of processes is not."""
+    hashes = []
+    for name, count, seeds in (("a", 1, [1, 2, 3]), ("a", 2, [1, 2, 3]), ("b", 1, [1, 2, 4]), ("c", 1, [2, 1, 3])):
+        (tmp_path / name).mkdir(exist_ok=True)
+        for i, seed in enumerate([*seeds, 7, 8]):
+            Image.fromarray(picture(4, 4, 3, seed=seed)).save(tmp_path / name / f"{i}.png")
+        children.run("evaluate", tmp_path / name, "--reference", sets[0], *PIXELS, "--per-proc-batch-size", 2,
+                     "--output", tmp_path / "record.json", processes=count)
+        hashes.append(json.loads((tmp_path / "record.json").read_text())["samples"]["pixels_sha256"])
+    assert hashes[0] == hashes[1] and len(set(hashes)) == 3
+
+
+def test_links_are_followed_once(run, sets, tmp_path):
+    for i in range(5):
+        (tmp_path / "images" / "inner").mkdir(parents=True, exist_ok=True)
+        Image.fromarray(picture(4, 4, 3, seed=i)).save(tmp_path / "images" / "inner" / f"{i}.png")
+    (tmp_path / "images" / "inner" / "up").symlink_to(tmp_path / "images")
+    assert run(tmp_path / "images", "--reference", sets[0], *PIXELS)[0]["samples"]["images"] == 5
+
+
+@pytest.mark.parametrize("batch", [1, 4, 100])
+def test_images_of_several_sizes(run, sets, tmp_path, batch):
+    """Are found whatever the batches; a folder as reference is cropped to a folder of samples."""
+    for name, sizes in (("mixed", [4] * 4 + [8] * 4), ("small", [4] * 5), ("large", [12] * 5)):
+        (tmp_path / name).mkdir()
+        for i, size in enumerate(sizes):
+            Image.fromarray(picture(size, size, 3, seed=i)).save(tmp_path / name / f"{i}.png")
+    err = run(tmp_path / "mixed", "--reference", sets[0], *PIXELS, "--per-proc-batch-size", batch, fails=True)
+    assert "4.png has 8 x 8 pixels, others have 4 x 4: pass --image-size" in err
+    record, _ = run(tmp_path / "small", "--reference", tmp_path / "large", *PIXELS)
+    assert record["reference"]["image_size"] == 4
 
 
 def test_images_are_scaled_for_a_reference(run, sets, tmp_path):
@@ -185,6 +220,10 @@ def spoilt(tmp_path, **arrays):
     (dict(mu=np.zeros(48, dtype=np.int64)), "mu does not consist of finite numbers"),
     (dict(features=np.array(["x"])), "features does not consist of finite numbers"),
     (dict(record=np.frombuffer(b"no record", dtype=np.uint8)), "its record cannot be read"),
+    (dict(sigma=-np.eye(48)), "sigma is no covariance"),
+    (dict(sigma=np.triu(np.ones((48, 48)))), "sigma is no covariance"),
+    (dict(mu=np.full(48, 1e200)), "the frechet_distance comes out as inf"),
+    (dict(record=np.frombuffer(b"[" * 100000, dtype=np.uint8)), "its record cannot be read"),
     (dict(mu=np.zeros(12), sigma=np.eye(12), features=None), "the reference has 12 numbers an image, the samples have"),
     (dict(features=np.zeros((60, 12), dtype=np.float32)), "mu has 48 numbers, features has the shape (60, 12)"),
 ])
@@ -198,6 +237,7 @@ def test_references_that_are_spoilt(run, sets, tmp_path, arrays, sentence):
     (np.zeros((9, 3, 4, 4), dtype=np.uint8), "not uint8 of (N, H, W, 3)"),
     (np.zeros((9, 48), dtype=np.uint8), "not uint8 of (N, H, W, 3)"),
     (np.array([None] * 9), "arr_0 is no plain array"),
+    (np.zeros((0, 4, 4, 3), dtype=np.uint8), "holds no images: arr_0 is empty"),
 ])
 def test_samples_that_are_none(run, sets, tmp_path, images, sentence):
     np.savez(tmp_path / "bad.npz", arr_0=images)
@@ -214,8 +254,8 @@ def test_a_checkpoint_is_sampled_and_measured(command, run, trained, tmp_path):
     command("sample_ddp", "--ckpt", trained, *FEW, "--sample-dir", tmp_path / "samples")
     (npz,) = (tmp_path / "samples").glob("*.npz")
     before = sorted(os.listdir(os.path.dirname(trained)))
-    (direct, out), (written, _) = (run(samples, "--reference", "digits-held-out", *PIXELS, *FEW)
-                                   for samples in (trained, npz))
+    (direct, out), (written, _) = (run(*samples, "--reference", "digits-held-out", *PIXELS, "--per-proc-batch-size", 4)
+                                   for samples in ([trained, *FEW], [npz]))
     assert direct["scores"] == pytest.approx(written["scores"], abs=1e-12)
     assert "ema weights of DiT-S/2 after 20 steps" in out and sorted(os.listdir(os.path.dirname(trained))) == before
     made = direct["samples"]["made"]
@@ -251,6 +291,70 @@ def test_processes_do_not_matter(children, trained, sets, tmp_path):
     for kind in ("", "-set"):
         one, two = (json.loads((tmp_path / f"{name}{kind}.json").read_text())["scores"] for name in ("one", "two"))
         assert one == pytest.approx(two, rel=1e-7)  # 16 images in 192 dimensions: roots of zeros
+
+
+def test_file_sets_do_not_depend_on_processes(children, sets, tmp_path):
+    """Nor does the order of what is kept: rows of all processes come in the order of the images."""
+    results = []
+    for count in (1, 2, 3):
+        children.run("evaluate", "--make-reference", sets[0], *PIXELS, "--per-proc-batch-size", 5, "--output",
+                     tmp_path / "ref.npz", processes=count)
+        with np.load(tmp_path / "ref.npz") as arrays:
+            results.append({name: arrays[name] for name in ("mu", "sigma", "features")})
+    rows = images_of(71, 1).reshape(71, -1).astype(np.float32) / 255
+    for found in results:
+        np.testing.assert_array_equal(found["features"], rows)
+        np.testing.assert_allclose(found["mu"], rows.mean(axis=0, dtype=np.float64), rtol=1e-9)
+        np.testing.assert_allclose(found["sigma"], np.cov(rows.astype(np.float64), rowvar=False), atol=1e-9)
+
+
+def test_a_large_reference_keeps_some_features(command, sets, tmp_path, monkeypatch):
+    """Statistics of all images; features for precision and recall of so many, at equal distances."""
+    import evaluate
+    monkeypatch.setattr(evaluate, "PRECISION_IMAGES", 10)
+    status, _, err = command("evaluate", "--make-reference", sets[0], *PIXELS, "--output", tmp_path / "ref.npz")
+    assert status == 0, err
+    with np.load(tmp_path / "ref.npz") as arrays:
+        rows = images_of(71, 1).reshape(71, -1).astype(np.float32) / 255
+        np.testing.assert_array_equal(arrays["features"], rows[[0, 7, 15, 23, 31, 38, 46, 54, 62, 70]])
+        np.testing.assert_allclose(arrays["mu"], rows.mean(axis=0, dtype=np.float64), rtol=1e-9)
+
+
+class Spoils(torch.nn.Module):
+    """Features that are not finite, or of another size, from some image on; or none."""
+
+    def __init__(self, how: str):
+        super().__init__()
+        self.how = how
+
+    def forward(self, images):
+        rows = images.double().mean(dim=(2, 3))
+        if self.how == "nan":
+            return rows / (rows - rows)
+        if self.how == "none":
+            return rows[:, :0]
+        return rows[:, : 2 if images.shape[0] < 8 else 3]
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning")
+@pytest.mark.parametrize("how, sentence", [
+    ("nan", "the features of the images 0 .. 7 are not finite"), ("none", "gives 0 numbers an image"),
+    ("changing", "gives 2 numbers an image, and 3 before")])
+def test_features_that_are_spoilt(run, sets, tmp_path, how, sentence):
+    torch.jit.save(torch.jit.script(Spoils(how)), tmp_path / "module.pt")
+    assert sentence in run(sets[0], "--reference", sets[1], "--features", tmp_path / "module.pt",
+                           "--per-proc-batch-size", 8, fails=True)
+
+
+def test_a_spoilt_model(command, run, trained, tmp_path):
+    """Weights that are not finite make no black images, and no score."""
+    state = checkpoint.load(trained)
+    state["ema"]["final_layer.linear.bias"] = torch.full_like(state["ema"]["final_layer.linear.bias"], float("nan"))
+    checkpoint.save(str(tmp_path / "spoilt.pt"), state)
+    assert "the model makes images that are not finite" in run(
+        tmp_path / "spoilt.pt", "--reference", "digits", *PIXELS, *FEW, fails=True)
+    status, _, err = command("sample_ddp", "--ckpt", tmp_path / "spoilt.pt", *FEW, "--sample-dir", tmp_path)
+    assert status == 2 and "the model makes images that are not finite" in err
 
 
 def test_more_processes_than_images(children, tmp_path):
@@ -349,12 +453,17 @@ def test_a_record_says_what_was_used(run, sets):
     (["--reference", "y"], "--reference needs SAMPLES"),
     (["x.npz", "--diff", "a", "b"], "--diff takes no SAMPLES, here are x.npz"),
     (["--make-reference", "digits"], "--make-reference needs --output"),
+    (["--make-reference", "digits", "--output", "x.json"], "--output x.json: its name must end in .npz"),
+    (["x.npz", "--reference", "digits", "--output", "x.npz"], "--output x.npz: its name must end in .json"),
+    (["x.pt", "--nll", "digits", "--output", "x.png"], "--output x.png: its name must end in .json"),
+    (["--make-reference", "x.npz", "--output", "./x.npz"], "would overwrite what is to be measured"),
+    (["x.npz", "--reference", "digits", "--cfg-scale", "2"], "--cfg-scale says how a checkpoint's images are made"),
     (["x.npz", "--reference", "digits", "--output", "/nowhere/x.json"], "--output /nowhere/x.json: there is no folder"),
     (["x.npz", "--reference", "digits", "--features", "pixels"], "there is neither a file nor a folder x.npz"),
     (["digits", "--reference", "nothing.npz", "--features", "pixels"], "neither a file nor a folder nothing.npz"),
     (["x.pt", "--reference", "digits", "--features", "pixels"], "x.pt"),
     (["digits", "--reference", "digits", "--features", "what"], "--features what: neither inception"),
-    (["--diff", "a", "b"], "--diff a: this is no record"),
+    (["--diff", "a", "b"], "a is no record of a measurement"),
 ])
 def test_mistakes(command, monkeypatch, tmp_path, flags, sentence):
     monkeypatch.chdir(tmp_path)

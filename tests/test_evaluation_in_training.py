@@ -1,18 +1,24 @@
 """train.py --eval-every: what is measured while a run trains, and that the run does not notice."""
 import csv
 import json
+import logging
 import os
 import re
 import signal
+import time
 
+import numpy as np
 import pytest
+from accelerate import Accelerator
 from conftest import DIGITS, call
 from PIL import Image
 from test_reliability import differences, folder_of, scalars, stored
 
 from evaluation.sources import GeneratedImages
 from runtime import checkpoint
-from runtime.errors import STOPPED
+from runtime.errors import STOPPED, UserError
+from runtime.experiment import Monitor
+from runtime.saving import Saver
 
 RUN = [*DIGITS, "--lr", 0.01, "--ema-decay", 0.5, "--max-steps", 9, "--log-every", 3]
 EVAL = ["--eval-features", "pixels", "--eval-samples", 12, "--eval-sampling-steps", "ddim3"]
@@ -70,21 +76,95 @@ def test_scores_are_those_of_evaluate(command, reference, tmp_path):
 
 
 def test_a_run_that_is_resumed(command, reference, tmp_path):
-    """Rows of steps that are done again are replaced; the best one before still counts."""
+    """Rows of steps that are done again are replaced; a row that was cut off is missing, and no error."""
     flags = [*RUN, *EVAL, "--eval-every", 2, "--eval-reference", reference, "--results-dir", tmp_path]
     assert command("train", *flags, "--ckpt-every", 5)[0] == 0
     first = rows_of(tmp_path)
-    path = folder_of(tmp_path) / "checkpoints" / "0000009.pt"
-    os.truncate(path, 100)
+    os.truncate(folder_of(tmp_path) / "checkpoints" / "0000009.pt", 100)
     os.truncate(folder_of(tmp_path) / "evaluations.csv", (folder_of(tmp_path) / "evaluations.csv").stat().st_size - 9)
-    (folder_of(tmp_path) / "checkpoints" / "best.pt").unlink()
     status, out, err = command("train", *flags, "--ckpt-every", 5, "--resume", "auto")
     assert status == 0 and "at step 5" in out, err
     again = rows_of(tmp_path)
     assert [row["step"] for row in again] == ["2", "4", "6", "8"]
     assert [row["frechet_distance"] for row in again] == [row["frechet_distance"] for row in first]
-    distances = [float(row["frechet_distance"]) for row in again]
-    assert out.count("The best so far") == sum(distances[i] < min(distances[:i]) for i in (2, 3))
+
+
+class DiesWhileKeepingTheBest:
+    """SIGKILL before the n-th best.pt is written."""
+
+    def __init__(self, call):
+        self.call = call
+
+    def __call__(self, rank):
+        keep_best, count = Saver.keep_best, [0]
+
+        def dies(*args):
+            count[0] += 1
+            if count[0] == self.call:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return keep_best(*args)
+
+        Saver.keep_best = dies
+
+
+@pytest.mark.parametrize("every", [2, 3])
+def test_a_kill_while_the_best_is_kept(children, reference, tmp_path, every):
+    """The run that goes on ends with the tables and the best checkpoint of one that was left alone: also where the
+    killed evaluation was of a step that had just been saved (3 is, 2 is not)."""
+    flags = [*RUN, *EVAL, "--eval-every", every, "--eval-reference", reference, "--ckpt-every", 3]
+    children.run("train", *flags, "--results-dir", tmp_path / "alone")
+    children.run("train", *flags, "--results-dir", tmp_path / "killed", prepare=DiesWhileKeepingTheBest(2),
+                 status=-signal.SIGKILL)
+    children.run("train", *flags, "--results-dir", tmp_path / "killed", "--resume", "auto")
+    scores = [[(row["step"], row["frechet_distance"]) for row in rows_of(tmp_path / name)]
+              for name in ("alone", "killed")]
+    assert scores[0] == scores[1] and len(scores[0]) == 9 // every
+    best = [checkpoint.load(str(folder_of(tmp_path / name) / "checkpoints" / "best.pt"))
+            for name in ("alone", "killed")]
+    assert best[0]["step"] == best[1]["step"] and differences(*best) == []
+
+
+def test_a_run_that_is_measured_otherwise(command, reference, tmp_path):
+    """Scores that cannot be compared are not: other settings begin new tables, and the first is the best so far."""
+    flags = [*RUN, *EVAL, "--eval-every", 4, "--results-dir", tmp_path]
+    assert command("train", *flags, "--max-steps", 5, "--eval-reference", reference)[0] == 0
+    status, out, err = command("train", *flags, "--eval-reference", "digits", "--resume", "auto")
+    assert status == 0 and "WARNING: evaluations are not made as before" in out and out.count("the best so far") == 1
+    assert [row["step"] for row in rows_of(tmp_path)] == ["8"]
+    assert (folder_of(tmp_path) / "evaluations-before.csv").read_text().splitlines()[1].startswith("4,")
+    status, out, err = command("train", *flags, "--max-steps", 12, "--eval-reference", "digits", "--resume", "auto")
+    assert status == 0 and "not made as before" not in out and len(rows_of(tmp_path)) == 2, err
+
+
+class FailsOnOne:
+    """The n-th batch of samples fails on one process."""
+
+    def __init__(self, rank, error):
+        self.rank, self.error, self.count = rank, error, 0
+
+    def __call__(self, rank):
+        batch = GeneratedImages.batch
+
+        def fails(*args):
+            self.count += 1
+            if rank == self.rank and self.count == 2:
+                raise self.error("no memory for this")
+            return batch(*args)
+
+        GeneratedImages.batch = fails
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("error", [MemoryError, UserError])
+def test_an_evaluation_that_fails(children, reference, tmp_path, processes, error):
+    """Is told, and training goes on as if nothing had been."""
+    flags = [*EVAL, "--eval-samples", 64, "--eval-every", 4, "--eval-reference", reference]
+    children.run("train", *RUN, "--results-dir", tmp_path / "quiet", processes=processes)
+    out = children.run("train", *RUN, *flags, "--results-dir", tmp_path / "watched", processes=processes,
+                       prepare=FailsOnOne(processes - 1, error))
+    assert (out.count("the evaluation failed; training goes on") == 1 and "no memory for this" in out) or processes == 2
+    assert [row["step"] for row in rows_of(tmp_path / "watched")] == ["8"]
+    assert differences(stored(tmp_path / "quiet", 9), stored(tmp_path / "watched", 9)) == []
 
 
 class ToldWhileSampling:
@@ -106,10 +186,10 @@ class ToldWhileSampling:
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_signal_during_an_evaluation(children, reference, tmp_path, processes):
-    """The evaluation is given up, the run saves and stops."""
-    out = children.run("train", *RUN, *EVAL, "--eval-samples", 64, "--eval-every", 4, "--eval-reference", reference,
-                       "--results-dir", tmp_path, processes=processes, prepare=ToldWhileSampling(processes - 1),
-                       status=STOPPED)
+    """The evaluation is given up by all within two batches, the run saves and stops."""
+    out = children.run("train", *RUN, *EVAL, "--eval-samples", 8 * 5000, "--eval-every", 4, "--eval-reference",
+                       reference, "--results-dir", tmp_path, processes=processes,
+                       prepare=ToldWhileSampling(processes - 1), status=STOPPED)
     assert "(step=0000004) the evaluation was given up" in out and "frechet_distance:" not in out
     assert not (folder_of(tmp_path) / "evaluations.csv").exists() and "--resume auto goes on" in out
 
@@ -128,13 +208,32 @@ def test_a_table_that_cannot_be_written(command, reference, tmp_path):
     (["--eval-every", 5], "--eval-every 5 and --eval-reference None need each other"),
     (["--eval-reference", "digits"], "--eval-every None and --eval-reference digits need each other"),
     (["--eval-every", 5, "--eval-reference", "nothing", "--eval-features", "pixels"], "neither a file nor a folder"),
-    (["--eval-every", 5, "--eval-reference", "digits", "--eval-features", "nothing"], "--features nothing: neither"),
+    (["--eval-every", 5, "--eval-reference", "digits", "--eval-features", "nothing"], "--eval-features nothing: nei"),
     (["--eval-every", 5, "--eval-reference", "digits", "--eval-features", "pixels", "--eval-sampling-steps", 5000],
-     "--num-sampling-steps 5000"),
+     "--eval-sampling-steps 5000"),
+    (["--eval-every", 5, "--eval-reference", "digits", "--eval-features", "pixels", "--eval-samples", 3],
+     "--eval-samples 3: more than 3 are needed"),
 ])
 def test_mistakes_are_told_before_the_first_step(command, tmp_path, flags, sentence):
     status, out, err = command("train", *RUN, *flags, "--results-dir", tmp_path)
     assert status == 2 and sentence in err and "Traceback" not in err and "step=" not in out
+
+
+def test_a_reference_of_another_size_is_told_before_the_first_step(command, tmp_path):
+    np.savez(tmp_path / "large.npz", arr_0=np.zeros((9, 16, 16, 3), dtype=np.uint8))
+    status, out, err = command("train", *RUN, *EVAL, "--eval-every", 2, "--eval-reference", tmp_path / "large.npz",
+                               "--results-dir", tmp_path)
+    assert status == 2 and "has 768 numbers an image, samples of this model have 192" in err and "step=" not in out
+
+
+def test_a_pause_is_no_training(tmp_path):
+    """The time of an evaluation does not count in the speed."""
+    monitor = Monitor(Accelerator(cpu=True), logging.getLogger("dit"), str(tmp_path), 0, 9, 8)
+    with monitor:
+        start = monitor.start
+        with monitor.paused():
+            time.sleep(0.05)
+        assert 0.05 <= monitor.start - start < 5
 
 
 # ---------------------------------------------------------------- plot_run.py

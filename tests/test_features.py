@@ -125,6 +125,25 @@ def test_batches_do_not_matter(features):
         torch.testing.assert_close(one, torch.cat(parts), rtol=1e-4, atol=1e-5)
 
 
+def test_features_are_never_in_tf32(features, monkeypatch):
+    """Whatever the model around them is computed in; and that is left as it was."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("high")
+    torch.backends.cudnn.allow_tf32 = True
+    seen = []
+    hook = features.network.Conv2d_1a_3x3.register_forward_hook(lambda *_: seen.append(
+        (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32)))
+    try:
+        features(torch.from_numpy(picture(1, 8, 8, 3)))
+        assert seen == [("highest", False)]
+        assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32) == ("high", True)
+    finally:
+        hook.remove()
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]
+
+
 def test_other_weights_are_no_fid(features, weights):
     with open(weights, "rb") as file:
         assert features.sha256 == hashlib.sha256(file.read()).hexdigest() != INCEPTION_SHA256

@@ -1,4 +1,6 @@
 """Distances and scores, against closed forms, textbook formulas and brute force in float64."""
+import os
+
 import numpy as np
 import pytest
 import scipy.linalg
@@ -62,11 +64,12 @@ def test_streamed_moments(batch, mean):
         np.testing.assert_allclose(one, want, rtol=1e-9, atol=1e-9 * max(1, abs(mean)) ** 0.5)
 
 
-def moments_of_two(rank, address, results):
+def moments_of_two(rank, folder):
     """One of two processes with uneven shares of the rows."""
     from accelerate import Accelerator
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
+    os.environ.update(WORLD_SIZE="2", RANK=str(rank), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1")
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     rows = torch.from_numpy(random_rows(1001, 17, 3))
     accelerator = Accelerator(cpu=True)
     assert accelerator.num_processes == 2
@@ -74,20 +77,26 @@ def moments_of_two(rank, address, results):
     first.add(rows[:700] if rank == 0 else rows[700:])
     if rank == 1:
         second.add(rows)
-    torch.save([moments.reduce(accelerator).statistics() for moments in (first, second)], f"{results}/{rank}.pt")
+    for number, moments in enumerate((first, second)):
+        mean, covariance = moments.reduce(accelerator).statistics()
+        np.savez(f"{folder}/{rank}-{number}.npz", mean=mean, covariance=covariance)
     torch.distributed.destroy_process_group()
 
 
-def test_moments_of_two_processes(tmp_path, monkeypatch):
+def test_moments_of_two_processes(children, tmp_path):
     """The same on both, also where one has nothing."""
-    for name, value in dict(WORLD_SIZE="2", RANK="0", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1").items():
-        monkeypatch.setenv(name, value)
-    torch.multiprocessing.start_processes(moments_of_two, (f"file://{tmp_path}/meet", str(tmp_path)), nprocs=2,
-                                          start_method="fork")
-    for rank in range(2):
-        for found in torch.load(tmp_path / f"{rank}.pt", weights_only=False):
-            for one, want in zip(found, statistics_of(random_rows(1001, 17, 3))):
-                np.testing.assert_allclose(one, want, rtol=1e-9, atol=1e-9)
+    group = [children.context.Process(target=moments_of_two, args=(rank, str(tmp_path))) for rank in range(2)]
+    for child in group:
+        child.start()
+    for child in group:
+        child.join(60)
+        assert child.exitcode == 0
+    want = statistics_of(random_rows(1001, 17, 3))
+    for path in sorted(tmp_path.glob("*.npz")):
+        with np.load(path) as found:
+            np.testing.assert_allclose(found["mean"], want[0], rtol=1e-9, atol=1e-9)
+            np.testing.assert_allclose(found["covariance"], want[1], rtol=1e-9, atol=1e-9)
+    assert len(list(tmp_path.glob("*.npz"))) == 4
 
 
 # ---------------------------------------------------------------- Inception Score
