@@ -25,7 +25,7 @@ demo: $(VENV)/ready  ## train on the digits, sample, make a set of samples and j
 	    --model DiT-S/2 --depth 4 --hidden-size 96 --num-heads 4 \
 	    --global-batch-size 64 --lr 4e-3 --ema-decay 0.997 --max-steps 3000 \
 	    --log-every 250 --ckpt-every 1000 --sample-every 500 --num-workers 0 --results-dir $(DEMO) \
-	    --eval-every 250 --eval-reference $(DEMO)/held-out.npz --eval-features pixels --eval-samples 359 \
+	    --eval-every 500 --eval-reference $(DEMO)/held-out.npz --eval-features pixels --eval-samples 359 \
 	    --eval-cfg-scale 1.5 --eval-sampling-steps ddim25
 	$(PY) sample.py --ckpt $(RUN)/checkpoints/0003000.pt --cfg-scale 1.5 \
 	    --samples-per-label 10 --trajectory --output $(DEMO)/digits.png

@@ -58,7 +58,7 @@ def bits_per_dimension(accelerator, trained, dataset, num_samples=None, batch_si
         own = chosen[accelerator.process_index::accelerator.num_processes]
         batches = [own[first:first + batch_size] for first in range(0, len(own), batch_size)]
         with tqdm(desc="bits per dimension", unit="pass", total=len(batches) * diffusion.num_timesteps,
-                  dynamic_ncols=True, disable=not accelerator.is_main_process) as bar:
+                  dynamic_ncols=True, disable=not accelerator.is_main_process or None) as bar:
             for indices in batches:
                 sums.add(bound(trained, diffusion, dataset, indices, classes, seed, accelerator.device, bar.update))
     if accelerator.num_processes > 1:

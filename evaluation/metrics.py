@@ -1,4 +1,5 @@
 """Distances and scores, as ADM's evaluation suite defines them; the arithmetic is torch-fidelity's."""
+import numpy as np
 import torch
 
 from runtime.errors import UserError
@@ -16,7 +17,8 @@ def frechet_distance(one, other):
     from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_statistics_to_metric
     first, second = (dict(mu=mean.astype("float64"), sigma=covariance.astype("float64"))
                      for mean, covariance in (one, other))
-    return fid_statistics_to_metric(first, second, verbose=False)[KEY_METRIC_FID]
+    with np.errstate(over="ignore", invalid="ignore"):  # whoever asks will see that it is not finite
+        return fid_statistics_to_metric(first, second, verbose=False)[KEY_METRIC_FID]
 
 
 def inception_score(logits, split=SPLIT):
