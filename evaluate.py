@@ -78,6 +78,7 @@ def main():
     accelerator.end_training()
 
 
+DIGITS_SIZE = 8
 # What says how a checkpoint's images are made: without a meaning for images that are there already.
 MAKING = {"num_fid_samples", "labels", "global_seed", "cfg_scale", "cfg_channels", "num_sampling_steps", "sampler",
           "eta", "model", "num_classes", "vae"}
@@ -97,6 +98,8 @@ def check(flags, given):
     if flags.samples and asked == "reference" and not is_checkpoint(flags.samples) and given & MAKING:
         name = sorted(given & MAKING)[0].replace("_", "-")
         raise UserError(f"--{name} says how a checkpoint's images are made; those of {flags.samples} are there already")
+    if asked == "nll" and not is_checkpoint(flags.samples):
+        raise UserError(f"--nll is of a checkpoint (.pt, .safetensors); {flags.samples} is none")
     if asked == "make_reference" and not flags.output:
         raise UserError("--make-reference needs --output: where the reference goes")
     if flags.output:
@@ -123,6 +126,8 @@ def evaluate(accelerator, flags, given):
         images, image_size = open_samples(flags, given, accelerator)
     reference, reference_record = open_reference(accelerator, flags.reference, features, flags.per_proc_batch_size,
                                                  image_size)
+    with processes.together(accelerator):
+        scores.check_first(images, reference, features)
     samples = measure(accelerator, images, features, flags.per_proc_batch_size, title="samples")
 
     def report():
@@ -184,7 +189,7 @@ def evaluate_likelihood(accelerator, flags, given):
     with processes.together(accelerator):
         trained = load_trained(flags.samples, flags.model, flags.image_size, flags.num_classes, flags.vae, given,
                                accelerator.device)
-        dataset = data.open_data(flags.nll, trained.image_size)
+        dataset = open_labelled(flags.nll, trained.image_size)
     accelerator.print(trained.description())
     found = likelihood.bits_per_dimension(accelerator, trained, dataset, flags.nll_images, flags.per_proc_batch_size,
                                           flags.global_seed)
@@ -200,6 +205,16 @@ def evaluate_likelihood(accelerator, flags, given):
         print(f"wrote {path} and {plot}")
 
     processes.on_main(accelerator, report)
+
+
+def open_labelled(path, image_size):
+    """The data set of --nll."""
+    if path.startswith("digits") and image_size != DIGITS_SIZE:
+        raise UserError(f"--nll {path}: the digits are {DIGITS_SIZE} pixels wide, the model is for {image_size}")
+    try:
+        return data.open_data(path, image_size)
+    except UserError as error:
+        raise UserError(str(error).replace("--data-path", "--nll")) from None
 
 
 def show_differences(one, two):

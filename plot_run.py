@@ -22,6 +22,9 @@ def main():
     flags = build_parser().parse_args()
     if len(flags.runs) > 1 and not flags.output:
         raise UserError("several runs need --output: where their common picture goes")
+    folder = os.path.dirname(os.path.abspath(flags.output or "."))
+    if not os.path.isdir(folder):
+        raise UserError(f"--output {flags.output}: there is no folder {folder}")
     path = flags.output or os.path.join(flags.runs[0], "training.png")
     plot_runs(flags.runs, path)
     print(f"wrote {path}")

@@ -117,9 +117,10 @@ def main():
         vars(flags).update({name: value for name, value in defaults.items() if name not in typed})
     if flags.keep_every and not flags.keep_checkpoints:
         raise UserError(f"--keep-every {flags.keep_every} needs --keep-checkpoints; without it all are kept")
-    if bool(flags.eval_every) != bool(flags.eval_reference):
-        raise UserError(f"--eval-every {flags.eval_every} and --eval-reference {flags.eval_reference} need each other: "
-                        "when to measure, and against what")
+    if flags.eval_every and not flags.eval_reference:
+        raise UserError(f"--eval-every {flags.eval_every} needs --eval-reference: what the samples are compared with")
+    if flags.eval_reference and not flags.eval_every:
+        raise UserError(f"--eval-reference {flags.eval_reference} needs --eval-every: after how many steps, each time")
     if os.path.isdir(flags.vae):
         flags.vae = os.path.abspath(flags.vae)  # checkpoints keep it, and are sampled from elsewhere
     with StopSignals() as signals:
@@ -166,6 +167,7 @@ def prepare(accelerator, flags, given):
         image_channels=dataset.channels, class_names=dataset.class_names, num_images=len(dataset),
         latents=codec.record()))
 
+    evaluator = open_evaluation(accelerator, flags, state.ema.model, codec, dataset, rows) if flags.eval_every else None
     folder, resumed, warnings = processes.on_main(accelerator, lambda: experiment.open_folder(
         flags.results_dir, flags.model, flags.resume))
     with processes.together(accelerator):
@@ -184,10 +186,8 @@ def prepare(accelerator, flags, given):
                                  flips=flags.flip)
     random = BatchRandomness(flags.global_seed, flags.global_batch_size, rows, device)
     step = TrainingStep(accelerator, network, codec, diffusion, schedule_sampler, random, parts=flags.grad_accum_steps)
-    evaluator = None
-    if flags.eval_every:
-        evaluator = open_evaluation(accelerator, flags, state.ema.model, codec, dataset, rows, folder, first_step,
-                                    logger)
+    if evaluator:
+        evaluator.begin(folder, first_step, logger.info)
     return Run(accelerator, dataset, codec, model, network, optimizer, guard, state, saver, batches, step, evaluator,
                folder, logger)
 
@@ -262,7 +262,7 @@ def evaluate(run, step, monitor, signals, is_saved):
             monitor.show_scores(step, found)
 
 
-def open_evaluation(accelerator, flags, model, codec, dataset, rows, folder, first_step, logger):
+def open_evaluation(accelerator, flags, model, codec, dataset, rows):
     """What measures samples of `model`, the EMA, as the --eval flags say. To be called by all processes."""
     try:
         with processes.together(accelerator):
@@ -271,13 +271,11 @@ def open_evaluation(accelerator, flags, model, codec, dataset, rows, folder, fir
                        vae=flags.vae) | made_with(accelerator.device)
         images = GeneratedImages(make, len(dataset.class_names), flags.eval_samples, flags.global_seed, made_of=made_of)
         batch_size = (rows.stop - rows.start) // flags.grad_accum_steps
-        evaluator = open_evaluator(accelerator, flags.eval_features, flags.eval_reference, images, batch_size,
-                                   flags.image_size, folder, first_step, logger.info)
+        return open_evaluator(accelerator, flags.eval_features, flags.eval_reference, images, batch_size,
+                              flags.image_size)
     except UserError as error:  # the parts name the flags of sample.py and evaluate.py
         names = r"--(?:num-)?(features|reference|cfg-scale|sampling-steps)\b"
         raise UserError(re.sub(names, r"--eval-\1", str(error)), shown=error.shown) from None
-    logger.info(f"Every {flags.eval_every} steps: {evaluator.description()}")
-    return evaluator
 
 
 def own_rows(flags, accelerator):

@@ -11,33 +11,24 @@ from runtime.whole_file import whole_file
 from . import records, scores
 from .features import open_features
 from .measure import measure
-from .metrics import NEIGHBOURS
 from .reference import open_reference
 
 
-def open_evaluator(accelerator, features, reference, images, batch_size, image_size, folder, first_step, log):
+def open_evaluator(accelerator, features, reference, images, batch_size, image_size):
     """An `Evaluator`. To be called by all processes.
 
     features, reference  what --eval-features and --eval-reference say
     images               `GeneratedImages` of the EMA model
     batch_size           of each process
     image_size           pixels, where the reference is a folder of images
-    folder, first_step   the experiment's, and where this run begins
     raise                UserError for whatever would go wrong at the first evaluation
     """
     with processes.together(accelerator):
-        if len(images) <= NEIGHBOURS:
-            raise UserError(f"--eval-samples {len(images)}: more than {NEIGHBOURS} are needed")
         space = open_features(features, accelerator.device)
     found, record = open_reference(accelerator, reference, space, batch_size, image_size)
     with processes.together(accelerator):
-        answer = space(images.noise_like(2))  # to the features noise is as good as samples: do the sizes fit?
-        for name, rows in answer._asdict().items():
-            statistics = getattr(found, name)
-            if rows is not None and statistics is not None and rows.shape[1] != len(statistics[0]):
-                raise UserError(f"--reference {reference} has {len(statistics[0])} numbers an image, samples of this "
-                                f"model have {rows.shape[1]}: images of another size?")
-    return Evaluator(accelerator, images, space, found, record, batch_size, folder, first_step, log)
+        scores.check_first(images, found, space)
+    return Evaluator(accelerator, images, space, found, record, batch_size)
 
 
 class Evaluator:
@@ -47,13 +38,24 @@ class Evaluator:
     `checkpoints/best.pt` is the state of the best step. A run that goes on with other settings begins new tables.
     """
 
-    def __init__(self, accelerator, images, features, reference, reference_record, batch_size, folder, first_step, log):
+    def __init__(self, accelerator, images, features, reference, reference_record, batch_size):
         self.accelerator, self.images, self.features, self.batch_size = accelerator, images, features, batch_size
-        self.reference, self.reference_record, self.log = reference, reference_record, log
-        self.csv, self.json = (os.path.join(folder, f"evaluations.{ending}") for ending in ("csv", "json"))
+        self.reference, self.reference_record = reference, reference_record
         self.name = scores.main_score(features)
         self.rows, self.best = [], float("inf")
-        if accelerator.is_main_process:
+
+    def begin(self, folder, first_step, log):
+        """Begin or go on with the tables in an experiment's folder; rows of later steps than first_step are dropped.
+
+        log  called with a line on what is measured, and with warnings
+        """
+        self.log = log
+        self.csv, self.json = (os.path.join(folder, f"evaluations.{ending}") for ending in ("csv", "json"))
+        if self.accelerator.is_main_process:
+            log(self.description())
+            size = self.images.noise_like(1).shape[1:3]
+            for warning in scores.warnings(len(self.images), size, self.reference):
+                log(warning)
             self._go_on(first_step, os.path.join(folder, "checkpoints", "best.pt"))
 
     def _go_on(self, first_step, best_path):
@@ -92,7 +94,7 @@ class Evaluator:
         stopped    asked whether to give up
         return     the scores (an empty dictionary but on the main process); None where it was given up
         """
-        start = time.perf_counter()
+        start, self.images.stopped = time.perf_counter(), stopped
         found = measure(self.accelerator, self.images, self.features, self.batch_size, stopped=stopped,
                         title=f"evaluation at step {step}")
         if found is None:
@@ -114,11 +116,12 @@ class Evaluator:
         return row, row[self.name] < self.best
 
     def description(self):
-        """What is measured, in a line."""
+        """What is measured, and what it costs, in a line."""
         distance = scores.distance_name(self.features, len(self.images))
         made = self.images.make.record()
-        return (f"{distance} of EMA samples ({made['sampler']}, {made['steps']} steps, guidance {made['cfg_scale']:g}) "
-                f"to {self.reference_record['path']}")
+        return (f"Evaluation: {distance} of EMA samples ({made['sampler']}, {made['steps']} steps, guidance "
+                f"{made['cfg_scale']:g}) to {self.reference_record['path']}; each time "
+                f"{len(self.images) * made['model_calls']:,} images pass the network")
 
     def _write(self):
         text = io.StringIO()

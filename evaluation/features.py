@@ -43,7 +43,7 @@ class InceptionFeatures:
 
     def __init__(self, device, weights=None):
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-        path = weights or pretrained.download(INCEPTION_FILE, base_url=INCEPTION_URL, sha256=INCEPTION_SHA256)
+        path = weights or downloaded_inception()
         state = checkpoint.load(path)
         self.sha256 = checksum.of_file(path)
         self.device = device
@@ -84,6 +84,15 @@ class InceptionFeatures:
     def class_logits(self, pool):
         """(n, 2048) -> (n, 1008): pool_3 times the output weights, without bias, as the Inception Score takes them."""
         return pool @ self.network.fc.weight.T.to(pool.device)
+
+
+def downloaded_inception():
+    """The path of the usual weights. raise: UserError where they are not there and cannot be fetched."""
+    try:
+        return pretrained.download(INCEPTION_FILE, base_url=INCEPTION_URL, sha256=INCEPTION_SHA256)
+    except UserError as error:
+        raise UserError(f"{error} (its SHA-256 is {INCEPTION_SHA256}). For images up to 32 x 32 there is --features "
+                        "pixels, which needs no weights") from None
 
 
 class PixelFeatures:

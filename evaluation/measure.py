@@ -11,6 +11,7 @@ from runtime.data import spread
 from runtime.errors import UserError
 
 from .moments import Moments
+from .sources import GivenUp
 
 
 @dataclass
@@ -21,12 +22,14 @@ class Measured:
     pool      (mean, covariance) of the features
     spatial   the same of the second features, or None
     features  (n, D) float32 of all images, or of some, in their order; on the main process only, or None
+    size      (height, width) of the first image, or None where it is not known
     pixels    a hash of all pixels and their order, whatever the batches and processes; None where it was not asked for
     """
     count: int
     pool: tuple
     spatial: tuple = None
     features: torch.Tensor = None
+    size: tuple = None
     pixels: str = None
 
 
@@ -35,10 +38,11 @@ class Share:
 
     def __init__(self, features, kept, hashes):
         self.features, self.kept, self.hashes = features, np.array(kept), hashes
-        self.moments, self.rows, self.pixels = {}, [], 0
+        self.moments, self.rows, self.pixels, self.size = {}, [], 0, None
 
     def add(self, first, images):
         """Images (n, H, W, 3) uint8, of which the first has the number `first`. raise: UserError"""
+        self.size = self.size or tuple(images.shape[1:3])
         try:
             found = self.features(images)
         except torch.OutOfMemoryError:
@@ -87,6 +91,8 @@ def measure(accelerator, images, features, batch_size, keep=None, title="images"
             if error is None and start < stop:
                 try:
                     share.add(start, images.batch(start, stop))
+                except GivenUp:
+                    continue  # whoever asked for it still does
                 except Exception as caught:  # the others are told at the next batch, and must not wait for this one
                     error = caught
                 bar.update(stop - start)
@@ -96,24 +102,29 @@ def measure(accelerator, images, features, batch_size, keep=None, title="images"
 
 
 def _combined(accelerator, share, count):
-    """What all processes measured together."""
-    moments, pixels = _of_all(accelerator, share)
-    statistics = {name: moment.reduce(accelerator).statistics() for name, moment in moments.items()}
-    return Measured(count, features=_gathered(accelerator, share.rows), pixels=pixels, **statistics)
+    """What all processes measured together; None where images are missing."""
+    moments, size, pixels = _of_all(accelerator, share)
+    moments = {name: moment.reduce(accelerator) for name, moment in moments.items()}
+    if not moments or any(moment.count != count for moment in moments.values()):
+        return None  # given up in the last batch
+    statistics = {name: moment.statistics() for name, moment in moments.items()}
+    return Measured(count, features=_gathered(accelerator, share.rows), size=size, pixels=pixels, **statistics)
 
 
 def _of_all(accelerator, share):
-    """The same moments on every process (one that had no image joins in the sums with nothing), and the pixels' hash.
+    """The same moments on every process (one that had no image joins in the sums with nothing), the images' size, and
+    the pixels' hash.
     """
-    sizes, pixels = {name: len(moment.mean) for name, moment in share.moments.items()}, share.pixels
+    sizes, pixels, size = {name: len(moment.mean) for name, moment in share.moments.items()}, share.pixels, share.size
     if accelerator.num_processes > 1:
         known = [None] * accelerator.num_processes
-        torch.distributed.all_gather_object(known, (sizes, pixels))
-        sizes = {name: size for found, _ in known for name, size in found.items()}
-        pixels = sum(pixels for _, pixels in known) % 2**256
-    moments = {name: share.moments.get(name) or Moments(size, accelerator.device)
-               for name, size in sorted(sizes.items())}
-    return moments, f"{pixels:064x}" if share.hashes else None
+        torch.distributed.all_gather_object(known, (sizes, size, pixels))
+        sizes = {name: width for found, _, _ in known for name, width in found.items()}
+        size = next((size for _, size, _ in known if size), None)
+        pixels = sum(pixels for _, _, pixels in known) % 2**256
+    moments = {name: share.moments.get(name) or Moments(width, accelerator.device)
+               for name, width in sorted(sizes.items())}
+    return moments, size, f"{pixels:064x}" if share.hashes else None
 
 
 def _gathered(accelerator, kept):

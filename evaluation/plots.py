@@ -5,6 +5,7 @@ import re
 from runtime.errors import UserError
 from runtime.whole_file import whole_file
 
+from . import records
 from .during_training import read_rows
 
 LOSS_LINE = re.compile(r"\(step=(\d+)\) Train Loss: ([\d.]+)")
@@ -30,7 +31,7 @@ def plot_runs(folders, path):
                                                **style)
     axes[0].set(xlabel="training steps", ylabel="loss (mean of each log interval)")
     for axis, title in zip(axes[1:], titles):
-        axis.set(xlabel="training steps", ylabel=f"{title} of EMA samples", yscale="log")
+        axis.set(xlabel="training steps", ylabel=title, yscale="log")
     if len(runs) > 1:
         axes[0].legend(frameon=False, fontsize="small")
     save_figure(figure, path)
@@ -50,11 +51,15 @@ def losses_in(folder):
 
 
 def distances_in(folder):
-    """The distance's name and [(step, distance)] of a run's evaluations.csv; (None, []) where there is none."""
+    """What was measured, in a line, and [(step, distance)] of a run's evaluations.csv; (None, []) where there is none.
+    """
     rows = read_rows(os.path.join(folder, "evaluations.csv"))
+    space = records.try_read(os.path.join(folder, "evaluations.json")).get("features", {}).get("space", "?")
     for name, title in SCORES.items():
         if found := sorted((row["step"], row[name]) for row in rows if name in row):
-            return title, found
+            counts = sorted({row["images"] for row in rows if "images" in row})
+            space = "" if name == "fid" else f"{space}, "
+            return f"{title} of EMA samples\n({space}{' or '.join(map(str, counts))} images)", found
     return None, []
 
 
@@ -65,7 +70,8 @@ def new_figure(panels, width=4.2, height=3.2):
     axes = figure.subplots(1, panels, squeeze=False)[0]
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
-        axis.grid(alpha=0.25, linewidth=0.5)
+        axis.grid(alpha=0.25, linewidth=0.5, which="both")
+        axis.margins(x=0.04)
     return figure, axes
 
 

@@ -1,5 +1,6 @@
 """The record beside every score: what was measured, with what, against what; and what differs between two of them."""
 import json
+import math
 import os
 
 from runtime.errors import UserError
@@ -46,10 +47,13 @@ NO_DIFFERENCE = ("date", "command")  # two measurements never agree in these, an
 
 def differences(one, two, path=""):
     """(field, value of one, value of two) of all that differs; a missing field is None."""
+    if isinstance(one, dict) or isinstance(two, dict):
+        one, two = ({} if value is None else value for value in (one, two))
     if isinstance(one, dict) and isinstance(two, dict):
         for name in [*one, *(name for name in two if name not in one)]:
-            if name in NO_DIFFERENCE:
-                continue
-            yield from differences(one.get(name), two.get(name), f"{path}.{name}" if path else name)
+            if name not in NO_DIFFERENCE:
+                yield from differences(one.get(name), two.get(name), f"{path}.{name}" if path else name)
+    elif isinstance(one, float) and isinstance(two, float) and math.isclose(one, two, rel_tol=1e-8):
+        return  # rounding
     elif one != two:
         yield path, one, two

@@ -35,7 +35,7 @@ def open_reference(accelerator, path, features, batch_size, image_size=None):
         return reference, record
     found = measure(accelerator, images, features, batch_size, keep=PRECISION_IMAGES, title="reference")
     if "mu" in names:
-        reference.features = found.features
+        reference.features, reference.size = found.features, found.size
         return reference, record
     return found, images.record() | (dict(pixels_sha256=found.pixels) if found.pixels else {})
 
@@ -44,7 +44,8 @@ def _read(path, names, features):
     """(`Measured`, record) of a file of statistics."""
     record = dict(path=os.path.abspath(path), sha256=checksum.of_file(path)) | _own_record(path, names, features)
     reference = Measured(record.get("images"), _statistics(path, "mu", "sigma"),
-                         _statistics(path, "mu_s", "sigma_s") if "mu_s" in names else None)
+                         _statistics(path, "mu_s", "sigma_s") if "mu_s" in names else None,
+                         size=record.pop("size", None))
     if "features" in names:
         rows = _finite(path, "features")
         if rows.ndim != 2 or rows.shape[1] != len(reference.pool[0]):
@@ -69,7 +70,8 @@ def _own_record(path, names, features):
     if space != features.record():
         raise UserError(f"--reference {path} was made in another feature space ({_short(space)}) than --features says "
                         f"({_short(features.record())})")
-    return dict(images=record.get("images"), source=source)
+    size = record.get("size")
+    return dict(images=record.get("images"), size=tuple(size) if isinstance(size, list) else None, source=source)
 
 
 def _statistics(path, mean_name, covariance_name):
@@ -100,7 +102,7 @@ def save_reference(path, reference, features, source):
     source  what the images are, a plain dictionary
     """
     spatial = {} if reference.spatial is None else dict(mu_s=reference.spatial[0], sigma_s=reference.spatial[1])
-    record = json.dumps(dict(features=features.record(), images=reference.count, source=source))
+    record = json.dumps(dict(features=features.record(), images=reference.count, size=reference.size, source=source))
     with whole_file(path) as file:
         np.savez(file, mu=reference.pool[0], sigma=reference.pool[1], features=reference.features.numpy(),
                  record=np.frombuffer(record.encode(), dtype=np.uint8), **spatial)

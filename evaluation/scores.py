@@ -3,6 +3,7 @@ import math
 
 from runtime.errors import UserError
 
+from .measure import Measured
 from .metrics import NEIGHBOURS, SPLIT, frechet_distance, inception_score, precision_recall
 
 
@@ -38,6 +39,17 @@ def check_alike(samples, reference):
                             "images of another size, or another feature space?")
 
 
+def check_first(images, reference, features):
+    """Before the work, not after it: a `UserError` where these images cannot be compared with a `Measured` reference.
+    """
+    if reference.features is not None and len(images) <= NEIGHBOURS:
+        raise UserError(f"{len(images)} samples are too few: precision and recall need more than {NEIGHBOURS}")
+    # To the features noise is as good as samples that are still to be made.
+    few = images.noise_like(2) if hasattr(images, "noise_like") else images.batch(0, min(2, len(images)))
+    rows = {name: found for name, found in features(few)._asdict().items() if found is not None}
+    check_alike(Measured(len(few), **{name: (found[0], None) for name, found in rows.items()}), reference)
+
+
 def main_score(features):
     """The name of the distance that sets are ranked by: the lower, the better."""
     return "fid" if features.is_standard else "frechet_distance"
@@ -62,7 +74,16 @@ def lines(scores, features, samples, reference):
     if "precision" in scores:
         yield (f"precision: {scores['precision']:.4f}, recall: {scores['recall']:.4f} (k = {NEIGHBOURS}, "
                f"{len(reference.features)} images of the reference)")
-    dimensions = len(samples.pool[0])
-    if samples.count <= dimensions:
-        yield (f"WARNING: {samples.count} samples in {dimensions} dimensions: the covariance is singular and the "
-               "distance much too large; compare with equally many only")
+    yield from warnings(samples.count, samples.size, reference)
+
+
+def warnings(count, size, reference):
+    """Sentences on why a distance of so many samples of this size to a `Measured` reference may mislead."""
+    dimensions = len(reference.pool[0])
+    for number, what in ((count, "samples"), (reference.count, "images of the reference")):
+        if number and number <= dimensions:
+            yield (f"WARNING: {number} {what} in {dimensions} dimensions: the covariance is singular and the distance "
+                   "much too large; compare it with that of equally many only")
+    if size and reference.size and tuple(size) != tuple(reference.size):
+        yield (f"WARNING: the samples have {size[1]} x {size[0]} pixels, the reference has "
+               f"{reference.size[1]} x {reference.size[0]}: the distance is of that, too")

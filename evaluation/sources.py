@@ -20,6 +20,10 @@ from runtime.sample_set import sample_labels, set_record
 from . import records
 
 
+class GivenUp(Exception):
+    """The making of images was broken off: somebody wants the process back."""
+
+
 class NpzImages:
     """The images of an .npz: `arr_0` (N, H, W, 3) uint8, as `sample_ddp.py` writes it and ADM's suite takes it."""
 
@@ -127,13 +131,15 @@ class GeneratedImages:
     make     an `ImageMaker`
     labels   "uniform" or "balanced", see `sample_labels`
     made_of  what else is to be recorded of them, a plain dictionary
+
+    Its attribute `stopped` is asked at every sampling step whether to break off, by `GivenUp`.
     """
 
     hashes = False
 
     def __init__(self, make, num_classes, count, seed=0, labels="uniform", made_of=None):
         self.make, self.num_classes, self.count, self.seed, self.labels = make, num_classes, count, seed, labels
-        self.made_of = made_of or {}
+        self.made_of, self.stopped = made_of or {}, lambda: False
 
     def __len__(self):
         return self.count
@@ -142,7 +148,12 @@ class GeneratedImages:
         """Images first .. end - 1: (n, H, W, 3) uint8."""
         device, numbers = self.make.model.pos_embed.device, range(first, end)
         labels = sample_labels(self.labels, self.seed, numbers, self.num_classes)
-        return to_uint8(self.make(torch.from_numpy(labels).to(device), SampleNoise(self.seed, numbers, device)))
+        return to_uint8(self.make(torch.from_numpy(labels).to(device), SampleNoise(self.seed, numbers, device),
+                                  on_step=self._go_on))
+
+    def _go_on(self, step, x):
+        if self.stopped():
+            raise GivenUp
 
     def noise_like(self, count):
         """(count, H, W, 3) uint8 noise of the images' size, without the work of making one."""
@@ -159,6 +170,8 @@ def open_images(path, image_size=None):
     """The images that a path names: an .npz, a folder, `digits` (which are trained on) or `digits-held-out`."""
     if path in ("digits", "digits-held-out"):
         return DigitsImages(path)
+    if os.path.isdir(os.path.join(path, "checkpoints")):
+        raise UserError(f"{path} is the folder of a run: name one of its checkpoints, or {path}/samples")
     if os.path.isdir(path):
         return FolderImages(path, image_size)
     if not os.path.isfile(path):

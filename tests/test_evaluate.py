@@ -14,6 +14,7 @@ from evaluation.features import open_features
 from evaluation.measure import Measured
 from evaluation.metrics import precision_recall
 from evaluation.reference import open_reference
+from evaluation.sources import GeneratedImages
 from runtime import checkpoint, processes
 from runtime.npz import npz_array
 
@@ -249,6 +250,29 @@ def test_samples_that_are_none(run, sets, tmp_path, images, sentence):
 FEW = ["--num-fid-samples", 16, "--per-proc-batch-size", 4, "--num-sampling-steps", "ddim3", "--cfg-scale", 2]
 
 
+def test_what_does_not_fit_is_told_before_sampling(run, trained, sets, monkeypatch):
+    monkeypatch.setattr(GeneratedImages, "batch", lambda *_: pytest.fail("samples were made"))
+    err = run(trained, "--reference", sets[0], *PIXELS, *FEW, fails=True)
+    assert "the reference has 48 numbers an image, the samples have 192" in err
+    err = run(trained, "--reference", "digits", *PIXELS, *FEW, "--num-fid-samples", 3, fails=True)
+    assert "3 samples are too few" in err
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning")
+def test_what_may_mislead_is_told(run, sets, tmp_path):
+    """Few images on either side; sizes that differ where the features do not mind."""
+    _, out = run("digits", "--reference", sets[0], "--features", module_of(tmp_path, Spoils("fine")))
+    assert "WARNING: the samples have 8 x 8 pixels, the reference has 4 x 4" in out
+    np.savez(tmp_path / "few.npz", arr_0=images_of(40, 2))
+    _, out = run(sets[0], "--reference", tmp_path / "few.npz", *PIXELS)
+    assert "WARNING: 40 images of the reference in 48 dimensions" in out and "71 samples in" not in out
+
+
+def test_the_folder_of_a_run_is_no_set_of_images(run, trained, sets):
+    err = run(os.path.dirname(os.path.dirname(trained)), "--reference", sets[0], *PIXELS, fails=True)
+    assert "is the folder of a run: name one of its checkpoints" in err
+
+
 def test_a_checkpoint_is_sampled_and_measured(command, run, trained, tmp_path):
     """The images are those that sample_ddp.py writes, whose record says the same of them."""
     command("sample_ddp", "--ckpt", trained, *FEW, "--sample-dir", tmp_path / "samples")
@@ -333,7 +357,15 @@ class Spoils(torch.nn.Module):
             return rows / (rows - rows)
         if self.how == "none":
             return rows[:, :0]
-        return rows[:, : 2 if images.shape[0] < 8 else 3]
+        if self.how == "fine":
+            return rows
+        return rows[:, : 2 if images.shape[0] == 7 else 3]
+
+
+def module_of(folder, module):
+    path = folder / "module.pt"
+    torch.jit.save(torch.jit.script(module), path)
+    return path
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning")
@@ -341,8 +373,7 @@ class Spoils(torch.nn.Module):
     ("nan", "the features of the images 0 .. 7 are not finite"), ("none", "gives 0 numbers an image"),
     ("changing", "gives 2 numbers an image, and 3 before")])
 def test_features_that_are_spoilt(run, sets, tmp_path, how, sentence):
-    torch.jit.save(torch.jit.script(Spoils(how)), tmp_path / "module.pt")
-    assert sentence in run(sets[0], "--reference", sets[1], "--features", tmp_path / "module.pt",
+    assert sentence in run(sets[0], "--reference", sets[1], "--features", module_of(tmp_path, Spoils(how)),
                            "--per-proc-batch-size", 8, fails=True)
 
 
@@ -391,6 +422,14 @@ def test_bits_per_dimension(command, trained, tmp_path):
 def test_bits_of_images_that_do_not_fit(command, trained, image_folder):
     status, _, err = command("evaluate", trained, "--nll", image_folder)
     assert status == 2 and "the data has images of 8 pixels and 3 channels" in err
+
+
+@pytest.mark.parametrize("flags, sentence", [
+    (["one.npz", "--nll", "digits"], "--nll is of a checkpoint (.pt, .safetensors); one.npz is none"),
+    (["CKPT", "--nll", "nothing"], "--nll nothing: there is no such folder")])
+def test_mistakes_with_bits(command, trained, flags, sentence):
+    status, _, err = command("evaluate", *(trained if flag == "CKPT" else flag for flag in flags))
+    assert status == 2 and sentence in err and "--data-path" not in err, err
 
 
 # ---------------------------------------------------------------- names and records

@@ -48,7 +48,8 @@ def test_a_run_that_is_evaluated(children, reference, tmp_path, processes):
     distances = {int(row["step"]): float(row["frechet_distance"]) for row in rows}
     assert scalars(tmp_path / "watched", "eval/frechet_distance") == pytest.approx(distances)
     assert all(f"(step={step:07d}) frechet_distance: {distance:.4f}" in out for step, distance in distances.items())
-    assert "Every 2 steps: Frechet distance (pixels, 12 images) of EMA samples (ddim, 3 steps, guidance 1)" in out
+    assert "Evaluation: Frechet distance (pixels, 12 images) of EMA samples (ddim, 3 steps, guidance 1)" in out
+    assert "each time 36 images pass the network" in out and "WARNING: 12 samples in 192 dimensions" in out
     record = json.loads((folder_of(tmp_path / "watched") / "evaluations.json").read_text())
     assert record["samples"]["made"].items() >= dict(weights="ema", ema_decay=0.5, sampler="ddim", seed=0).items()
     assert record["reference"]["source"]["path"] == "digits-held-out"
@@ -205,25 +206,26 @@ def test_a_table_that_cannot_be_written(command, reference, tmp_path):
 
 
 @pytest.mark.parametrize("flags, sentence", [
-    (["--eval-every", 5], "--eval-every 5 and --eval-reference None need each other"),
-    (["--eval-reference", "digits"], "--eval-every None and --eval-reference digits need each other"),
+    (["--eval-every", 5], "--eval-every 5 needs --eval-reference"),
+    (["--eval-reference", "digits"], "--eval-reference digits needs --eval-every"),
     (["--eval-every", 5, "--eval-reference", "nothing", "--eval-features", "pixels"], "neither a file nor a folder"),
     (["--eval-every", 5, "--eval-reference", "digits", "--eval-features", "nothing"], "--eval-features nothing: nei"),
     (["--eval-every", 5, "--eval-reference", "digits", "--eval-features", "pixels", "--eval-sampling-steps", 5000],
      "--eval-sampling-steps 5000"),
     (["--eval-every", 5, "--eval-reference", "digits", "--eval-features", "pixels", "--eval-samples", 3],
-     "--eval-samples 3: more than 3 are needed"),
+     "3 samples are too few: precision and recall need more than 3"),
 ])
 def test_mistakes_are_told_before_the_first_step(command, tmp_path, flags, sentence):
     status, out, err = command("train", *RUN, *flags, "--results-dir", tmp_path)
     assert status == 2 and sentence in err and "Traceback" not in err and "step=" not in out
+    assert not list(tmp_path.glob("000-*"))  # no empty folder is left behind
 
 
 def test_a_reference_of_another_size_is_told_before_the_first_step(command, tmp_path):
     np.savez(tmp_path / "large.npz", arr_0=np.zeros((9, 16, 16, 3), dtype=np.uint8))
     status, out, err = command("train", *RUN, *EVAL, "--eval-every", 2, "--eval-reference", tmp_path / "large.npz",
                                "--results-dir", tmp_path)
-    assert status == 2 and "has 768 numbers an image, samples of this model have 192" in err and "step=" not in out
+    assert status == 2 and "has 768 numbers an image, the samples have 192" in err and "step=" not in out
 
 
 def test_a_pause_is_no_training(tmp_path):
@@ -252,8 +254,14 @@ def test_runs_are_drawn(command, reference, tmp_path):
             sizes.append(picture.size)
     assert sizes[0] == sizes[2] and sizes[0][0] == 2 * sizes[1][0]
     (tmp_path / "folder.png").mkdir()
+    command("train", *RUN, *EVAL, "--eval-every", 4, "--eval-samples", 20, "--eval-reference", reference,
+            "--results-dir", tmp_path)  # 20 samples beside 12: not on one axis
+    command("plot_run", one, folder_of(tmp_path, 2), "--output", tmp_path / "three.png")
+    with Image.open(tmp_path / "three.png") as picture:
+        assert picture.width > 2.5 * sizes[1][0]
     for flags, sentence in (([one, two], "several runs need --output"), ([tmp_path], "is no run of train.py"),
                             ([one, "--output", tmp_path / "x.what"], "no picture format has the ending .what"),
-                            ([one, "--output", tmp_path / "folder.png"], "cannot write")):
+                            ([one, "--output", tmp_path / "folder.png"], "cannot write"),
+                            ([one, "--output", tmp_path / "no" / "x.png"], "there is no folder")):
         status, _, err = command("plot_run", *flags)
         assert status == 2 and sentence in err, err
