@@ -223,10 +223,11 @@ def train(run, flags, signals):
             run.optimizer.zero_grad(set_to_none=True)
 
             done = step + 1
-            stop, fault, write_failed = watch.exchange(signals.received, loader.fault, run.saver.has_failed())
-            last = done == batches.last or stop or fault or run.guard.exhausted
-            if done % flags.log_every == 0 or last:
-                monitor.show(done, grad_norm=grad_norm, learning_rate=flags.lr)
+            with processes.waiting(f"the agreement on step {done}", flags.timeout):
+                stop, fault, write_failed = watch.exchange(signals.received, loader.fault, run.saver.has_failed())
+                last = done == batches.last or stop or fault or run.guard.exhausted
+                if done % flags.log_every == 0 or last:
+                    monitor.show(done, grad_norm=grad_norm, learning_rate=flags.lr)
             if is_saved := done % flags.ckpt_every == 0 or last or write_failed:
                 path = run.saver.save(done)
                 logger.info(f"{'Saving' if flags.async_save else 'Saved'} checkpoint to {path}")
