@@ -132,15 +132,16 @@ def add_speed_flags(parser):
 
 
 def speed_of(flags, given, device, log):
-    """The `Speed` that the flags say, checked on this device; what --fast chose is logged."""
-    chosen = Speed(flags.precision, flags.compile, flags.attention)
+    """The `Speed` that the flags say, checked on this device. --fast sets those that were not typed, and logs them."""
     if flags.fast:
-        best = fastest(device)
-        chosen = Speed(*(getattr(chosen if name in given else best, name) for name in Speed.__dataclass_fields__))
-        log(f"--fast: --precision {chosen.precision} {'--compile' if chosen.compile else '--no-compile'} "
-            f"--attention {chosen.attention}")
-    chosen.check(device)
-    if chosen.compile and (reason := why_no_compiler(device)):
+        best = vars(fastest(device)) | dict(fused_adamw=True)
+        vars(flags).update({name: value for name, value in best.items() if name not in given and hasattr(flags, name)})
+        fused = " --fused-adamw" if getattr(flags, "fused_adamw", False) else ""
+        log(f"--fast: --precision {flags.precision} {'--compile' if flags.compile else '--no-compile'} "
+            f"--attention {flags.attention}{fused}")
+    speed = Speed(flags.precision, flags.compile, flags.attention)
+    speed.check(device)
+    if speed.compile and (reason := why_no_compiler(device)):
         log(f"WARNING: --compile: there is no working compiler here ({reason}); going on without it")
-        chosen = replace(chosen, compile=False)
-    return chosen
+        speed = replace(speed, compile=False)
+    return speed

@@ -26,22 +26,21 @@ class Speed:
     compile: bool = False
     attention: str = "auto"
 
-    @contextlib.contextmanager
-    def context(self, kind):
-        """The block that the network is called in; `kind` of device: cuda, cpu ..."""
-        with contextlib.ExitStack() as stack:
-            if self.precision == "bf16":
-                stack.enter_context(torch.autocast(kind, torch.bfloat16))
-            if self.attention != "auto":
-                stack.enter_context(sdpa_kernel(KERNELS[self.attention]))
-            yield
-
     def of(self, network):
         """A callable like `network`, computed so; its output is float32."""
         def computed(x, *args, **more):
-            with self.context(x.device.type):
+            with self._autocast(x.device.type), self.kernels():
                 return network(x, *args, **more).float()
         return computed
+
+    def _autocast(self, kind):
+        return torch.autocast(kind, torch.bfloat16) if self.precision == "bf16" else contextlib.nullcontext()
+
+    def kernels(self):
+        """The block in which attention has its kernel: around the backward pass too, where activations are computed
+        again.
+        """
+        return contextlib.nullcontext() if self.attention == "auto" else sdpa_kernel(KERNELS[self.attention])
 
     def check(self, device):
         """A `UserError` where this device knows no such precision or kernel."""

@@ -47,7 +47,7 @@ class TrainingStep:
             rows, is_last = slice(part * share, (part + 1) * share), part == self.parts - 1
             condition = dict(y=labels[rows], force_drop_ids=drop[rows] if has_null_class else None)
             x = self.codec.encode(images[rows], posterior_noise[rows])
-            with contextlib.nullcontext() if is_last else self.accelerator.no_sync(self.network):
+            with contextlib.nullcontext() if is_last else self.accelerator.no_sync(self.network), self.speed.kernels():
                 terms = self.diffusion.training_losses(network, x, t[rows], condition, noise[rows])
                 spoil_if_not_finite((terms["loss"] * weights[rows]).mean() / self.parts).backward()
             all_terms.append({name: values.detach() for name, values in terms.items()})
