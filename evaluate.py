@@ -24,10 +24,12 @@ from runtime.flags import (
     add_feature_flags,
     add_model_flags,
     add_sampling_flags,
+    add_speed_flags,
     minutes,
     non_negative_int,
     parse,
     positive_int,
+    speed_of,
 )
 from runtime.generate import image_maker
 from runtime.provenance import made_with
@@ -48,6 +50,7 @@ def build_parser():
     add_feature_flags(parser)
     add_model_flags(parser, vae="ema", ckpt=False)
     add_sampling_flags(parser, cfg_scale=1.5)
+    add_speed_flags(parser)
     group = parser.add_argument_group("set")
     group.add_argument("--num-fid-samples", type=positive_int, default=50000, help="images made of a checkpoint")
     group.add_argument("--nll-images", type=positive_int, default=1000, help="images of --nll; 1000 passes each")
@@ -67,7 +70,7 @@ def main():
     check(flags, given)
     if flags.diff:
         return show_differences(*flags.diff)
-    accelerator = processes.start(flags.tf32, flags.timeout)
+    accelerator = processes.start(flags.tf32 and flags.precision != "fp32", flags.timeout)
     with processes.waiting("the evaluation", flags.timeout):
         if flags.make_reference:
             make_reference(accelerator, flags, given)
@@ -81,7 +84,7 @@ def main():
 DIGITS_SIZE = 8
 # What says how a checkpoint's images are made: without a meaning for images that are there already.
 MAKING = {"num_fid_samples", "labels", "global_seed", "cfg_scale", "cfg_channels", "num_sampling_steps", "sampler",
-          "eta", "model", "num_classes", "vae"}
+          "eta", "model", "num_classes", "vae", "fast", "precision", "compile", "attention"}
 
 
 def check(flags, given):
@@ -153,7 +156,7 @@ def open_samples(flags, given, accelerator):
                            accelerator.device)
     accelerator.print(trained.description())
     make = image_maker(trained.model, trained.codec, flags.num_sampling_steps, flags.cfg_scale, flags.cfg_channels,
-                       flags.sampler, flags.eta)
+                       flags.sampler, flags.eta, speed_of(flags, given, accelerator.device, accelerator.print))
     images = GeneratedImages(make, trained.num_classes, flags.num_fid_samples, flags.global_seed, flags.labels,
                              trained.record() | made_with(accelerator.device))
     return images, trained.image_size

@@ -3,12 +3,14 @@
 Read from the bottom up for the whole picture, or in order: position table, embeddings, blocks, DiT, sizes.
 Shapes: N batch, C channels, H W latent height and width, p patch size, T tokens, D width.
 """
+import contextlib
 import math
 import operator
 
 import numpy as np
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 try:
     from timm.layers import Attention, Mlp
@@ -107,8 +109,16 @@ class TimestepEmbedder(nn.Module):
         return nn.functional.pad(features, (0, dim % 2))
 
     def forward(self, t):
-        features = self.timestep_embedding(t, self.frequency_embedding_size)
-        return self.mlp(features.to(self.mlp[0].weight.dtype))
+        with full_precision(t.device.type):
+            features = self.timestep_embedding(t, self.frequency_embedding_size)
+            return self.mlp(features.to(self.mlp[0].weight.dtype))
+
+
+def full_precision(kind):
+    """A block that autocast leaves alone: 256 sines of a timestep need more than the 8 bits of bfloat16."""
+    if kind == "meta" or not torch.is_autocast_enabled(kind):
+        return contextlib.nullcontext()
+    return torch.autocast(kind, enabled=False)
 
 
 class LabelEmbedder(nn.Module):
@@ -239,6 +249,7 @@ class DiT(nn.Module):
         self.y_embedder = LabelEmbedder(num_classes, hidden_size, class_dropout_prob)
         # A fixed table, yet a parameter: the published optimiser states count it.
         self.pos_embed = nn.Parameter(torch.zeros(1, self.x_embedder.num_patches, hidden_size), requires_grad=False)
+        self.checkpointed = 0.0  # share of the blocks that keep no activations in training, but compute them again
         self.blocks = nn.ModuleList([DiTBlock(hidden_size, num_heads, mlp_ratio) for _ in range(depth)])
         self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels)
         self.initialize_weights()
@@ -283,10 +294,17 @@ class DiT(nn.Module):
         """
         x = self.x_embedder(x) + self.pos_embed                                          # (N, T, D)
         c = self.t_embedder(t) + self.y_embedder(y, self.training, force_drop_ids)       # (N, D)
-        for block in self.blocks:
-            x = block(x, c)                                                              # (N, T, D)
+        for i, block in enumerate(self.blocks):
+            if self.training and self._is_checkpointed(i):
+                x = checkpoint(block, x, c, use_reentrant=False)                         # (N, T, D)
+            else:
+                x = block(x, c)                                                          # (N, T, D)
         x = self.final_layer(x, c)                                                       # (N, T, p * p * 2C)
         return self.unpatchify(x)                                                        # (N, 2C, H, W)
+
+    def _is_checkpointed(self, i):
+        """Whether block i is among those that `checkpointed` chooses, at equal distances."""
+        return int((i + 1) * self.checkpointed) > int(i * self.checkpointed)
 
     def forward_with_cfg(self, x, t, y, cfg_scale, cfg_channels=None):
         """Classifier-free guidance (Ho & Salimans, 2021): eps_u + s (eps_c - eps_u) on the noise, never the variance.
@@ -310,9 +328,9 @@ class DiT(nn.Module):
         n = len(x) // 2
         half = x[:n]
         if cfg_scale == 1:
-            out = self.forward(half, t[:n], y[:n])
+            out = self(half, t[:n], y[:n])
             return torch.cat([out, out])
-        out = self.forward(torch.cat([half, half]), t, y)
+        out = self(torch.cat([half, half]), t, y)
         eps, rest = out[:, :guided], out[:, guided:]
         eps_cond, eps_null = eps.chunk(2)
         eps = eps_null + cfg_scale * (eps_cond - eps_null)

@@ -14,7 +14,16 @@ from PIL import Image
 from runtime import processes
 from runtime.classes import parse_labels
 from runtime.errors import UserError, run_command
-from runtime.flags import HelpFormatter, add_model_flags, add_sampling_flags, non_negative_int, parse, positive_int
+from runtime.flags import (
+    HelpFormatter,
+    add_model_flags,
+    add_sampling_flags,
+    add_speed_flags,
+    non_negative_int,
+    parse,
+    positive_int,
+    speed_of,
+)
 from runtime.generate import GlobalNoise, PathRecorder, image_maker, save_grid
 from runtime.trained_model import load_trained
 
@@ -26,6 +35,7 @@ def build_parser():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     add_model_flags(parser, vae="mse")
     add_sampling_flags(parser, cfg_scale=4.0)
+    add_speed_flags(parser)
     group = parser.add_argument_group("picture")
     group.add_argument("--seed", type=non_negative_int, default=0, help="of the noise")
     group.add_argument("--class-labels", nargs="+", metavar="LABEL",
@@ -40,11 +50,11 @@ def build_parser():
 def main():
     flags, given = parse(build_parser())
     check_output(flags.output, flags.trajectory)
-    device = processes.start().device
+    device = processes.start(tf32=flags.precision != "fp32").device
     trained = load_trained(flags.ckpt, flags.model, flags.image_size, flags.num_classes, flags.vae, given, device)
     print(trained.description())
     make = image_maker(trained.model, trained.codec, flags.num_sampling_steps, flags.cfg_scale, flags.cfg_channels,
-                       flags.sampler, flags.eta)
+                       flags.sampler, flags.eta, speed_of(flags, given, device, print))
     if flags.class_labels:
         chosen = parse_labels(flags.class_labels, trained.class_names, trained.num_classes)
     else:

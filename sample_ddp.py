@@ -13,7 +13,16 @@ from tqdm.auto import tqdm
 
 from runtime import checksum, processes
 from runtime.errors import run_command
-from runtime.flags import HelpFormatter, add_model_flags, add_sampling_flags, non_negative_int, parse, positive_int
+from runtime.flags import (
+    HelpFormatter,
+    add_model_flags,
+    add_sampling_flags,
+    add_speed_flags,
+    non_negative_int,
+    parse,
+    positive_int,
+    speed_of,
+)
 from runtime.generate import SampleNoise, image_maker, to_uint8
 from runtime.provenance import made_with
 from runtime.sample_set import SampleSet, sample_labels, set_record
@@ -24,6 +33,7 @@ def build_parser():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     add_model_flags(parser, vae="ema")
     add_sampling_flags(parser, cfg_scale=1.5)
+    add_speed_flags(parser)
     group = parser.add_argument_group("set")
     group.add_argument("--sample-dir", default="samples", help="where the .npz goes")
     group.add_argument("--num-fid-samples", type=positive_int, default=50000, help="size of the set")
@@ -38,12 +48,12 @@ def build_parser():
 
 def main():
     flags, given = parse(build_parser())
-    accelerator = processes.start(tf32=flags.tf32)
+    accelerator = processes.start(tf32=flags.tf32 and flags.precision != "fp32")
     device, rank, world = accelerator.device, accelerator.process_index, accelerator.num_processes
     with processes.together(accelerator):
         trained = load_trained(flags.ckpt, flags.model, flags.image_size, flags.num_classes, flags.vae, given, device)
         make = image_maker(trained.model, trained.codec, flags.num_sampling_steps, flags.cfg_scale, flags.cfg_channels,
-                           flags.sampler, flags.eta)
+                           flags.sampler, flags.eta, speed_of(flags, given, device, accelerator.print))
         samples = SampleSet(os.path.join(flags.sample_dir, folder_name(trained, make, flags)))
         samples.open()
     accelerator.print(trained.description())
@@ -84,7 +94,8 @@ def folder_name(trained, make, flags):
              f"{make.sampler}-{flags.num_sampling_steps}"]
     parts += [f"eta-{flags.eta:g}"] if flags.eta else []
     parts += [f"labels-{flags.labels}"] if flags.labels != "uniform" else []
-    parts += [f"seed-{flags.global_seed}"] + ([] if flags.tf32 else ["fp32"])
+    parts += [f"seed-{flags.global_seed}"] + ([] if flags.tf32 and make.speed.precision == "tf32" else [
+        "fp32" if make.speed.precision == "tf32" else make.speed.precision])
     return "-".join(parts)
 
 

@@ -25,6 +25,7 @@ from runtime import data, experiment, latent_cache, latents, processes
 from runtime.errors import Stopped, UserError, run_command
 from runtime.flags import (
     HelpFormatter,
+    add_speed_flags,
     decay,
     fraction,
     guidance_scale,
@@ -34,12 +35,14 @@ from runtime.flags import (
     positive_float,
     positive_int,
     sampling_steps,
+    speed_of,
 )
 from runtime.generate import SampleNoise, image_maker
 from runtime.provenance import made_with
 from runtime.randomness import WEIGHTS, BatchRandomness, seed_of
 from runtime.saving import Saver
 from runtime.signals import StopSignals
+from runtime.speed import compile_network
 from runtime.step_guard import StepGuard
 from runtime.training_state import TrainingState
 from runtime.training_step import TrainingStep, gradient_norm
@@ -82,6 +85,11 @@ def build_parser():
     group.add_argument("--max-grad-norm", type=positive_float, help="clip the gradient to this norm")
     group.add_argument("--schedule-sampler", choices=["uniform", "loss-second-moment"], default="uniform",
                        help="which timesteps: all alike, or more of those with a large loss")
+    group = add_speed_flags(parser)
+    group.add_argument("--fused-adamw", action=argparse.BooleanOptionalAction, default=False,
+                       help="the optimiser's step in one kernel")
+    group.add_argument("--grad-checkpointing", type=fraction, nargs="?", const=1.0, default=0.0, metavar="SHARE",
+                       help="compute activations of this share of the blocks twice, to save memory; alone: all")
     group = parser.add_argument_group("results")
     group.add_argument("--results-dir", default="results", help="where experiments get their folders")
     group.add_argument("--log-every", type=positive_int, default=100, help="steps")
@@ -125,7 +133,7 @@ def main():
         flags.vae = os.path.abspath(flags.vae)  # checkpoints keep it, and are sampled from elsewhere
     with StopSignals() as signals:
         with processes.waiting("the start", flags.timeout):
-            accelerator = processes.start(patience=flags.timeout)
+            accelerator = processes.start(flags.precision != "fp32", flags.timeout)
             run = prepare(accelerator, flags, given)
         train(run, flags, signals)
     accelerator.end_training()
@@ -153,13 +161,14 @@ class Run:
 
 def prepare(accelerator, flags, given):
     """Everything that can go wrong before the first step: a `Run`, or a `UserError` on all processes."""
-    device = accelerator.device
+    device, log = accelerator.device, []
     with processes.together(accelerator):
+        speed = speed_of(flags, given, device, log.append)
         rows = own_rows(flags, accelerator)
         dataset, codec = open_dataset(flags, given, device)
         model = build_model(flags, codec).to(device)
     network = accelerator.prepare(model)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=flags.lr, weight_decay=0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=flags.lr, weight_decay=0, fused=flags.fused_adamw or None)
     diffusion = create_diffusion(timestep_respacing="")
     schedule_sampler = create_named_schedule_sampler(flags.schedule_sampler, diffusion)
     guard = StepGuard(accelerator, flags.max_bad_steps, flags.max_loss_spike)
@@ -167,9 +176,14 @@ def prepare(accelerator, flags, given):
         image_channels=dataset.channels, class_names=dataset.class_names, num_images=len(dataset),
         latents=codec.record()))
 
-    evaluator = open_evaluation(accelerator, flags, state.ema.model, codec, dataset, rows) if flags.eval_every else None
+    evaluator = None
+    if flags.eval_every:
+        evaluator = open_evaluation(accelerator, flags, state.ema.model, codec, dataset, rows, speed)
     folder, resumed, warnings = processes.on_main(accelerator, lambda: experiment.open_folder(
         flags.results_dir, flags.model, flags.resume))
+    model.checkpointed = flags.grad_checkpointing
+    if speed.compile:  # after the EMA was copied of it, which is compiled for itself where it is used
+        compile_network(model, by_block=accelerator.num_processes > 1)
     with processes.together(accelerator):
         first_step, changes = state.restore(resumed, flags.override) if resumed else (0, [])
     warnings += [f"WARNING: {change} (--override)" for change in changes]
@@ -180,12 +194,13 @@ def prepare(accelerator, flags, given):
         logger = guard.logger = experiment.open_log(folder, accelerator.is_main_process)
         if accelerator.is_main_process:
             for line in (*opening_lines(flags, folder, accelerator, model, dataset, resumed, first_step, last_step),
-                         *warnings, *latents.first_look(codec, dataset.examples(latents.LOOKED_AT), device)):
+                         *log, *warnings, *latents.first_look(codec, dataset.examples(latents.LOOKED_AT), device)):
                 logger.info(line)
     batches = data.GlobalBatches(len(dataset), flags.global_batch_size, rows, flags.global_seed, first_step, last_step,
                                  flips=flags.flip)
     random = BatchRandomness(flags.global_seed, flags.global_batch_size, rows, device)
-    step = TrainingStep(accelerator, network, codec, diffusion, schedule_sampler, random, parts=flags.grad_accum_steps)
+    step = TrainingStep(accelerator, network, codec, diffusion, schedule_sampler, random, parts=flags.grad_accum_steps,
+                        speed=speed)
     if evaluator:
         evaluator.begin(folder, first_step, logger.info)
     return Run(accelerator, dataset, codec, model, network, optimizer, guard, state, saver, batches, step, evaluator,
@@ -263,11 +278,11 @@ def evaluate(run, step, monitor, signals, is_saved):
             monitor.show_scores(step, found)
 
 
-def open_evaluation(accelerator, flags, model, codec, dataset, rows):
+def open_evaluation(accelerator, flags, model, codec, dataset, rows, speed):
     """What measures samples of `model`, the EMA, as the --eval flags say. To be called by all processes."""
     try:
         with processes.together(accelerator):
-            make = image_maker(model, codec, flags.eval_sampling_steps, flags.eval_cfg_scale)
+            make = image_maker(model, codec, flags.eval_sampling_steps, flags.eval_cfg_scale, speed=speed)
         made_of = dict(model=flags.model, weights="ema", ema_decay=flags.ema_decay, image_size=flags.image_size,
                        vae=flags.vae) | made_with(accelerator.device)
         images = GeneratedImages(make, len(dataset.class_names), flags.eval_samples, flags.global_seed, made_of=made_of)

@@ -1,7 +1,10 @@
 """Flags that several commands share, and the kinds of values that flags take."""
 import argparse
+from dataclasses import replace
 
 from models import DiT_models
+
+from .speed import KERNELS, PRECISIONS, Speed, fastest, why_no_compiler
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
@@ -115,3 +118,30 @@ def add_feature_flags(parser):
                        help="inception (FID and the rest), pixels (up to 32 x 32), or a TorchScript module's file")
     group.add_argument("--inception", metavar="FILE", help="weights of Inception; default: downloaded once")
     return group
+
+
+def add_speed_flags(parser):
+    """How the network is computed; without them as published. Returns the group."""
+    group = parser.add_argument_group("speed")
+    group.add_argument("--fast", action="store_true", help="what is fastest on this device; flags that are typed win")
+    group.add_argument("--precision", choices=PRECISIONS, default="tf32",
+                       help="of the network: tf32 where the GPU has it (as published), fp32, or bf16 by autocast")
+    group.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False, help="by torch.compile")
+    group.add_argument("--attention", choices=["auto", *KERNELS], default="auto", help="which kernel")
+    return group
+
+
+def speed_of(flags, given, device, log):
+    """The `Speed` that the flags say, checked on this device. --fast sets those that were not typed, and logs them."""
+    if flags.fast:
+        best = vars(fastest(device)) | dict(fused_adamw=True)
+        vars(flags).update({name: value for name, value in best.items() if name not in given and hasattr(flags, name)})
+        fused = " --fused-adamw" if getattr(flags, "fused_adamw", False) else ""
+        log(f"--fast: --precision {flags.precision} {'--compile' if flags.compile else '--no-compile'} "
+            f"--attention {flags.attention}{fused}")
+    speed = Speed(flags.precision, flags.compile, flags.attention)
+    speed.check(device)
+    if speed.compile and (reason := why_no_compiler(device)):
+        log(f"WARNING: --compile: there is no working compiler here ({reason}); going on without it")
+        speed = replace(speed, compile=False)
+    return speed

@@ -12,6 +12,7 @@ from models import default_cfg_channels
 
 from .errors import UserError
 from .randomness import SAMPLE_NOISE, generator
+from .speed import PLAIN, Speed, compile_network
 
 
 class GlobalNoise:
@@ -52,8 +53,8 @@ class SampleNoise:
         return self.initial(x.shape)
 
 
-def image_maker(model, codec, num_steps, cfg_scale, cfg_channels=None, sampler=None, eta=0.0):
-    """An `ImageMaker`, from what the sampling flags say."""
+def image_maker(model, codec, num_steps, cfg_scale, cfg_channels=None, sampler=None, eta=0.0, speed=PLAIN):
+    """An `ImageMaker`, from what the sampling flags say. With speed.compile the model is compiled in place."""
     try:
         diffusion = create_diffusion(str(num_steps), learn_sigma=model.learn_sigma)
     except ValueError as error:
@@ -65,7 +66,9 @@ def image_maker(model, codec, num_steps, cfg_scale, cfg_channels=None, sampler=N
     sampler = sampler or ("ddim" if str(num_steps).startswith("ddim") else "ddpm")
     if eta and sampler != "ddim":
         raise UserError(f"--eta {eta:g} is DDIM's noise: pass --sampler ddim with it")
-    return ImageMaker(model, codec, diffusion, cfg_scale, guided, sampler, eta)
+    if speed.compile:
+        compile_network(model)
+    return ImageMaker(model, codec, diffusion, cfg_scale, guided, sampler, eta, speed)
 
 
 @dataclass
@@ -79,6 +82,7 @@ class ImageMaker:
     cfg_channels  how many latent channels are guided; None: the model's default
     sampler       "ddpm" or "ddim"
     eta           DDIM's noise: 0 is deterministic
+    speed         how the network is computed
     """
 
     model: torch.nn.Module
@@ -88,8 +92,10 @@ class ImageMaker:
     cfg_channels: int = None
     sampler: str = "ddpm"
     eta: float = 0.0
+    speed: Speed = PLAIN
 
     def __post_init__(self):
+        self.largest = 0
         if self.cfg_scale < 1:
             raise UserError(f"--cfg-scale {self.cfg_scale:g}: guidance starts at 1, which means none")
         if self.cfg_scale > 1 and not self.model.y_embedder.has_null_class:
@@ -101,7 +107,7 @@ class ImageMaker:
         steps = self.diffusion.num_timesteps
         return dict(sampler=self.sampler, steps=steps, model_calls=steps * (2 if self.cfg_scale > 1 else 1),
                     eta=self.eta, cfg_scale=self.cfg_scale, cfg_channels=self.cfg_channels,
-                    in_channels=self.model.in_channels)
+                    in_channels=self.model.in_channels, precision=self.speed.precision)
 
     @torch.no_grad()
     def __call__(self, labels, noise, on_step=None, progress=False):
@@ -112,6 +118,7 @@ class ImageMaker:
         on_step  called with (step, x_t) after each step, and with (-1, x_T) before the first
         return   (N, C, H, W) float32, about [-1, 1]
         """
+        self.largest = max(self.largest, len(labels))
         shape = (len(labels), self.model.in_channels, *self.model.x_embedder.input_size)
         loop = (self.diffusion.ddim_sample_loop_progressive if self.sampler == "ddim"
                 else self.diffusion.p_sample_loop_progressive)
@@ -128,17 +135,26 @@ class ImageMaker:
 
     def _denoiser(self, labels):
         """What the sampler calls: (x, t) -> the network's output, guided."""
+        rows = self.largest if self.speed.compile else len(labels)
+        labels = padded(labels, rows)
         if self.cfg_scale == 1:
-            return lambda x, t: self.model(x, t, labels)
+            network = self.speed.of(self.model)
+            return lambda x, t: network(padded(x, rows), padded(t, rows), labels)[: len(x)]
         null = torch.full_like(labels, self.model.y_embedder.num_classes)
-        both = torch.cat([labels, null])
+        both, network = torch.cat([labels, null]), self.speed.of(self.model.forward_with_cfg)
 
         def guided(x, t):
-            out = self.model.forward_with_cfg(torch.cat([x, x]), torch.cat([t, t]), both, self.cfg_scale,
-                                              self.cfg_channels)
-            return out[: len(x)]
+            double_x, double_t = (padded(values, rows).repeat(2, *(1,) * (values.ndim - 1)) for values in (x, t))
+            return network(double_x, double_t, both, self.cfg_scale, self.cfg_channels)[: len(x)]
 
         return guided
+
+
+def padded(values, rows):
+    """(N, ...) -> (rows, ...), the last one repeated: a compiled network sees batches of one size only."""
+    if len(values) == rows:
+        return values
+    return torch.cat([values, values[-1:].expand(rows - len(values), *values.shape[1:])])
 
 
 UINT8_RULE = "clamp(127.5 x + 128, 0, 255), truncated"

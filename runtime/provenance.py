@@ -20,7 +20,7 @@ def made_with(device):
     return dict(date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"), commit=commit(),
                 command=shlex.join([os.path.basename(sys.argv[0]), *sys.argv[1:]]),
                 device=hardware(kind),
-                precision="fp32", tf32=is_cuda and torch.backends.cuda.matmul.allow_tf32,
+                tf32=is_cuda and torch.backends.cuda.matmul.allow_tf32,
                 python=platform.python_version(), versions=versions())
 
 

@@ -13,6 +13,8 @@ FREE_FLAGS = {"resume", "results_dir", "epochs", "max_steps", "num_workers", "lo
               "async_save", "timeout", "max_bad_steps"}
 # Where the data lie may change: what they are is in the configuration.
 FREE_FLAGS |= {"data_path", "features_path", "vae"}
+# How fast, not what; other rounding is as welcome as another GPU's. (Another precision is not.)
+FREE_FLAGS |= {"fast", "compile", "attention", "fused_adamw", "grad_checkpointing"}
 # Evaluation only watches.
 FREE_FLAGS |= {"eval_every", "eval_samples", "eval_reference", "eval_features", "eval_cfg_scale", "eval_sampling_steps"}
 

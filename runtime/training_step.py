@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from .randomness import LABEL_DROP, NOISE, POSTERIOR, BatchRandomness
+from .speed import PLAIN, Speed
 
 
 @dataclass
@@ -14,6 +15,7 @@ class TrainingStep:
 
     Every random number comes from `random`, so that it follows from (seed, step, position in the global batch).
     parts  the rows are computed in so many parts, to save memory
+    speed  how the network is computed
     """
 
     accelerator: object
@@ -23,6 +25,7 @@ class TrainingStep:
     schedule_sampler: object
     random: BatchRandomness
     parts: int
+    speed: Speed = PLAIN
 
     def backward(self, step, images, labels):
         """Add the gradients over this process' rows of the global batch.
@@ -30,7 +33,7 @@ class TrainingStep:
         images  (n, C, H, W) in [-1, 1], or what else the codec takes; labels (n,)
         return  dictionary of scalars on the device: loss, mse, vb, weighted means over the rows
         """
-        model = self.accelerator.unwrap_model(self.network)
+        model, network = self.accelerator.unwrap_model(self.network), self.speed.of(self.network)
         latent_shape = (model.in_channels, *model.x_embedder.input_size)
         t, weights = self.random.timesteps(step, self.schedule_sampler)
         noise = self.random.normal(NOISE, step, latent_shape)
@@ -44,8 +47,8 @@ class TrainingStep:
             rows, is_last = slice(part * share, (part + 1) * share), part == self.parts - 1
             condition = dict(y=labels[rows], force_drop_ids=drop[rows] if has_null_class else None)
             x = self.codec.encode(images[rows], posterior_noise[rows])
-            with contextlib.nullcontext() if is_last else self.accelerator.no_sync(self.network):
-                terms = self.diffusion.training_losses(self.network, x, t[rows], condition, noise[rows])
+            with contextlib.nullcontext() if is_last else self.accelerator.no_sync(self.network), self.speed.kernels():
+                terms = self.diffusion.training_losses(network, x, t[rows], condition, noise[rows])
                 spoil_if_not_finite((terms["loss"] * weights[rows]).mean() / self.parts).backward()
             all_terms.append({name: values.detach() for name, values in terms.items()})
         terms = {name: torch.cat([terms[name] for terms in all_terms]) for name in all_terms[0]}
