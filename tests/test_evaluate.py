@@ -284,7 +284,7 @@ def test_a_checkpoint_is_sampled_and_measured(command, run, trained, tmp_path):
     assert "ema weights of DiT-S/2 after 20 steps" in out and sorted(os.listdir(os.path.dirname(trained))) == before
     made = direct["samples"]["made"]
     assert made.items() >= dict(sampler="ddim", steps=3, model_calls=6, cfg_scale=2.0, cfg_channels=1, in_channels=1,
-                                vae="none", weights="ema", ema_decay=0.5, step=20, precision="fp32", tf32=False,
+                                vae="none", weights="ema", ema_decay=0.5, step=20, precision="tf32", tf32=False,
                                 labels="uniform", seed=0, uint8="clamp(127.5 x + 128, 0, 255), truncated").items()
     same = {name: value for name, value in made.items() if name not in ("command", "date")}
     assert written["samples"]["made"].items() >= same.items()
