@@ -212,7 +212,7 @@ def evaluate_likelihood(accelerator, flags, given):
 
 def open_labelled(path, image_size):
     """The data set of --nll."""
-    if path.startswith("digits") and image_size != DIGITS_SIZE:
+    if path in ("digits", "digits-held-out") and image_size != DIGITS_SIZE:
         raise UserError(f"--nll {path}: the digits are {DIGITS_SIZE} pixels wide, the model is for {image_size}")
     try:
         return data.open_data(path, image_size)
