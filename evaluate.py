@@ -29,6 +29,7 @@ from runtime.flags import (
     non_negative_int,
     parse,
     positive_int,
+    sampling_of,
     speed_of,
 )
 from runtime.generate import image_maker
@@ -155,8 +156,8 @@ def open_samples(flags, given, accelerator):
     trained = load_trained(flags.samples, flags.model, flags.image_size, flags.num_classes, flags.vae, given,
                            accelerator.device)
     accelerator.print(trained.description())
-    make = image_maker(trained.model, trained.codec, flags.num_sampling_steps, flags.cfg_scale, flags.cfg_channels,
-                       flags.sampler, flags.eta, speed_of(flags, given, accelerator.device, accelerator.print))
+    make = image_maker(trained.model, trained.codec, **sampling_of(flags),
+                       speed=speed_of(flags, given, accelerator.device, accelerator.print))
     images = GeneratedImages(make, trained.num_classes, flags.num_fid_samples, flags.global_seed, flags.labels,
                              trained.record() | made_with(accelerator.device))
     return images, trained.image_size

@@ -42,7 +42,6 @@ from runtime.provenance import made_with
 from runtime.randomness import WEIGHTS, BatchRandomness, seed_of
 from runtime.saving import Saver
 from runtime.signals import StopSignals
-from runtime.speed import compile_network
 from runtime.step_guard import StepGuard
 from runtime.training_state import TrainingState
 from runtime.training_step import TrainingStep, gradient_norm
@@ -182,8 +181,7 @@ def prepare(accelerator, flags, given):
     folder, resumed, warnings = processes.on_main(accelerator, lambda: experiment.open_folder(
         flags.results_dir, flags.model, flags.resume))
     model.checkpointed = flags.grad_checkpointing
-    if speed.compile:  # after the EMA was copied of it, which is compiled for itself where it is used
-        compile_network(model, by_block=accelerator.num_processes > 1)
+    speed.set_up(model, by_block=accelerator.num_processes > 1)  # after the EMA was copied of it
     with processes.together(accelerator):
         first_step, changes = state.restore(resumed, flags.override) if resumed else (0, [])
     warnings += [f"WARNING: {change} (--override)" for change in changes]

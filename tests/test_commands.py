@@ -1,5 +1,6 @@
 """What users type: the published command lines are frozen, and a mistake gets a sentence and exit status 2."""
 import ast
+import json
 import re
 import sys
 
@@ -7,6 +8,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import DIGITS, ROOT, TINY, run_process
+
+import models
 
 PUBLISHED_FLAGS = {
     "train": dict(data_path=None, results_dir="results", model="DiT-XL/2", image_size=256, num_classes=1000,
@@ -259,3 +262,26 @@ def test_benchmark_compares_equal_things():
     noise = torch.randn_like(x)
     losses = diffusion.training_losses(lambda *_: output, x, t, noise=noise)["loss"]
     assert torch.allclose(losses, plain.losses(output, x, t, noise), rtol=1e-5)
+
+
+@pytest.mark.parametrize("what, rows", [
+    ("ablation", ["published recipe", "no flags", "+ --precision bf16", "+ --fused-adamw: --fast"]),
+    ("train", ["published recipe", "no flags", "+ --fused-adamw: --fast"]),
+    ("sample", ["published loop", "no flags", "+ --precision bf16: --fast"])])
+def test_benchmark_of_speed(command, tmp_path, monkeypatch, what, rows):
+    """Its tables at a toy size; the rows that compute the same say by how much they differ."""
+    import benchmarks.train
+    from runtime.speed import Speed
+    monkeypatch.setitem(models.DiT_models, "DiT-S/8", lambda **more: models.DiT(
+        **dict(patch_size=8, hidden_size=16, depth=1, num_heads=2) | more))
+    monkeypatch.setattr(benchmarks.train, "fastest", lambda device, training: Speed("bf16"))
+    status, out, err = command("benchmark", what, "--model", "DiT-S/8", "--batch", 2, "--image-size", 64, "--warm-up",
+                               1, "--count", 2, "--calls", 1, "--json", tmp_path / "x.json")
+    assert status == 0, err
+    results = json.loads((tmp_path / "x.json").read_text())["results"]
+    assert list(results) == rows
+    difference = "difference" if what == "sample" else "loss_difference"
+    assert results["no flags"][difference] == 0 and 0 < results[rows[-1]][difference] < 0.1
+    assert all(row["lowest"] <= row["seconds"] <= row["highest"] and row["times_as_fast"] > 0
+               for row in results.values())
+    assert out.count("times as fast") == len(rows)
