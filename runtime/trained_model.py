@@ -45,9 +45,8 @@ class TrainedModel:
     def description(self):
         """What was loaded, in a line."""
         after = "" if self.step is None else f" after {self.step:,} steps"
-        return (f"{self.path}: {self.weights} weights of {self.name} ({self.model.config['conditioning']}){after}, "
-                f"{self.num_classes} classes, "
-                f"{self.image_size} pixels, VAE {self.codec.name}")
+        return (f"{self.path}: {self.weights} weights of {self.name}{after}, {self.num_classes} classes, "
+                f"{self.image_size} pixels, VAE {self.codec.name}, {self.model.config['conditioning']} blocks")
 
     def record(self):
         """What makes its images what they are; plain values."""
