@@ -127,13 +127,14 @@ def plan(name, flags, codec, chip, images):
     except ValueError as error:
         given = f" --conditioning {flags.conditioning}" if flags.conditioning else ""
         raise UserError(f"--model {name}{given} at --image-size {flags.image_size}: {error}") from None
-    flops = step_flops(model, flags.global_batch_size)
+    products = multiply_adds(model)
+    flops = step_flops(products, flags.global_batch_size)
     seconds = flops / (flags.mfu * flags.gpus * getattr(chip, flags.precision))
     side = latent_size(codec, flags.image_size)
     shares = [flags.grad_checkpointing] if flags.model == "all" else sorted({0.0, flags.grad_checkpointing or 1.0})
     return dict(
         model=name, latents=[codec.channels, side, side], tokens=model.x_embedder.num_patches,
-        parameters=parameters(model), gflops=multiply_adds(model) / 1e9, step_flops=flops, step_seconds=seconds,
+        parameters=parameters(model), gflops=products / 1e9, step_flops=flops, step_seconds=seconds,
         memory=[memory(build, flags, chip, images, checkpointed) for checkpointed in shares],
         hours={steps: steps * seconds / 3600 for steps in flags.steps},
         latent_cache=None if flags.vae == "none" else cache_bytes(flags.images, 1 + flags.flip, codec.channels, side,

@@ -10,7 +10,7 @@ from diffusion import create_diffusion
 from diffusion.timestep_sampler import create_named_schedule_sampler
 from models import DiT_models
 from runtime.chips import peak
-from runtime.costs import step_flops
+from runtime.costs import multiply_adds, step_flops
 from runtime.ema import EMA
 from runtime.latents import PixelCodec
 from runtime.randomness import BatchRandomness
@@ -103,7 +103,7 @@ def measure(device, model="DiT-S/4", batch=32, image_size=256, warm_up=3, count=
         row |= dict(images_per_second=batch / row["seconds"])
         precision = speed.precision if speed else "tf32"
         if rate := peak(device, precision):
-            row["mfu"] = step_flops(network, batch) / row["seconds"] / rate
+            row["mfu"] = step_flops(multiply_adds(network), batch) / row["seconds"] / rate
         if speed is not None:
             losses = torch.stack(step.losses).cpu()
             plain_losses = losses if plain_losses is None else plain_losses
