@@ -8,10 +8,10 @@ from runtime.generate import SampleNoise, image_maker
 from runtime.latents import PixelCodec
 from runtime.speed import PLAIN
 
-from .hardware import compare
 from .process import PlainFormulas
 from .train import line as train_line
 from .train import variants
+from .windows import compare
 
 
 @torch.no_grad()

@@ -8,14 +8,16 @@ import torch
 from diffusion import create_diffusion
 from diffusion.timestep_sampler import create_named_schedule_sampler
 from models import DiT_models
+from runtime.chips import peak
+from runtime.costs import multiply_adds, step_flops
 from runtime.ema import EMA
 from runtime.latents import PixelCodec
 from runtime.randomness import BatchRandomness
 from runtime.speed import PLAIN, fastest
 from runtime.training_step import TrainingStep, gradient_norm
 
-from .hardware import compare, multiply_adds, peak
 from .process import PlainFormulas
+from .windows import compare
 
 
 class PublishedStep:
@@ -103,13 +105,14 @@ def measure(device, model="DiT-S/4", batch=32, image_size=256, warm_up=3, count=
         return make
 
     rows = compare({name: maker(name) for name in ("published recipe", *chosen)}, device, warm_up, count, calls)
-    cost = 6 * multiply_adds(DiT_models[model](input_size=size).to("meta"))
+    with torch.device("meta"):
+        cost = step_flops(multiply_adds(DiT_models[model](input_size=size)), batch)
     for name, row in rows.items():
         if "seconds" not in row:
             continue
         row["images_per_second"] = batch / row["seconds"]
         if rate := peak(device, chosen[name][0].precision if name in chosen else "tf32"):
-            row["mfu"] = cost * row["images_per_second"] / rate
+            row["mfu"] = cost / row["seconds"] / rate
         if name in chosen and "seconds" in rows["no flags"]:
             pairs = zip(steps[name], steps["no flags"])
             row["loss_difference"] = max(abs(own - plain).item() for own, plain in pairs)

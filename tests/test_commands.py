@@ -38,7 +38,21 @@ def test_no_flags_are_the_paper():
     assert {flag: parser.get_default(flag) for flag in PAPER_DEFAULTS} == PAPER_DEFAULTS
 
 
-@pytest.mark.parametrize("name", ["train", "sample", "sample_ddp", "extract_features", "download", "score_digits"])
+def test_plan_means_what_train_means():
+    """Flags of one name have one default, and plan.py's own are the paper's."""
+    plan, train = __import__("plan").build_parser(), __import__("train").build_parser()
+    own = {"help", "flip", "conditioning"}  # flips are those of the cache; no conditioning is the paper's
+    shared = ({action.dest for action in plan._actions} & {action.dest for action in train._actions}) - own
+    assert shared >= {"model", "image_size", "num_classes", "vae", "global_batch_size", "grad_accum_steps", "precision",
+                      "grad_checkpointing", "fused_adamw", "depth", "hidden_size", "num_heads", "patch_size"}
+    assert {flag: plan.get_default(flag) or None for flag in shared} == {
+        flag: train.get_default(flag) or None for flag in shared}
+    assert {flag: plan.get_default(flag) for flag in ("images", "steps", "gpu", "gpus", "mfu", "memory_share")} == dict(
+        images=1_281_167, steps=[400_000, 7_000_000], gpu="h100", gpus=1, mfu=0.45, memory_share=0.9)
+
+
+@pytest.mark.parametrize("name", ["train", "sample", "sample_ddp", "extract_features", "download", "score_digits",
+                                  "plan"])
 def test_help_is_complete(command, name):
     status, out, _ = command(name, "--help")
     assert status == 0
@@ -180,7 +194,7 @@ def test_one_sentence_from_several_processes(tmp_path):
 
 
 LAYERS = {"commands": {"train", "sample", "sample_ddp", "evaluate", "extract_features", "download", "score_digits",
-                       "plot_run", "benchmark"},
+                       "plot_run", "benchmark", "plan"},
           "measurements": {"benchmarks"}, "parts": {"runtime", "evaluation"}, "ideas": {"models", "diffusion"}}
 MAY_IMPORT = {"commands": {"measurements", "parts", "ideas"}, "measurements": {"parts", "ideas"},
               "parts": {"parts", "ideas"}, "ideas": set()}
