@@ -35,7 +35,8 @@ def test_no_flags_are_the_paper():
     assert {flag: parser.get_default(flag) for flag in PAPER_DEFAULTS} == PAPER_DEFAULTS
 
 
-@pytest.mark.parametrize("name", ["train", "sample", "sample_ddp", "extract_features", "download", "score_digits"])
+@pytest.mark.parametrize("name", ["train", "sample", "sample_ddp", "extract_features", "download", "score_digits",
+                                  "train_classifier"])
 def test_help_is_complete(command, name):
     status, out, _ = command(name, "--help")
     assert status == 0
@@ -176,8 +177,8 @@ def test_one_sentence_from_several_processes(tmp_path):
     assert "terminate called" not in done.stderr
 
 
-LAYERS = {"commands": {"train", "sample", "sample_ddp", "evaluate", "extract_features", "download", "score_digits",
-                       "plot_run", "benchmark"},
+LAYERS = {"commands": {"train", "train_classifier", "sample", "sample_ddp", "evaluate", "extract_features", "download",
+                       "score_digits", "plot_run", "benchmark"},
           "measurements": {"benchmarks"}, "parts": {"runtime", "evaluation"}, "ideas": {"models", "diffusion"}}
 MAY_IMPORT = {"commands": {"measurements", "parts", "ideas"}, "measurements": {"parts", "ideas"},
               "parts": {"parts", "ideas"}, "ideas": set()}
