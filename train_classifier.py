@@ -24,8 +24,9 @@ def build_parser():
     group.add_argument("--num-classes", type=positive_int, help="of fractals; default: 100")
     group.add_argument("--num-workers", type=non_negative_int, default=4, help="processes that load images")
     group = parser.add_argument_group("training")
-    group.add_argument("--width", type=positive_int, default=32, help="channels; it has four times as many features")
-    group.add_argument("--steps", type=positive_int, default=1000, help="of AdamW")
+    group.add_argument("--width", type=positive_int, default=32,
+                       help="channels of the first layer; it has four times as many features")
+    group.add_argument("--steps", type=positive_int, default=500, help="of AdamW")
     group.add_argument("--batch-size", type=positive_int, default=128, help="images a step")
     group.add_argument("--lr", type=positive_float, default=2e-3, help="highest learning rate")
     group.add_argument("--global-seed", type=non_negative_int, default=0, help="of all random numbers")
