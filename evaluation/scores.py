@@ -26,7 +26,7 @@ def score(samples, reference, features, labels=None):
     if reference.features is not None:
         precision, recall = precision_recall(samples.features, reference.features, device=features.device)
         found |= dict(precision=precision, recall=recall)
-    if features.predicted and labels is not None:
+    if labels is not None and features.predicted:
         found["class_agreement"] = float((features.predicted(samples.features).numpy() == labels).mean())
     for name, value in found.items():
         if not math.isfinite(value):
