@@ -3,6 +3,7 @@
     torchrun --nnodes=1 --nproc_per_node=8 train.py --model DiT-XL/2 --data-path /path/to/imagenet/train
     torchrun --nnodes=1 --nproc_per_node=8 train.py --model DiT-XL/2 --features-path /path/to/latents
     python train.py --data-path digits                   # no GPU, no download: minutes on a laptop
+    python train.py --data-path fractals --model DiT-S/4 # no download: 100 classes of 1,000 colour images of 32 x 32
 
 Without flags this is the paper's recipe: AdamW, learning rate 1e-4, batch 256, EMA 0.9999, horizontal flips.
 """
@@ -47,21 +48,24 @@ from runtime.training_state import TrainingState
 from runtime.training_step import TrainingStep, gradient_norm
 
 # What --data-path digits means for the flags that are not typed: its format, and a small model with what suits it.
-DIGITS = dict(image_size=8, num_classes=10, vae="none", num_workers=0)
+DIGITS = data.EMBEDDED["digits"] | dict(vae="none", num_workers=0)
 DIGITS_MODEL = dict(model="DiT-S/2", depth=4, hidden_size=96, num_heads=4, global_batch_size=64, lr=4e-3,
                     ema_decay=0.997, epochs=136, ckpt_every=1000)
+# The fractals take the paper's models and recipe: pixels of 32 x 32 make the tokens of latents of 32 x 32.
+FRACTALS = data.EMBEDDED["fractals"] | dict(vae="none")
 
 
 def build_parser():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     group = parser.add_argument_group("data")
     source = group.add_mutually_exclusive_group(required=True)
-    source.add_argument("--data-path", help="folder with a folder of images a class, or: digits")
+    source.add_argument("--data-path", help="folder with a folder of images a class, or: digits, fractals")
     source.add_argument("--features-path", help="instead: a latent cache of extract_features.py")
     group.add_argument("--image-size", type=positive_int, default=256, help="pixels")
     group.add_argument("--num-classes", type=positive_int, default=1000, help="rows of the class table")
     group.add_argument("--vae", default="ema", help="ema, mse, a diffusers directory or hub name, or none (pixels)")
-    group.add_argument("--flip", action=argparse.BooleanOptionalAction, help="mirror half of the images (not digits)")
+    group.add_argument("--flip", action=argparse.BooleanOptionalAction,
+                       help="mirror half of the images (not digits and fractals)")
     group.add_argument("--num-workers", type=non_negative_int, default=4, help="processes that load images")
     group.add_argument("--features-in-memory", action="store_true", help="keep the whole cache on the device")
     group.add_argument("--max-bad-images", type=non_negative_int, default=0,
@@ -120,8 +124,8 @@ def build_parser():
 
 def main():
     flags, given = parse(build_parser())
-    if flags.data_path == "digits":
-        defaults = DIGITS if "model" in given else DIGITS | DIGITS_MODEL
+    if flags.data_path in data.EMBEDDED:
+        defaults = FRACTALS if flags.data_path == "fractals" else DIGITS if "model" in given else DIGITS | DIGITS_MODEL
         typed = given | {"epochs"} if "max_steps" in given else given
         vars(flags).update({name: value for name, value in defaults.items() if name not in typed})
     if flags.keep_every and not flags.keep_checkpoints:
@@ -318,7 +322,7 @@ def open_dataset(flags, given, device):
     elif flags.features_in_memory:
         raise UserError("--features-in-memory needs --features-path: only a latent cache is kept on the device")
     else:
-        dataset = data.open_data(flags.data_path, flags.image_size, flags.max_bad_images)
+        dataset = data.open_data(flags.data_path, flags.image_size, flags.max_bad_images, flags.num_classes)
         codec = latents.open_codec(flags.vae, dataset.channels, device)
     source = flags.features_path or flags.data_path
     if flags.flip and flags.features_path and not dataset.flips:

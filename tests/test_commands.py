@@ -52,7 +52,7 @@ def test_plan_means_what_train_means():
 
 
 @pytest.mark.parametrize("name", ["train", "sample", "sample_ddp", "extract_features", "download", "score_digits",
-                                  "plan"])
+                                  "plan", "train_classifier"])
 def test_help_is_complete(command, name):
     status, out, _ = command(name, "--help")
     assert status == 0
@@ -193,8 +193,8 @@ def test_one_sentence_from_several_processes(tmp_path):
     assert "terminate called" not in done.stderr
 
 
-LAYERS = {"commands": {"train", "sample", "sample_ddp", "evaluate", "extract_features", "download", "score_digits",
-                       "plot_run", "benchmark", "plan"},
+LAYERS = {"commands": {"train", "train_classifier", "sample", "sample_ddp", "evaluate", "extract_features", "download",
+                       "score_digits", "plot_run", "benchmark", "plan"},
           "measurements": {"benchmarks"}, "parts": {"runtime", "evaluation"}, "ideas": {"models", "diffusion"}}
 MAY_IMPORT = {"commands": {"measurements", "parts", "ideas"}, "measurements": {"parts", "ideas"},
               "parts": {"parts", "ideas"}, "ideas": set()}
