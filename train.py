@@ -73,6 +73,8 @@ def build_parser():
     group.add_argument("--hidden-size", type=positive_int, help="width")
     group.add_argument("--num-heads", type=positive_int, help="attention heads")
     group.add_argument("--patch-size", type=positive_int, help="latents a side of a token")
+    group.add_argument("--conditioning", choices=models.CONDITIONINGS, default="adaln-zero",
+                       help="block type: how the timestep and the class come in")
     group.add_argument("--class-dropout-prob", type=fraction, default=0.1, help="0: no null class, no guidance")
     group = parser.add_argument_group("optimisation")
     group.add_argument("--epochs", type=positive_int, default=1400, help="passes over the data")
@@ -339,7 +341,7 @@ def build_model(flags, codec):
     try:
         return models.DiT_models[flags.model](
             input_size=latents.latent_size(codec, flags.image_size), in_channels=codec.channels,
-            num_classes=flags.num_classes, class_dropout_prob=flags.class_dropout_prob,
+            num_classes=flags.num_classes, class_dropout_prob=flags.class_dropout_prob, conditioning=flags.conditioning,
             **{name: value for name, value in sizes.items() if value is not None})
     except ValueError as error:
         raise UserError(f"--model {flags.model} at --image-size {flags.image_size}: {error}") from None
