@@ -7,12 +7,13 @@ from conftest import DIGITS
 from test_models import SIZES, TINY, attention, giga_multiply_adds, inputs, mlp, random_model
 from test_reliability import differences, stored
 from test_sampling import pixels, random_weights
-from test_speed import Recompilations, needs_compiler
+from test_speed import Recompilations
 
 import models
 from models import CONDITIONINGS, DiT, DiT_models
 from runtime import checkpoint
-from runtime.speed import Speed, compile_network
+from runtime.speed import Speed
+from runtime.trained_model import load_trained
 
 OTHERS = [name for name in CONDITIONINGS if name != "adaln-zero"]
 # Of XL/2 (the paper, table 4 and figure 5): parameters in 1e6, multiply-adds in 1e9. It counts 0.02 that we do not.
@@ -54,27 +55,40 @@ def expected_multiply_adds(conditioning, depth, d, patch, latent):
     return tokens * 3 * values * d + 256 * d + d * d + depth * (block + more) + once
 
 
+def meta_model(name, **more):
+    with torch.device("meta"):
+        return DiT_models[name](**more)
+
+
 @pytest.mark.parametrize("conditioning", CONDITIONINGS)
 @pytest.mark.parametrize("name", SIZES)
 def test_size(name, conditioning, monkeypatch):
-    """Parameters and multiply-adds of every size, at 256 and 512 pixels, are those of the formulas, exactly."""
+    """Parameters and multiply-adds of every size, at 256 and 512 pixels, are those of the formulas, exactly.
+
+    Multiply-adds are counted with one block and with two: all are alike.
+    """
     depth, width, _, patch, parameters, _ = SIZES[name]
     want = expected_parameters(conditioning, depth, width, patch)
     assert conditioning != "adaln-zero" or want == parameters
     monkeypatch.setattr(DiT, "initialize_weights", lambda self: None)  # there is nothing on the meta device to set
+    model = meta_model(name, conditioning=conditioning)
+    assert sum(weight.numel() for weight in model.parameters() if weight.requires_grad) == want
     for latent in (32, 64):
-        with torch.device("meta"):
-            model = DiT_models[name](input_size=latent, conditioning=conditioning)
-        assert sum(weight.numel() for weight in model.parameters() if weight.requires_grad) == want
-        found = expected_multiply_adds(conditioning, depth, width, patch, latent)
-        assert giga_multiply_adds(model) * 1e9 == pytest.approx(found, rel=1e-12)
+        one, two = (giga_multiply_adds(meta_model(name, conditioning=conditioning, input_size=latent, depth=count))
+                    for count in (1, 2))
+        want = expected_multiply_adds(conditioning, depth, width, patch, latent) / 1e9
+        assert one + (depth - 1) * (two - one) == pytest.approx(want, rel=1e-9)
 
 
 @pytest.mark.parametrize("conditioning", PAPER)
 def test_figures_of_the_paper(conditioning):
+    """Counted in the whole XL/2."""
     parameters, multiply_adds = PAPER[conditioning]
-    assert round(expected_parameters(conditioning, 28, 1152, 2) / 1e6) == parameters
-    assert 0 < multiply_adds - expected_multiply_adds(conditioning, 28, 1152, 2, 32) / 1e9 < 0.025
+    model = meta_model("DiT-XL/2", conditioning=conditioning)
+    assert round(sum(weight.numel() for weight in model.parameters() if weight.requires_grad) / 1e6) == parameters
+    found = giga_multiply_adds(model)
+    assert found == pytest.approx(expected_multiply_adds(conditioning, 28, 1152, 2, 32) / 1e9, rel=1e-9)
+    assert 0 < multiply_adds - found < 0.025
 
 
 # ---------------------------------------------------------------- the starting point
@@ -186,7 +200,7 @@ def test_an_unknown_one_is_refused():
 
 @pytest.mark.parametrize("conditioning", OTHERS)
 def test_trains_resumes_and_samples(command, tmp_path, conditioning):
-    """Bit for bit as an undisturbed run; the checkpoint says what it is, and so does a bare file by its weights."""
+    """Bit for bit as an undisturbed run; the checkpoint says what it is."""
     flags = [*DIGITS, "--conditioning", conditioning, "--lr", 1e-2, "--ema-decay", 0.5]
     for name, steps, more in (("straight", 6, []), ("cut", 3, []), ("cut", 6, ["--resume", "auto"])):
         status, _, err = command("train", *flags, "--max-steps", steps, *more, "--results-dir", tmp_path / name)
@@ -195,19 +209,21 @@ def test_trains_resumes_and_samples(command, tmp_path, conditioning):
     assert differences(straight, stored(tmp_path / "cut", 6)) == []
     assert straight["config"]["model"]["conditioning"] == straight["args"]["conditioning"] == conditioning
 
-    model = random_weights(DiT(**straight["config"]["model"]))
-    straight["ema"] = model.state_dict()
+    straight["ema"] = random_weights(DiT(**straight["config"]["model"])).state_dict()
     torch.save(straight, tmp_path / "own.pt")
+    status, out, err = command("sample", "--ckpt", tmp_path / "own.pt", "--num-sampling-steps", "ddim3", "--cfg-scale",
+                               3, "--output", tmp_path / "own.png")
+    assert status == 0 and f", {conditioning} blocks" in out and pixels(tmp_path / "own.png").std() > 1, err
+
+
+@pytest.mark.parametrize("conditioning", CONDITIONINGS)
+def test_bare_weights_say_their_block_type(tmp_path, monkeypatch, conditioning):
+    small = dict(hidden_size=16, depth=2, num_heads=2)
+    monkeypatch.setitem(models.DiT_models, "DiT-S/2", lambda **sizes: DiT(**small, **sizes))
+    model = DiT(input_size=8, in_channels=3, **small, conditioning=conditioning)
     torch.save(model.state_dict(), tmp_path / "bare.pt")
-    monkey = dict(depth=1, hidden_size=16, num_heads=2)
-    few = ["--num-sampling-steps", "ddim3", "--cfg-scale", 3]
-    status, out, err = command("sample", "--ckpt", tmp_path / "own.pt", *few, "--output", tmp_path / "own.png")
-    assert status == 0 and f", {conditioning} blocks" in out, err
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(models.DiT_models, "DiT-S/2", lambda **sizes: DiT(**monkey | sizes))
-        status, out, err = command("sample", "--ckpt", tmp_path / "bare.pt", "--model", "DiT-S/2", "--vae", "none",
-                                   "--image-size", 8, "--num-classes", 10, *few, "--output", tmp_path / "bare.png")
-    assert status == 0 and f"bare weights of DiT-S/2, 10 classes, 8 pixels, VAE none, {conditioning} blocks" in out, err
+    found = load_trained(str(tmp_path / "bare.pt"), "DiT-S/2", 8, 1000, "none", set(), "cpu")
+    assert found.model.config == model.config and found.record()["conditioning"] == conditioning
 
 
 def test_checkpoints_from_before(command, tmp_path):
@@ -226,21 +242,19 @@ def test_checkpoints_from_before(command, tmp_path):
     assert status == 0 and stored(tmp_path, 2)["config"]["model"]["conditioning"] == "adaln-zero", err
 
 
-@needs_compiler
-@pytest.mark.parametrize("by_block", [False, True])
 @pytest.mark.parametrize("conditioning", OTHERS)
-def test_compiles(conditioning, by_block):
-    """The same output and gradients, and no graph break."""
+def test_compiles(conditioning):
+    """One graph without a break, for training and for sampling; how code is made of graphs is not this project's."""
     model = random_model(conditioning=conditioning).train()
     x, t, y = inputs(model)
     found = []
     with Recompilations() as seen:
         for is_compiled in (False, True):
             if is_compiled:
-                compile_network(model, by_block)
+                model.compile(dynamic=False, backend="aot_eager")
             model.zero_grad()
             out = model(x, t, y, torch.zeros(3))
             out.square().mean().backward()
             found.append((out.detach(), [weight.grad for weight in model.parameters() if weight.requires_grad]))
         assert seen.graphs == 1 and seen.breaks == 0
-    torch.testing.assert_close(found[1], found[0], rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-4)
