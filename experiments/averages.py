@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from evaluation.records import write_record
 from runtime.errors import run_command
 
-from .figures import curve, finish, new_figure
+from .figures import curve, finish, log_axes, new_figure
 from .many_averages import snapshot
 from .pieces import Piece, plain
 from .spread import mean_spread, plus_minus, seen_lower
@@ -83,7 +83,8 @@ def draw(found, path):
         curve(axis, {1 / (1 - decay) if decay else RAW: values for decay, values in row["distance"]},
               f"{row['step']} steps", number)
     decays = [decay for decay, _ in found["rows"][0]["distance"]]
-    axis.set(xscale="log", yscale="log", xlabel="decay of the average (placed at 1 / (1 - decay) steps)",
+    log_axes(axis, "xy")
+    axis.set(xlabel="decay of the average (placed at 1 / (1 - decay) steps)",
              ylabel=f"Frechet distance ({found['features']}, {found['samples']} samples)")
     axis.set_xticks([1 / (1 - decay) if decay else RAW for decay in decays],
                     [f"{decay:g}" if decay else "none" for decay in decays])

@@ -7,7 +7,7 @@ import sys
 import models
 from runtime.errors import run_command
 
-from .figures import curve, finish, new_figure
+from .figures import curve, finish, log_axes, new_figure
 from .spread import mean_spread, plus_minus, seen_lower
 from .study import run_study
 from .trainings import curve_of, multiply_adds
@@ -49,7 +49,8 @@ def draw(found, path):
     figure, (axis,) = new_figure(1, width=5.5, height=3.6)
     for number, row in enumerate(found["rows"]):
         curve(axis, dict(row["curve"]), row["type"], number)
-    axis.set(xlabel="training steps", yscale="log",
+    log_axes(axis)
+    axis.set(xlabel="training steps",
              ylabel=f"Frechet distance ({found['features']},\n{found['curve_samples']} samples, "
                     f"{len(found['seeds'])} seeds ± 1 s.d.)")
     finish(figure, axis, path, f"DiT {found['network']}, {found['data']}")

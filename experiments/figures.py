@@ -1,9 +1,11 @@
 """How the studies' pictures look: labelled, with error bars, told apart by markers and lines also in grey."""
+from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
+
 from evaluation.plots import new_figure, save_figure
 
 from .spread import mean_spread
 
-__all__ = ["curve", "finish", "new_figure", "save_figure"]
+__all__ = ["curve", "finish", "log_axes", "new_figure", "save_figure"]
 
 # From dark to light, so that the order is seen in grey too.
 COLORS = ("#000000", "#3b3a8c", "#1f7a8c", "#2e9e6b", "#c77b30", "#b0a030")
@@ -19,6 +21,16 @@ def curve(axis, points, label, number, line=True):
                   color=COLORS[number % len(COLORS)], marker=MARKERS[number % len(MARKERS)],
                   linestyle=LINES[number % len(LINES)] if line else "none", markersize=4, linewidth=1.2, capsize=2,
                   elinewidth=0.8, markerfacecolor="white" if number % 2 else None)
+
+
+def log_axes(axis, which="y"):
+    """Logarithmic axes with plain numbers at 1, 2, 5, 10, ...; which: "x", "y" or "xy"."""
+    for name in which:
+        axis.set(**{f"{name}scale": "log"})
+        ticks = getattr(axis, f"{name}axis")
+        ticks.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=12))
+        ticks.set_major_formatter(FormatStrFormatter("%g"))
+        ticks.set_minor_formatter(NullFormatter())
 
 
 def finish(figure, axis, path, title=None, **more):

@@ -8,7 +8,7 @@ import sys
 
 from runtime.errors import run_command
 
-from .figures import curve, finish, new_figure
+from .figures import curve, finish, log_axes, new_figure
 from .scoring import HAS_INTERVALS
 from .spread import mean_spread, plus_minus, seen_lower
 from .study import run_study
@@ -61,7 +61,8 @@ def draw(found, path):
         curve(axes[0], {row["scale"]: row["distance"] for row in rows}, title, number)
         curve(axes[1], {row["scale"]: [100 * value for value in row["agreement"]] for row in rows}, title, number)
         curve(axes[2], {mean_spread(row["recall"])[0]: row["precision"] for row in rows}, title, number)
-    axes[0].set(xlabel="guidance scale", yscale="log",
+    log_axes(axes[0])
+    axes[0].set(xlabel="guidance scale",
                 ylabel=f"Frechet distance ({found['features']}, {found['samples']} samples)")
     axes[1].set(xlabel="guidance scale", ylabel="taken for their class by the classifier, %")
     axes[2].set(xlabel="recall", ylabel="precision")

@@ -102,12 +102,7 @@ class Job:
         self.piece, self.start = piece, time.monotonic()
         os.makedirs(os.path.dirname(piece.path), exist_ok=True)
         self.log, self.command = piece.path + ".log", [sys.executable, *piece.command()]
-        environment = os.environ | (dict(OMP_NUM_THREADS=str(threads)) if threads else {})
-        with open(self.log, "a") as log:
-            # A session of its own: Ctrl-C is for the study, which then tells its processes to save and end.
-            self.process = subprocess.Popen(
-                self.command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-                pass_fds=[lock.fileno()], start_new_session=True, preexec_fn=_end_with_parent)
+        self.process = start_process(self.command, self.log, threads, lock)
 
     def has_ended(self):
         """Whether it is over; raises `Stopped` where it was told to stop, a `UserError` where it failed."""
@@ -141,13 +136,24 @@ class Job:
             self._count_seconds()
 
 
-def _end_with_parent():
-    """In a new process: be told to stop where the one that started it is killed. Linux alone knows that."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+def start_process(command, log, threads, lock):
+    """Start a command, in the folder of this project; its output goes to the end of the file `log`."""
+    environment = os.environ | (dict(OMP_NUM_THREADS=str(threads)) if threads else {})
+    with open(log, "a") as output:
+        # A session of its own: Ctrl-C is for the study, which then tells its processes to save and end.
+        return subprocess.Popen(command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=output,
+                                stderr=output, pass_fds=[lock.fileno()], start_new_session=True,
+                                preexec_fn=_end_with_parent)
 
 
 PR_SET_PDEATHSIG = 1
+LIBRARY = ctypes.CDLL(None) if sys.platform == "linux" else None
+
+
+def _end_with_parent():
+    """In a new process: be told to stop where the one that started it is killed. Linux alone knows that."""
+    if LIBRARY:
+        LIBRARY.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _tail(path, lines=5):

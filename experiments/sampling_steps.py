@@ -7,7 +7,7 @@ import sys
 
 from runtime.errors import run_command
 
-from .figures import curve, finish, new_figure
+from .figures import curve, finish, log_axes, new_figure
 from .spread import mean_spread, plus_minus, share_of
 from .study import run_study
 from .trainings import multiply_adds
@@ -49,7 +49,8 @@ def draw(found, path):
             points = {steps * row["multiply_adds"] / 1e9: values for steps, values in row["distance"]}
             curve(axis, points, f"{row['size']}/{row['patch']}", number)
         counts = ", ".join(str(steps) for steps, _ in found["rows"][0]["distance"])
-        axis.set(xscale="log", yscale="log", xlabel=f"multiply-adds of sampling an image, 10⁹\n({counts} steps)",
+        log_axes(axis, "xy")
+        axis.set(xlabel=f"multiply-adds of sampling an image, 10⁹\n({counts} steps)",
                  ylabel=f"Frechet distance ({found['features']}, {found['samples']} samples)")
         axis.legend(frameon=False, fontsize="small")
     finish(figure, axes[-1], path)

@@ -9,7 +9,7 @@ class Images:
     """A data set that train.py knows, and what samples of it are judged by.
 
     flags      of train.py
-    features   the space of distances, as evaluate.py's --features
+    features   the space of distances, as evaluate.py's --features; "classifier": one that the studies train first
     train      the images that are trained on, as evaluate.py names them
     held_out   those that samples are compared with
     """
@@ -26,7 +26,7 @@ class Images:
 DIGITS = Images("digits", 8, 1, 10, ("--data-path", "digits", "--image-size", 8, "--num-classes", 10, "--vae", "none",
                                      "--num-workers", 0), "pixels", "digits", "digits-held-out")
 FRACTALS = Images("fractals", 32, 3, 100, ("--data-path", "fractals", "--image-size", 32, "--num-classes", 100, "--vae",
-                                           "none", "--num-workers", 8), "fractals", "fractals", "fractals-held-out")
+                                           "none", "--num-workers", 8), "classifier", "fractals", "fractals-held-out")
 IMAGES = {images.name: images for images in (DIGITS, FRACTALS)}
 
 
@@ -85,7 +85,8 @@ SCALES = {
         MINIATURE, name="toy", sizes={"1x16": (1, 16, 2), "2x16": (2, 16, 2)}, patches=(4,), one=("1x16", 4),
         seeds=(0, 1), grid_seeds=(0,), steps=4, batch_size=8, curve_every=2, curve_samples=8, curve_sampling="ddim2",
         samples=12, sampling="ddim2", sample_batch=8, step_counts=(2, 3), step_patches=(4,), step_samples=6,
-        guidance_scales=(1, 2), interval_scales=(2,), intervals=((500, 999),), decays=(0, 0.5, 0.9), variance_steps=(2, 3)),
+        guidance_scales=(1, 2), interval_scales=(2,), intervals=((500, 999),), decays=(0, 0.5, 0.9),
+        variance_steps=(2, 3)),
     # 32 x 32 pixels: with these patches the paper's 16, 64 and 256 tokens
     ("fractals", "miniature"): replace(
         MINIATURE, patches=(8, 4, 2), step_patches=(8, 4), steps=10_000, batch_size=128, lr=1e-3, ema_decay=0.999,

@@ -8,7 +8,7 @@ import sys
 
 from runtime.errors import run_command
 
-from .figures import COLORS, MARKERS, curve, finish, new_figure
+from .figures import COLORS, MARKERS, curve, finish, log_axes, new_figure
 from .spread import correlation, correlation_interval, mean_spread, plus_minus, share_of
 from .study import run_study
 from .trainings import curve_of, multiply_adds
@@ -60,10 +60,12 @@ def draw(found, path):
                          linestyle="none", capsize=2, elinewidth=0.8, markersize=6, markerfacecolor=(
                              COLORS[number], "white", "0.75")[dash % 3])
     for axis in axes[:2]:
-        axis.set(xlabel="training steps", yscale="log",
+        log_axes(axis)
+        axis.set(xlabel="training steps",
                  ylabel=f"Frechet distance ({found['features']}, {found['curve_samples']} samples)")
         axis.legend(frameon=False, fontsize="small")
-    axes[2].set(xlabel="multiply-adds of a forward pass, 10⁶", xscale="log", yscale="log",
+    log_axes(axes[2], "xy")
+    axes[2].set(xlabel="multiply-adds of a forward pass, 10⁶",
                 ylabel=f"Frechet distance at the end ({found['samples']} samples)",
                 title=f"correlation with log multiply-adds: {found['correlation']:.2f}")
     axes[2].title.set_fontsize("small")

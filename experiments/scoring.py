@@ -40,12 +40,12 @@ def main():
     request = read_record(sys.argv[1])
     images = IMAGES[request["images"]]
     accelerator = processes.start()
-    space = open_features(images.features, accelerator.device)
+    space = open_features(request["features"], accelerator.device)
     reference, _ = open_reference(accelerator, request["reference"], space, request["batch"])
     with StopSignals() as signals:
         if "scores" not in request:
             return measure_yardsticks(accelerator, request, images, space, reference)
-        agreement, trained = agreement_of(images), None
+        agreement, trained = agreement_of(images, space), None
         for score in request["scores"]:
             start = time.monotonic()
             if trained is None or trained.path != score["checkpoint"]:
@@ -54,7 +54,7 @@ def main():
             samples = make_samples(trained, score, request, signals)
             measured = measure(accelerator, samples, space, request["batch"])
             found = scores.score(measured, reference, space)
-            found["agreement"] = agreement(samples.images, npz_array(samples.path, "arr_1"))
+            found["agreement"] = agreement(samples.images, measured.features, npz_array(samples.path, "arr_1"))
             write_record(score["path"] + ".json", dict(
                 asked=score["asked"], scores=found, seconds=round(time.monotonic() - start, 1), made=trained.record()
                 | made_with(accelerator.device)))
@@ -111,12 +111,15 @@ def with_variance(model, variance=None):
         hook.remove()
 
 
-def agreement_of(images):
-    """A function of (images (N, H, W, 3) uint8, labels (N,)): the share that a classifier takes for its label."""
+def agreement_of(images, space):
+    """A function of (images (N, H, W, 3) uint8, their features (N, D), labels (N,)): the share of the images that a
+    classifier takes for their labels.
+    """
     if images.name == "digits":
         from runtime.digits import DigitsClassifier
-        return DigitsClassifier().agreement
-    raise UserError(f"{images.name}: there is no classifier of these images")
+        digits = DigitsClassifier()
+        return lambda pictures, features, labels: digits.agreement(pictures, labels)
+    return lambda pictures, features, labels: float((space.predicted(features).numpy() == labels).mean())
 
 
 class SomeOf:

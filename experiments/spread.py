@@ -2,7 +2,8 @@
 import math
 import statistics
 
-CLEAR = 2  # a difference is seen where it is more than so many times its standard error
+# Student's t: 95% of its values lie within so much of 0, with 1, 2, ... degrees of freedom.
+STUDENT_95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23)
 
 
 def mean_spread(values):
@@ -10,22 +11,20 @@ def mean_spread(values):
     return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
 
 
-def standard_error(values):
-    """Of their mean; None for a single one."""
-    spread = mean_spread(values)[1]
-    return None if spread is None else spread / math.sqrt(len(values))
-
-
 def seen_lower(low, high):
-    """Whether the numbers `low` are seen to have a lower mean than `high`: "yes", "no" (they are seen to have a higher
-    one), or "not clear", where the means differ by less than twice the standard error of their difference.
+    """Whether the numbers `low` are seen to be lower than `high`, seed by seed.
+
+    return  "yes", "no" (they are seen to be higher), or "not clear", where 0 lies in the 95% interval of the mean
+            difference, by Student's t: the seeds are few
     """
-    errors = standard_error(low), standard_error(high)
-    if None in errors:
+    differences = [b - a for a, b in zip(low, high, strict=True)]
+    if len(differences) < 2:
         return "not clear"
-    difference = statistics.fmean(high) - statistics.fmean(low)
-    error = math.hypot(*errors)
-    return "yes" if difference > CLEAR * error else "no" if -difference > CLEAR * error else "not clear"
+    mean, spread = mean_spread(differences)
+    t = STUDENT_95[min(len(differences) - 1, len(STUDENT_95)) - 1]
+    if abs(mean) <= t * spread / math.sqrt(len(differences)):
+        return "not clear"
+    return "yes" if mean > 0 else "no"
 
 
 def all_of(verdicts):

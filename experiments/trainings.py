@@ -79,7 +79,7 @@ class Scores(Piece):
     """What one process measures: see `experiments.scoring`.
 
     scores    of any networks
-    settings  what all of them share: batch, fast, images, reference
+    settings  what all of them share: images, features, reference, batch, fast
     """
     folder: str
     name: str
@@ -110,15 +110,29 @@ class Setup:
         self.images, self.scale, self.workers = images, scale, workers
         self.folder = os.path.join(folder, f"{images.name}-{scale.name}")
 
-    def reference(self):
-        """The piece that measures the held-out images; all that trains or scores comes after it."""
-        output = self._reference_path()
-        return Command(self.folder, "reference", (
-            "evaluate.py", "--make-reference", self.images.held_out, "--features", self.images.features, "--output",
-            output), output)
+    @property
+    def features(self):
+        """As --features takes them."""
+        return self._absolute("classifier.pt") if self.images.features == "classifier" else self.images.features
 
-    def _reference_path(self):
-        return os.path.abspath(os.path.join(self.folder, "held-out.npz"))
+    def _absolute(self, name):
+        return os.path.abspath(os.path.join(self.folder, name))
+
+    def _classifier(self):
+        return [Command(self.folder, "classifier", ("train_classifier.py", *self.images.flags[:6], "--output",
+                                                    self.features), self.features)]
+
+    def _reference(self):
+        """The piece that measures the held-out images; all that trains or scores comes after it."""
+        output = self._settings()["reference"]
+        return Command(self.folder, "reference", (
+            "evaluate.py", "--make-reference", self.images.held_out, "--features", self.features, "--output", output),
+            output)
+
+    def _settings(self):
+        """What the processes that score need to know."""
+        return dict(images=self.images.name, features=self.features, reference=self._absolute("held-out.npz"),
+                    batch=self.scale.sample_batch, fast=self.scale.fast)
 
     def network(self, size, patch):
         """The arguments of `models.DiT` of a size of this scale."""
@@ -136,8 +150,8 @@ class Setup:
                   "--global-seed", seed]
         watching = ["--ckpt-every", scale.curve_every, "--keep-checkpoints", 1, "--log-every", scale.curve_every,
                     "--eval-every", scale.curve_every, "--eval-samples", scale.curve_samples, "--eval-sampling-steps",
-                    scale.curve_sampling, "--eval-features", self.images.features, "--eval-reference",
-                    self._reference_path()]
+                    scale.curve_sampling, "--eval-features", self.features, "--eval-reference",
+                    self._settings()["reference"]]
         return Training(self.folder, f"trainings/{size}-{patch}-{conditioning}-seed-{seed}", tuple(flags),
                         (*watching, *(["--fast"] if scale.fast else [])), scale.steps,
                         multiply_adds(self.network(size, patch)) * scale.steps)
@@ -158,17 +172,16 @@ class Setup:
         """The pieces of a study with these scores, in lists: the pieces of each need those of the lists before."""
         trainings = {score.training.name: score.training for score in scores}
         counts = sorted({score.asked["samples"] for score in scores})
-        return [[self.reference()], list(trainings.values()),
+        judge = [self._classifier()] if self.images.features == "classifier" else []
+        return [*judge, [self._reference()], list(trainings.values()),
                 [*self._shared(name, scores), *(self.yardsticks(count) for count in counts)]]
 
     def _shared(self, name, scores):
         """These scores in one piece for each worker, with about as much work."""
-        settings = dict(images=self.images.name, reference=self._reference_path(), batch=self.scale.sample_batch,
-                        fast=self.scale.fast)
         shares = [[] for _ in range(min(self.workers, len(scores)))]
         for score in sorted(scores, key=lambda score: -score.cost):
             min(shares, key=_cost).append(score)
-        return [Scores(self.folder, f"scores/{name}-{number}", share, settings, _cost(share))
+        return [Scores(self.folder, f"scores/{name}-{number}", share, self._settings(), _cost(share))
                 for number, share in enumerate(shares)]
 
     def judged(self, scores):
@@ -180,11 +193,9 @@ class Setup:
                     curve_samples=scale.curve_samples, curve_sampling=scale.curve_sampling, real=real["real"],
                     held_out=real["held_out"])
 
-    def yardsticks(self, *counts):
-        """The piece that measures real images as if they were samples: as many as there are samples."""
-        name = "yardsticks-" + "-".join(map(str, counts))
-        settings = dict(images=self.images.name, reference=self._reference_path(), batch=self.scale.sample_batch)
-        return Yardsticks(self.folder, name, counts, settings)
+    def yardsticks(self, count):
+        """The piece that measures real images as if they were samples."""
+        return Yardsticks(self.folder, f"yardsticks-{count}", count, self._settings())
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import sys
 
 from runtime.errors import run_command
 
-from .figures import curve, finish, new_figure
+from .figures import curve, finish, log_axes, new_figure
 from .spread import all_of, mean_spread, plus_minus, seen_lower
 from .study import run_study
 
@@ -49,7 +49,8 @@ def draw(found, path):
     figure, (axis,) = new_figure(1, width=5.0, height=3.6)
     for number, row in enumerate(found["rows"]):
         curve(axis, dict(map(tuple, row["distance"])), NAMES[row["variance"]], number)
-    axis.set(xscale="log", yscale="log", xlabel="sampling steps",
+    log_axes(axis, "xy")
+    axis.set(xlabel="sampling steps",
              ylabel=f"Frechet distance ({found['features']}, {found['samples']} samples)")
     counts = [steps for steps, _ in found["rows"][0]["distance"]]
     axis.set_xticks(counts, [str(steps) for steps in counts])
