@@ -38,15 +38,20 @@ def all_results(folder):
 
 def markdown(rows):
     """Rows of texts, headings first, as a table."""
+    rows = list(rows)
     lines = [f"| {' | '.join(row)} |" for row in rows]
     return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]]) + "\n"
 
 
 def section(found, folder):
     """What the page shows of a study's results: how they were made, the table, the picture."""
-    made, name = found["made"], name_of(found)
+    made, name, real, training = found["made"], name_of(found), found["real"], found["training"]
     what = f"{found['data']}, scale {found['scale']}"
-    return (f"{what}; seeds {', '.join(map(str, found['seeds']))}; {found['minutes']:g} minutes with "
+    return (f"*{what}*: {training['steps']:,} steps of {training['batch_size']} images, learning rate "
+            f"{training['lr']:g}, EMA {training['ema_decay']:g}; Frechet distances ({found['features']}) of {found['samples']} samples to "
+            f"{found['held_out']} held-out images; that of {real['images']} real training images is "
+            f"{real['distance']:.2f}. ± is the standard deviation over the seeds.\n\n"
+            f"Seeds {', '.join(map(str, found['seeds']))}; {found['minutes']:g} minutes with "
             f"{found['workers']} pieces at once, those that other studies share included; {made['device']}, torch "
             f"{made['versions']['torch']}, commit {made['commit']}, {made['date'][:10]}.\n\n"
             f"{markdown(study_of(found).table(found))}\n![{study_of(found).TITLE}, {what}]"

@@ -57,8 +57,8 @@ class Scale:
     batch_size: int = 64
     lr: float = 2e-3
     ema_decay: float = 0.995
-    curve_every: int = 250
-    curve_samples: int = 500
+    curve_every: int = 300
+    curve_samples: int = 400
     curve_sampling: str = "ddim25"
     samples: int = 1000
     sampling: str = "ddim50"
@@ -83,9 +83,9 @@ SCALES = {
     # for tests: every study in seconds
     ("digits", "toy"): replace(
         MINIATURE, name="toy", sizes={"1x16": (1, 16, 2), "2x16": (2, 16, 2)}, patches=(4,), one=("1x16", 4),
-        seeds=(0, 1), grid_seeds=(0,), steps=4, batch_size=8, curve_every=2, curve_samples=8, curve_sampling="ddim2",
-        samples=12, sampling="ddim2", sample_batch=8, step_counts=(2, 3), step_patches=(4,), step_samples=6,
-        guidance_scales=(1, 2), interval_scales=(2,), intervals=((500, 999),), decays=(0, 0.5, 0.9),
+        seeds=(0, 1), grid_seeds=(0,), steps=4, lr=0.02, batch_size=8, curve_every=2, curve_samples=8,
+        curve_sampling="ddim2", samples=12, sampling="ddim2", sample_batch=8, step_counts=(2, 3), step_patches=(4,),
+        step_samples=6, guidance_scales=(1, 2), interval_scales=(2,), intervals=((500, 999),), decays=(0, 0.5, 0.9),
         variance_steps=(2, 3)),
     # 32 x 32 pixels: with these patches the paper's 16, 64 and 256 tokens
     ("fractals", "miniature"): replace(

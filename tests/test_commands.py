@@ -178,7 +178,8 @@ def test_one_sentence_from_several_processes(tmp_path):
 
 LAYERS = {"commands": {"train", "sample", "sample_ddp", "evaluate", "extract_features", "download", "score_digits",
                        "plot_run", "benchmark"},
-          "measurements": {"benchmarks"}, "parts": {"runtime", "evaluation"}, "ideas": {"models", "diffusion"}}
+          "measurements": {"benchmarks", "experiments"}, "parts": {"runtime", "evaluation"},
+          "ideas": {"models", "diffusion"}}
 MAY_IMPORT = {"commands": {"measurements", "parts", "ideas"}, "measurements": {"parts", "ideas"},
               "parts": {"parts", "ideas"}, "ideas": set()}
 
