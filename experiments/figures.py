@@ -10,6 +10,7 @@ __all__ = ["curve", "finish", "log_axes", "new_figure", "save_figure"]
 # From dark to light, so that the order is seen in grey too.
 COLORS = ("#000000", "#3b3a8c", "#1f7a8c", "#2e9e6b", "#c77b30", "#b0a030")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+MANY = 500  # of a longer logarithmic axis powers of ten are named alone
 LINES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (8, 2)))
 
 
@@ -24,11 +25,12 @@ def curve(axis, points, label, number, line=True):
 
 
 def log_axes(axis, which="y"):
-    """Logarithmic axes with plain numbers at 1, 2, 5, 10, ...; which: "x", "y" or "xy"."""
+    """Logarithmic axes with plain numbers at 1, 2, 5, 10, ...; which: "x", "y" or "xy". After what is drawn in them."""
     for name in which:
         axis.set(**{f"{name}scale": "log"})
         ticks = getattr(axis, f"{name}axis")
-        ticks.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=12))
+        low, high = ticks.get_view_interval()
+        ticks.set_major_locator(LogLocator(subs=(1,) if high > MANY * low else (1, 2, 5), numticks=12))
         ticks.set_major_formatter(FormatStrFormatter("%g"))
         ticks.set_minor_formatter(NullFormatter())
 

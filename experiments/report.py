@@ -47,15 +47,17 @@ def section(found, folder):
     """What the page shows of a study's results: how they were made, the table, the picture."""
     made, name, real, training = found["made"], name_of(found), found["real"], found["training"]
     what = f"{found['data']}, scale {found['scale']}"
-    return (f"*{what}*: {training['steps']:,} steps of {training['batch_size']} images, learning rate "
-            f"{training['lr']:g}, EMA {training['ema_decay']:g}; Frechet distances ({found['features']}) of {found['samples']} samples to "
-            f"{found['held_out']} held-out images; that of {real['images']} real training images is "
-            f"{real['distance']:.2f}. ± is the standard deviation over the seeds.\n\n"
-            f"Seeds {', '.join(map(str, found['seeds']))}; {found['minutes']:g} minutes with "
-            f"{found['workers']} pieces at once, those that other studies share included; {made['device']}, torch "
-            f"{made['versions']['torch']}, commit {made['commit']}, {made['date'][:10]}.\n\n"
-            f"{markdown(study_of(found).table(found))}\n![{study_of(found).TITLE}, {what}]"
-            f"({os.path.basename(os.path.normpath(folder))}/{name}.png)\n")
+    trained = (f"{training['steps']:,} steps of {training['batch_size']} images, learning rate {training['lr']:g}, EMA "
+               f"{training['ema_decay']:g}")
+    judged = (f"Frechet distances ({found['features']}) of {found['samples']} samples to {found['held_out']} held-out "
+              f"images; that of {real['images']} real training images is {real['distance']:.2f}")
+    ran = (f"{found['minutes']:g} minutes with {found['workers']} pieces at once, those that other studies share "
+           f"included; {made['device']}, torch {made['versions']['torch']}, commit {made['commit']}, "
+           f"{made['date'][:10]}")
+    seeds = ", ".join(map(str, found["seeds"]))
+    picture = f"{os.path.basename(os.path.normpath(folder))}/{name}.png"
+    return (f"*{what}*: {trained}. {judged}. ± and error bars: standard deviation over the seeds {seeds}. {ran}.\n\n"
+            f"{markdown(study_of(found).table(found))}\n![{study_of(found).TITLE}, {what}]({picture})\n")
 
 
 def summary(results):

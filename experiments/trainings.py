@@ -178,6 +178,7 @@ class Setup:
 
     def _shared(self, name, scores):
         """These scores in one piece for each worker, with about as much work."""
+        scores = {score.name: score for score in scores}.values()  # at guidance scale 1 two ways may be the same
         shares = [[] for _ in range(min(self.workers, len(scores)))]
         for score in sorted(scores, key=lambda score: -score.cost):
             min(shares, key=_cost).append(score)
