@@ -168,11 +168,11 @@ def run_pieces(pieces, workers, threads=1, deadline=None, say=print):
     deadline  of time.monotonic(), at which all is saved and given up
     raise     `Stopped` then, and where this process is told to stop; `UserError` where a piece fails
     """
-    waiting = sorted((piece for piece in pieces if not piece.is_done()), key=lambda piece: -piece.cost)
-    count, running = len(waiting), []
-    if not waiting:
+    if all(piece.is_done() for piece in pieces):
         return
     with alone_in(pieces[0].folder, say) as lock, StopSignals() as signals:
+        waiting = sorted((piece for piece in pieces if not piece.is_done()), key=lambda piece: -piece.cost)
+        count, running = len(waiting), []
         try:
             while waiting or running:
                 if signals.received or (deadline is not None and time.monotonic() > deadline):
