@@ -39,7 +39,7 @@ def build_parser():
     group.add_argument("--hidden-size", type=positive_int, help="width")
     group.add_argument("--num-heads", type=positive_int, help="attention heads")
     group.add_argument("--patch-size", type=positive_int, help="latents a side of a token")
-    group.add_argument("--conditioning", help="type of the blocks; without it the paper's best")
+    group.add_argument("--conditioning", choices=models.CONDITIONINGS, default="adaln-zero", help="type of the blocks")
     group.add_argument("--image-size", type=positive_int, default=256, help="pixels")
     group.add_argument("--num-classes", type=positive_int, default=1000, help="rows of the class table")
     group.add_argument("--vae", type=vae, default="ema", metavar="NAME",
@@ -125,8 +125,7 @@ def plan(name, flags, codec, chip, images):
         with torch.device("meta"):
             model = build()
     except ValueError as error:
-        given = f" --conditioning {flags.conditioning}" if flags.conditioning else ""
-        raise UserError(f"--model {name}{given} at --image-size {flags.image_size}: {error}") from None
+        raise UserError(f"--model {name} at --image-size {flags.image_size}: {error}") from None
     products = multiply_adds(model)
     flops = step_flops(products, flags.global_batch_size)
     seconds = flops / (flags.mfu * flags.gpus * getattr(chip, flags.precision))

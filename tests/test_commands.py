@@ -41,7 +41,7 @@ def test_no_flags_are_the_paper():
 def test_plan_means_what_train_means():
     """Flags of one name have one default, and plan.py's own are the paper's."""
     plan, train = __import__("plan").build_parser(), __import__("train").build_parser()
-    own = {"help", "flip", "conditioning"}  # flips are those of the cache; no conditioning is the paper's
+    own = {"help", "flip"}  # flips are those of the cache
     shared = ({action.dest for action in plan._actions} & {action.dest for action in train._actions}) - own
     assert shared >= {"model", "image_size", "num_classes", "vae", "global_batch_size", "grad_accum_steps", "precision",
                       "grad_checkpointing", "fused_adamw", "depth", "hidden_size", "num_heads", "patch_size"}
@@ -195,7 +195,8 @@ def test_one_sentence_from_several_processes(tmp_path):
 
 LAYERS = {"commands": {"train", "train_classifier", "sample", "sample_ddp", "evaluate", "extract_features", "download",
                        "score_digits", "plot_run", "benchmark", "plan"},
-          "measurements": {"benchmarks"}, "parts": {"runtime", "evaluation"}, "ideas": {"models", "diffusion"}}
+          "measurements": {"benchmarks", "experiments"}, "parts": {"runtime", "evaluation"},
+          "ideas": {"models", "diffusion"}}
 MAY_IMPORT = {"commands": {"measurements", "parts", "ideas"}, "measurements": {"parts", "ideas"},
               "parts": {"parts", "ideas"}, "ideas": set()}
 
