@@ -37,7 +37,7 @@ def build_parser():
     parser.add_argument("--model", choices=DiT_models, help="for train and sample; default: DiT-S/4")
     parser.add_argument("--batch", type=int, help="images at once")
     parser.add_argument("--image-size", type=int, help="pixels; default: 256")
-    parser.add_argument("--steps", type=int, help="of sampling; default: 10")
+    parser.add_argument("--steps", type=int, help="of sampling; default: 5")
     parser.add_argument("--warm-up", type=int, help="calls before the first window")
     parser.add_argument("--calls", type=int, help="in each window")
     parser.add_argument("--count", type=int, help="windows")

@@ -70,7 +70,7 @@ class OurStep:
 
 def variants(device, training=True):
     """(name, speed, fused) one flag after the other, from none to --fast."""
-    best, speed = fastest(device, training), PLAIN
+    best, speed = fastest(device), PLAIN
     rows = [("no flags", speed, False)]
     for flag, change in (("--precision", "precision"), ("--compile", "compile"), ("--attention", "attention")):
         if (value := getattr(best, change)) != getattr(PLAIN, change):

@@ -21,7 +21,7 @@ from runtime.errors import Stopped, UserError, run_command
 from runtime.latents import open_codec
 from runtime.randomness import WEIGHTS, BatchRandomness, seed_of
 from runtime.signals import StopSignals
-from runtime.speed import PLAIN, compile_network, fastest
+from runtime.speed import PLAIN, fastest
 from runtime.training_step import TrainingStep
 
 
@@ -49,8 +49,7 @@ class AveragedRun:
         self.averages = {decay: EMA(self.model, decay) for decay in request["decays"]}
         self.first = self._restore()
         speed = fastest(self.device) if request["fast"] else PLAIN
-        if speed.compile:
-            compile_network(self.model)
+        speed.set_up(self.model)
         rows, diffusion = slice(0, request["batch_size"]), create_diffusion("")
         random = BatchRandomness(request["seed"], request["batch_size"], rows, self.device)
         self.step = TrainingStep(accelerator, self.model, codec, diffusion, UniformSampler(diffusion), random, parts=1,

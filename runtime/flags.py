@@ -151,7 +151,7 @@ def add_speed_flags(parser):
 def speed_of(flags, given, device, log):
     """The `Speed` that the flags say, checked on this device. --fast sets those that were not typed, and logs them."""
     if flags.fast:
-        best = vars(fastest(device, training=hasattr(flags, "fused_adamw"))) | dict(fused_adamw=True)
+        best = vars(fastest(device)) | dict(fused_adamw=True)
         vars(flags).update({name: value for name, value in best.items() if name not in given and hasattr(flags, name)})
         fused = " --fused-adamw" if getattr(flags, "fused_adamw", False) else ""
         log(f"--fast: --precision {flags.precision} {'--compile' if flags.compile else '--no-compile'} "

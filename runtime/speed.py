@@ -2,7 +2,7 @@
 import contextlib
 import copy
 import ctypes
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from timm.layers import Attention
@@ -84,16 +84,15 @@ class Speed:
 PLAIN = Speed()
 
 
-def fastest(device, training):
-    """What --fast means on this device, in training or in sampling."""
+def fastest(device):
+    """What --fast means on this device."""
     kind = torch.device(device).type
     if kind == "cuda":
         has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
         has_bf16 = kind == "cpu" and cpu_has_bf16()
-    speed = Speed("bf16" if has_bf16 else "tf32", compile=True)
     # The backward pass of the CPU's flash kernel takes five times as long as the products (docs/performance.md).
-    return replace(speed, attention="math") if training and kind == "cpu" else speed
+    return Speed("bf16" if has_bf16 else "tf32", compile=True, attention="math" if kind == "cpu" else "auto")
 
 
 def cpu_has_bf16():

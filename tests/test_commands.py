@@ -289,7 +289,7 @@ def test_benchmark_of_speed(command, tmp_path, monkeypatch, what, rows):
     from runtime.speed import Speed
     monkeypatch.setitem(models.DiT_models, "DiT-S/8", lambda **more: models.DiT(
         **dict(patch_size=8, hidden_size=16, depth=1, num_heads=2) | more))
-    monkeypatch.setattr(benchmarks.train, "fastest", lambda device, training: Speed("bf16"))
+    monkeypatch.setattr(benchmarks.train, "fastest", lambda device: Speed("bf16"))
     status, out, err = command("benchmark", what, "--model", "DiT-S/8", "--batch", 2, "--image-size", 64, "--warm-up",
                                1, "--count", 2, "--calls", 1, "--json", tmp_path / "x.json")
     assert status == 0, err
