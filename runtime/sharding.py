@@ -1,7 +1,7 @@
 """Sharded training (FSDP2): each process keeps a part of the weights, gradients, moments and moving average.
 
 A sharded weight is a `DTensor`: whole by its shape, of whose rows this process holds some. Before a block is computed
-its weights are gathered, and dropped after it; its gradients are summed over all processes, of which each keeps its part.
+its weights are gathered, and dropped after it; its gradients are averaged over all processes, and each keeps its part.
 """
 import contextlib
 import os
@@ -35,8 +35,8 @@ def open_mesh(accelerator, where, patience=processes.PATIENCE):
     a_node = os.environ.get("LOCAL_WORLD_SIZE", "none")
     processes.check_alike(accelerator, a_node, "--fsdp node: the numbers of processes of the nodes (LOCAL_WORLD_SIZE)")
     if not a_node.isdecimal() or not 1 < int(a_node) <= world or world % int(a_node):
-        raise UserError(f"--fsdp node shares the model between the processes of a node; LOCAL_WORLD_SIZE, which torchrun "
-                        f"sets, says {a_node} of {world}: several are needed, as many on each node")
+        raise UserError("--fsdp node shares the model between the processes of a node, several, as many on each node; "
+                        f"LOCAL_WORLD_SIZE, which torchrun sets, says {a_node} of {world}")
     ranks = torch.arange(world).view(-1, int(a_node))
     wait = processes.timedelta(minutes=patience)
     groups = [dist.new_subgroups_by_enumeration(lines.tolist(), timeout=wait)[0] for lines in (ranks.T, ranks)]
@@ -80,7 +80,7 @@ def whole(tensor):
 
 
 def shared_as(pattern, tensor):
-    """A whole tensor as a sharded one like `pattern`, without communication; as it is where `pattern` is not sharded."""
+    """A whole tensor as a sharded one like `pattern`, without communication; as it is where that is not sharded."""
     if not isinstance(pattern, DTensor) or not torch.is_tensor(tensor) or tensor.shape != pattern.shape:
         return tensor
     mesh = pattern.device_mesh

@@ -70,9 +70,8 @@ def test_as_ddp_and_back(children, command, tmp_path):
     watched = Watched()
     reference = tmp_path / "held-out.npz"
     command("evaluate", "--make-reference", "digits-held-out", "--features", "pixels", "--output", reference)
-    more = ["--fsdp", "--async-save", "--compile", "--grad-checkpointing", 0.5, "--sample-every", 3, "--eval-every", 3,
-            "--eval-reference", reference, "--eval-features", "pixels", "--eval-samples", 65, "--eval-sampling-steps",
-            "ddim2"]
+    more = ["--fsdp", "--async-save", "--sample-every", 3, "--eval-every", 3, "--eval-reference", reference,
+            "--eval-features", "pixels", "--eval-samples", 65, "--eval-sampling-steps", "ddim2"]
     children.run("train", *RUN, "--max-steps", 6, "--results-dir", tmp_path / "ddp", processes=2)
     out = children.run("train", *RUN, *more, "--max-steps", 6, "--results-dir", tmp_path / "fsdp", processes=2,
                        prepare=watched)
@@ -84,20 +83,21 @@ def test_as_ddp_and_back(children, command, tmp_path):
     assert max(abs(norms[0][step] / norms[1][step] - 1) for step in ddp) < 1e-4 and max(norms[0].values()) > 0.3
     for name in ("weights", "moments", "ema"):
         assert all(0.4 < share < 0.6 for share, _ in shares(out, name).values()) and len(shares(out, name)) == 2, out
-    assert re.findall(r"sampled (.*) graphs (\d+) breaks (\d+)$", out, re.MULTILINE)[-1][::2] == ("{'meta'}", "0")
-    assert "the evaluation failed" not in out and int(re.findall(r"graphs (\d+)", out)[-1]) > 0
+    assert "sampled {'meta'}" in out and "the evaluation failed" not in out
     folder = folder_of(tmp_path / "fsdp")
     assert len(list((folder / "samples").iterdir())) == 2 and (folder / "checkpoints" / "best.pt").is_file()
 
-    for name, source, flags, count in (("again", "fsdp", more, 2), ("from-ddp", "ddp", ["--fsdp"], 2),
+    compiled = ["--fsdp", "--compile", "--grad-checkpointing", 0.5]
+    for name, source, flags, count in (("again", "fsdp", ["--fsdp"], 2), ("from-ddp", "ddp", compiled, 2),
                                        ("to-one", "fsdp", [], 1)):
         path = folder_of(tmp_path / source) / "checkpoints" / "0000003.pt"
         out = children.run("train", *RUN, *flags, "--max-steps", 6, "--resume", path, "--results-dir", tmp_path / name,
                            processes=count, prepare=watched)
-        assert "at step 3" in out
+        assert "at step 3" in out and ("graphs 0 breaks 0" in out) == (flags != compiled) and "breaks 1" not in out
         check_alike(tmp_path / "ddp", tmp_path / name, 6)
     assert differences(stored(tmp_path / "fsdp", 6), stored(tmp_path / "again", 6)) == []
-    status, out, err = command("sample", "--ckpt", path, "--num-sampling-steps", "ddim2", "--output", tmp_path / "x.png")
+    status, out, err = command(
+        "sample", "--ckpt", path, "--num-sampling-steps", "ddim2", "--output", tmp_path / "x.png")
     assert status == 0 and "ema weights of DiT-S/2 after 3 steps" in out, out + err
 
 
