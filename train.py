@@ -38,7 +38,7 @@ from runtime.flags import (
     sampling_steps,
     speed_of,
 )
-from runtime.generate import SampleNoise, image_maker
+from runtime.generate import image_maker, preview
 from runtime.provenance import made_with
 from runtime.randomness import WEIGHTS, BatchRandomness, seed_of
 from runtime.saving import Saver
@@ -168,7 +168,7 @@ def prepare(accelerator, flags, given):
     device, log = accelerator.device, []
     with processes.together(accelerator):
         speed = speed_of(flags, given, device, log.append)
-        rows = own_rows(flags, accelerator)
+        rows = data.own_rows(accelerator, flags.global_batch_size, flags.grad_accum_steps)
         dataset, codec = open_dataset(flags, given, device)
         model = build_model(flags, codec)
     mesh = sharding.open_mesh(accelerator, flags.fsdp, flags.timeout) if flags.fsdp else None
@@ -254,7 +254,7 @@ def train(run, flags, signals):
             if flags.sample_every and done % flags.sample_every == 0:
                 with monitor.paused(), run.state.ema.whole() as ema:
                     if accelerator.is_main_process:
-                        monitor.show_images(done, *sample_grid(ema, run.codec, run.dataset.class_names))
+                        monitor.show_images(done, *preview(ema, run.codec, run.dataset.class_names))
             if run.evaluator and done % flags.eval_every == 0 and not (stop or fault or run.guard.exhausted):
                 evaluate(run, done, monitor, signals, is_saved)
             if last:
@@ -298,16 +298,6 @@ def open_evaluation(accelerator, flags, model, codec, dataset, rows, speed):
     except UserError as error:  # the parts name the flags of sample.py and evaluate.py
         names = r"--(?:num-)?(features|reference|cfg-scale|sampling-steps)\b"
         raise UserError(re.sub(names, r"--eval-\1", str(error)), shown=error.shown) from None
-
-
-def own_rows(flags, accelerator):
-    """The slice of the global batch that this process computes."""
-    world, parts = accelerator.num_processes, flags.grad_accum_steps
-    if flags.global_batch_size % (world * parts):
-        raise UserError(f"--global-batch-size {flags.global_batch_size} cannot be shared by {world} processes "
-                        f"in {parts} parts each (--grad-accum-steps): it must be a multiple of {world * parts}")
-    share = flags.global_batch_size // world
-    return slice(accelerator.process_index * share, (accelerator.process_index + 1) * share)
 
 
 def open_dataset(flags, given, device):
@@ -382,17 +372,6 @@ def opening_lines(flags, folder, accelerator, model, dataset, resumed, first_ste
     limit = "--max-steps" if last_step == flags.max_steps else f"--epochs {flags.epochs}"
     yield f"Training for {last_step - first_step} steps, to step {last_step} ({limit})" if first_step < last_step else (
         f"Nothing to do: {first_step} steps are done, --epochs and --max-steps ask for {last_step}")
-
-
-def sample_grid(model, codec, class_names, columns=4):
-    """Samples of up to ten classes, one a row: images (N, C, H, W), and the number of columns.
-
-    DDIM in 50 steps, guided as sample.py does; the same noise every time, so that grids can be compared.
-    """
-    classes = torch.linspace(0, len(class_names) - 1, min(10, len(class_names))).long()
-    labels = classes.repeat_interleave(columns).to(model.pos_embed.device)
-    make = image_maker(model, codec, "ddim50", cfg_scale=4.0 if model.y_embedder.has_null_class else 1.0)
-    return make(labels, SampleNoise(0, range(len(labels)), labels.device)), columns
 
 
 if __name__ == "__main__":
