@@ -103,6 +103,8 @@ class TrainingState:
                 raise ValueError(f"the optimiser's moments of {name} have the shapes {shapes}")
             if not all(torch.is_floating_point(value) for value in moments.values()):
                 raise ValueError(f"the optimiser's moments of {name} are no floating-point numbers")
+            if not moments["step"] >= 0:
+                raise ValueError(f"the optimiser made {float(moments['step'])} steps with {name}")
 
     def _changes(self, stored):
         """Sentences on flags and data that are not those of the checkpoint."""
