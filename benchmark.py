@@ -1,12 +1,13 @@
 """Measure speed. Times depend on the machine; compare only numbers of one run.
 
-    python benchmark.py train        training steps: the published recipe, then one flag of speed after another
-    python benchmark.py sample       guided sampling, likewise
+    python benchmark.py train        training steps: the published recipe, ours without flags, ours with --fast
+    python benchmark.py ablation     the same, one flag of speed after another
+    python benchmark.py sample       guided sampling: the published loop, then one flag of speed after another
     python benchmark.py data         how fast training gets latents and images, and the memory that it takes
     python benchmark.py save         what a checkpoint costs
     python benchmark.py process      what the diffusion process costs beside the network, against the plain formulas
 
-On a GPU:  python benchmark.py train --model DiT-XL/2 --batch 256 --warm-up 10 --calls 10
+On a GPU:  python benchmark.py ablation --model DiT-XL/2 --batch 256 --warm-up 10 --calls 10
            python benchmark.py sample --model DiT-XL/2 --batch 32 --steps 250 --calls 1
 """
 import argparse
@@ -17,6 +18,7 @@ import time
 
 import torch
 
+import benchmarks.ablation
 import benchmarks.data
 import benchmarks.process
 import benchmarks.sample
@@ -25,8 +27,8 @@ import benchmarks.train
 from models import DiT_models
 from runtime.provenance import commit, hardware
 
-MEASUREMENTS = {"train": benchmarks.train, "sample": benchmarks.sample, "data": benchmarks.data,
-                "save": benchmarks.save, "process": benchmarks.process}
+MEASUREMENTS = {"train": benchmarks.train, "ablation": benchmarks.ablation, "sample": benchmarks.sample,
+                "data": benchmarks.data, "save": benchmarks.save, "process": benchmarks.process}
 
 
 def build_parser():

@@ -6,8 +6,9 @@
     python evaluate.py results/000-DiT-S-2/checkpoints/0002992.pt --nll digits-held-out
     python evaluate.py --diff A.scores.json B.scores.json
 
-SAMPLES is an .npz, a folder of images, digits, digits-held-out, or a checkpoint, of which images are then made and
-measured in one go, those that sample_ddp.py makes. Every score is written down with all that it depends on.
+SAMPLES is an .npz, a folder of images, digits, fractals, one of these with -held-out, or a checkpoint, of which images
+are then made and measured in one go, those that sample_ddp.py makes. Every score is written down with all that it
+depends on.
 """
 import argparse
 import os
@@ -29,6 +30,7 @@ from runtime.flags import (
     non_negative_int,
     parse,
     positive_int,
+    sampling_of,
     speed_of,
 )
 from runtime.generate import image_maker
@@ -44,7 +46,7 @@ def build_parser():
                                                           "--make-reference: what SAMPLES are compared with")
     group.add_argument("--make-reference", metavar="DATA", help="measure these images, to compare with them later")
     group.add_argument("--nll", metavar="DATA", help="bits per dimension of a checkpoint on these images: a folder "
-                                                     "with a folder a class, digits, or digits-held-out")
+                                                     "with a folder a class, digits-held-out, ...")
     group.add_argument("--diff", nargs=2, metavar=("A", "B"), help="say in what two records differ")
     group.add_argument("--output", metavar="FILE", help="the record, or the reference; default: beside SAMPLES")
     add_feature_flags(parser)
@@ -81,7 +83,6 @@ def main():
     accelerator.end_training()
 
 
-DIGITS_SIZE = 8
 # What says how a checkpoint's images are made: without a meaning for images that are there already.
 MAKING = {"num_fid_samples", "labels", "global_seed", "cfg_scale", "cfg_channels", "num_sampling_steps", "sampler",
           "eta", "model", "num_classes", "vae", "fast", "precision", "compile", "attention"}
@@ -98,8 +99,10 @@ def check(flags, given):
         raise UserError(f"--{asked.replace('_', '-')} " + (
             "needs SAMPLES: an .npz, a folder, or a checkpoint" if flags.samples is None
             else f"takes no SAMPLES, here are {flags.samples}"))
-    if flags.samples and asked == "reference" and not is_checkpoint(flags.samples) and given & MAKING:
-        name = sorted(given & MAKING)[0].replace("_", "-")
+    fractals = "fractals" in (data.embedded(flags.samples)[0], data.embedded(flags.reference)[0])
+    making = given & MAKING - ({"num_classes"} if fractals else set())
+    if flags.samples and asked == "reference" and not is_checkpoint(flags.samples) and making:
+        name = sorted(making)[0].replace("_", "-")
         raise UserError(f"--{name} says how a checkpoint's images are made; those of {flags.samples} are there already")
     if asked == "nll" and not is_checkpoint(flags.samples):
         raise UserError(f"--nll is of a checkpoint (.pt, .safetensors); {flags.samples} is none")
@@ -126,15 +129,15 @@ def evaluate(accelerator, flags, given):
     """Samples against a reference: prints the scores, and writes their record."""
     with processes.together(accelerator):
         features = open_features(flags.features, accelerator.device, flags.inception)
-        images, image_size = open_samples(flags, given, accelerator)
+        images, image_size, num_classes = open_samples(flags, given, accelerator)
     reference, reference_record = open_reference(accelerator, flags.reference, features, flags.per_proc_batch_size,
-                                                 image_size)
+                                                 image_size, num_classes)
     with processes.together(accelerator):
         scores.check_first(images, reference, features)
     samples = measure(accelerator, images, features, flags.per_proc_batch_size, title="samples")
 
     def report():
-        found = scores.score(samples, reference, features)
+        found = scores.score(samples, reference, features, images.class_labels())
         for line in scores.lines(found, features, samples, reference):
             print(line)
         record = dict(scores=found, name=scores.distance_name(features, samples.count), features=features.record(),
@@ -148,18 +151,23 @@ def evaluate(accelerator, flags, given):
 
 
 def open_samples(flags, given, accelerator):
-    """The images that SAMPLES names, and their size in pixels."""
+    """The images that SAMPLES names, their size in pixels, and of how many classes they are, if that is known."""
     if not is_checkpoint(flags.samples):
-        images = open_images(flags.samples, flags.image_size if "image_size" in given else None)
-        return images, images.batch(0, 1).shape[2]
+        images = open_images(flags.samples, **typed(flags, given))
+        return images, images.batch(0, 1).shape[2], typed(flags, given)["num_classes"]
     trained = load_trained(flags.samples, flags.model, flags.image_size, flags.num_classes, flags.vae, given,
                            accelerator.device)
     accelerator.print(trained.description())
-    make = image_maker(trained.model, trained.codec, flags.num_sampling_steps, flags.cfg_scale, flags.cfg_channels,
-                       flags.sampler, flags.eta, speed_of(flags, given, accelerator.device, accelerator.print))
+    make = image_maker(trained.model, trained.codec, **sampling_of(flags),
+                       speed=speed_of(flags, given, accelerator.device, accelerator.print))
     images = GeneratedImages(make, trained.num_classes, flags.num_fid_samples, flags.global_seed, flags.labels,
                              trained.record() | made_with(accelerator.device))
-    return images, trained.image_size
+    return images, trained.image_size, trained.num_classes
+
+
+def typed(flags, given):
+    """The sizes that the user typed: what folders are cropped to and fractals are drawn in; None of the others."""
+    return {name: getattr(flags, name) if name in given else None for name in ("image_size", "num_classes")}
 
 
 def is_checkpoint(name):
@@ -175,7 +183,7 @@ def make_reference(accelerator, flags, given):
     """Measure the images of --make-reference and write what can be compared with."""
     with processes.together(accelerator):
         features = open_features(flags.features, accelerator.device, flags.inception)
-        images = open_images(flags.make_reference, flags.image_size if "image_size" in given else None)
+        images = open_images(flags.make_reference, **typed(flags, given))
     found = measure(accelerator, images, features, flags.per_proc_batch_size, PRECISION_IMAGES, title="reference")
 
     def save():
@@ -192,7 +200,7 @@ def evaluate_likelihood(accelerator, flags, given):
     with processes.together(accelerator):
         trained = load_trained(flags.samples, flags.model, flags.image_size, flags.num_classes, flags.vae, given,
                                accelerator.device)
-        dataset = open_labelled(flags.nll, trained.image_size)
+        dataset = open_labelled(flags.nll, trained.image_size, trained.num_classes)
     accelerator.print(trained.description())
     found = likelihood.bits_per_dimension(accelerator, trained, dataset, flags.nll_images, flags.per_proc_batch_size,
                                           flags.global_seed)
@@ -210,12 +218,13 @@ def evaluate_likelihood(accelerator, flags, given):
     processes.on_main(accelerator, report)
 
 
-def open_labelled(path, image_size):
+def open_labelled(path, image_size, num_classes):
     """The data set of --nll."""
-    if path in ("digits", "digits-held-out") and image_size != DIGITS_SIZE:
-        raise UserError(f"--nll {path}: the digits are {DIGITS_SIZE} pixels wide, the model is for {image_size}")
+    digits_size = data.EMBEDDED["digits"]["image_size"]
+    if data.embedded(path)[0] == "digits" and image_size != digits_size:
+        raise UserError(f"--nll {path}: the digits are {digits_size} pixels wide, the model is for {image_size}")
     try:
-        return data.open_data(path, image_size)
+        return data.open_data(path, image_size, num_classes=num_classes)
     except UserError as error:
         raise UserError(str(error).replace("--data-path", "--nll")) from None
 

@@ -27,11 +27,14 @@ from runtime.images import BadImage
 def build_parser():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     group = parser.add_argument_group("what")
-    group.add_argument("--data-path", help="folder with a folder of images a class, or: digits")
+    group.add_argument("--data-path", help="folder with a folder of images a class, or: digits, fractals")
     group.add_argument("--features-path", required=True, help="the cache's folder")
     group.add_argument("--image-size", type=positive_int, default=256, help="pixels")
+    group.add_argument("--num-classes", type=positive_int, default=data.EMBEDDED["fractals"]["num_classes"],
+                       help="of fractals; other data have what they have")
     group.add_argument("--vae", default="ema", help="ema, mse, a diffusers directory or hub name")
-    group.add_argument("--flip", action=argparse.BooleanOptionalAction, help="also the mirror images (not digits)")
+    group.add_argument("--flip", action=argparse.BooleanOptionalAction,
+                       help="also the mirror images (not of digits and fractals)")
     group.add_argument("--dtype", choices=latent_cache.DTYPES, default="fp16", help="of what is stored")
     group = parser.add_argument_group("how")
     group.add_argument("--precision", choices=["fp32", "tf32", "bf16"], default="tf32",
@@ -47,6 +50,8 @@ def main():
     flags, given = parse(build_parser())
     if flags.data_path is None and not flags.verify:
         raise UserError("--data-path is missing: which images? (--verify alone needs none)")
+    if "num_classes" in given and data.embedded(flags.data_path)[0] != "fractals":
+        raise UserError(f"--num-classes {flags.num_classes} is for --data-path fractals, not {flags.data_path}")
     if flags.data_path == "digits" and "image_size" not in given:
         flags.image_size = DigitsData.image_size
     if os.path.isdir(flags.vae):
@@ -117,14 +122,14 @@ class ImagesInOrder(Dataset):
 
 def open_all(flags, device):
     """The images, the codec and the writer of the cache; a `UserError` where they do not fit each other."""
-    images = data.open_data(flags.data_path, flags.image_size)
+    images = data.open_data(flags.data_path, flags.image_size, num_classes=flags.num_classes)
     codec = latents.open_codec(flags.vae, images.channels, device)
     if not codec.is_random:
         raise UserError("--vae none: without a VAE there is nothing to encode; train.py takes the pixels themselves")
     latents.latent_size(codec, flags.image_size)
     flips = images.flips if flags.flip is None else flags.flip
     data_path = flags.data_path
-    if data_path != "digits":
+    if not data.embedded(data_path)[0]:
         data_path = os.path.abspath(data_path)
         if os.path.commonpath([os.path.abspath(flags.features_path), data_path]) == data_path:
             raise UserError(f"--features-path {flags.features_path} lies in --data-path, where it would be taken for a "

@@ -1,9 +1,11 @@
 """DiT: a vision transformer that denoises latents (Peebles & Xie, "Scalable Diffusion Models with Transformers", 2023).
 
-Read from the bottom up for the whole picture, or in order: position table, embeddings, blocks, DiT, sizes.
+Read from the bottom up for the whole picture, or in order: position table, embeddings, blocks, conditioning,
+DiT, sizes. CONDITIONINGS is the table of the block types: the paper's four, of which adaLN-Zero won, and adaLN-single.
 Shapes: N batch, C channels, H W latent height and width, p patch size, T tokens, D width.
 """
 import contextlib
+import functools
 import math
 import operator
 
@@ -167,28 +169,118 @@ class LabelEmbedder(nn.Module):
                              f"got {int(low)} .. {int(high)}")
 
 
-# ---------------------------------------------------------------- blocks
+# ---------------------------------------------------------------- blocks (figure 3, from right to left)
 
-def layer_norm(hidden_size):
-    """Layer norm without scale and shift: adaLN gives those."""
-    return nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
-
-
-def adaln_linear(hidden_size, chunks):
-    """c (N, D) -> `chunks` vectors of D: what adaLN scales, shifts and gates with."""
-    return nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, chunks * hidden_size))
+def layer_norm(hidden_size, affine):
+    """Layer norm; affine: with a scale and shift of its own, which adaLN makes from the condition instead."""
+    return nn.LayerNorm(hidden_size, elementwise_affine=affine, eps=1e-6)
 
 
-class DiTBlock(nn.Module):
-    """Transformer block with adaLN-Zero conditioning (section 3.2; figure 3, second from the left)."""
+class ViTBlock(nn.Module):
+    """In-context conditioning: the plain block of a vision transformer, to which t and y are tokens like any other."""
+
+    affine = True
 
     def __init__(self, hidden_size, num_heads, mlp_ratio=4.0, **attention_kwargs):
         super().__init__()
-        self.norm1 = layer_norm(hidden_size)
+        self.norm1 = layer_norm(hidden_size, self.affine)
         self.attn = Attention(hidden_size, num_heads=num_heads, qkv_bias=True, **attention_kwargs)
-        self.norm2 = layer_norm(hidden_size)
+        self.norm2 = layer_norm(hidden_size, self.affine)
         self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio), act_layer=lambda: nn.GELU(approximate="tanh"))
-        self.adaLN_modulation = adaln_linear(hidden_size, 6)
+
+    def forward(self, x, c=None):
+        """x (N, T, D) tokens -> (N, T, D)."""
+        x = x + self.attn(self.norm1(x))
+        x = x + self.mlp(self.norm2(x))
+        return x
+
+
+class CrossAttention(nn.Module):
+    """Multi-head attention of tokens x (N, T, D) to a sequence c (N, S, D) -> (N, T, D)."""
+
+    def __init__(self, hidden_size, num_heads):
+        super().__init__()
+        self.num_heads = num_heads
+        self.q = nn.Linear(hidden_size, hidden_size)
+        self.kv = nn.Linear(hidden_size, 2 * hidden_size)
+        self.proj = nn.Linear(hidden_size, hidden_size)
+
+    def forward(self, x, c):
+        q, k, v = (part.unflatten(2, (self.num_heads, -1)).transpose(1, 2)  # (N, heads, T or S, D / heads)
+                   for part in (self.q(x), *self.kv(c).chunk(2, dim=2)))
+        x = nn.functional.scaled_dot_product_attention(q, k, v)
+        return self.proj(x.transpose(1, 2).flatten(2))
+
+
+class CrossAttentionBlock(ViTBlock):
+    """Between self-attention and MLP, the tokens attend to the embeddings of t and y."""
+
+    def __init__(self, hidden_size, num_heads, *args, **kwargs):
+        super().__init__(hidden_size, num_heads, *args, **kwargs)
+        self.norm_cross = layer_norm(hidden_size, self.affine)
+        self.cross_attn = CrossAttention(hidden_size, num_heads)
+
+    def forward(self, x, c):
+        """x (N, T, D) tokens, c (N, 2, D) embeddings -> (N, T, D)."""
+        x = x + self.attn(self.norm1(x))
+        x = x + self.cross_attn(self.norm_cross(x), c)
+        x = x + self.mlp(self.norm2(x))
+        return x
+
+
+class ZeroLinear(nn.Linear):
+    """A linear that starts at zero: `DiT.initialize_weights` sees to it."""
+
+
+def adaln(hidden_size, chunks, linear=nn.Linear):
+    """c (N, D) -> `chunks` vectors of D, side by side: what adaLN shifts, scales and gates with."""
+    return nn.Sequential(nn.SiLU(), linear(hidden_size, chunks * hidden_size))
+
+
+adaln_zero = functools.partial(adaln, linear=ZeroLinear)
+
+
+class AdaLNTable(nn.Module):
+    """adaLN-single (Chen et al., "PixArt-alpha", 2023): c (N, chunks * D) or (N, D), the same for all, plus a table.
+
+    The table starts as PixArt's, N(0, 1 / D), but for the gates, every third row. These are zero, as is the linear
+    that all blocks share: a block starts as the identity, as in adaLN-Zero. PixArt went on from trained weights.
+    """
+
+    def __init__(self, hidden_size, chunks):
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(chunks, hidden_size) / hidden_size**0.5)
+        self.table.data[2::3] = 0
+
+    def forward(self, c):
+        return (c.unflatten(1, (-1, self.table.shape[1])) + self.table).flatten(1)
+
+
+class AdaLNBlock(ViTBlock):
+    """adaLN: shift and scale of the norms are made from the condition; no gates, and not the identity at first."""
+
+    affine = False
+
+    def __init__(self, hidden_size, *args, **kwargs):
+        super().__init__(hidden_size, *args, **kwargs)
+        self.adaLN_modulation = adaln(hidden_size, 4)
+
+    def forward(self, x, c):
+        """x (N, T, D) tokens, c (N, D) condition -> (N, T, D)."""
+        shift_msa, scale_msa, shift_mlp, scale_mlp = self.adaLN_modulation(c).chunk(4, dim=1)
+        x = x + self.attn(modulate(self.norm1(x), shift_msa, scale_msa))
+        x = x + self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp))
+        return x
+
+
+class DiTBlock(ViTBlock):
+    """adaLN-Zero (section 3.2; figure 3, second from the left), and with modulation=AdaLNTable adaLN-single."""
+
+    affine = False
+
+    def __init__(self, hidden_size, *args, modulation=adaln_zero, **kwargs):
+        super().__init__(hidden_size, *args, **kwargs)
+        self.adaLN_modulation = modulation(hidden_size, 6)
 
     def forward(self, x, c):
         """x (N, T, D) tokens, c (N, D) condition -> (N, T, D)."""
@@ -198,18 +290,82 @@ class DiTBlock(nn.Module):
         return x
 
 
-class FinalLayer(nn.Module):
-    """Tokens (N, T, D) and condition (N, D) -> patches (N, T, p * p * out_channels)."""
+class PlainFinalLayer(nn.Module):
+    """Tokens (N, T, D) -> patches (N, T, p * p * out_channels)."""
+
+    affine = True
 
     def __init__(self, hidden_size, patch_size, out_channels):
         super().__init__()
-        self.norm_final = layer_norm(hidden_size)
-        self.linear = nn.Linear(hidden_size, patch_size * patch_size * out_channels)
-        self.adaLN_modulation = adaln_linear(hidden_size, 2)
+        self.norm_final = layer_norm(hidden_size, self.affine)
+        self.linear = ZeroLinear(hidden_size, patch_size * patch_size * out_channels)
+
+    def forward(self, x, c):
+        return self.linear(self.norm_final(x))
+
+
+class FinalLayer(PlainFinalLayer):
+    """Tokens (N, T, D) and condition (N, D) -> patches (N, T, p * p * out_channels)."""
+
+    affine = False
+
+    def __init__(self, hidden_size, *args, modulation=adaln_zero):
+        super().__init__(hidden_size, *args)
+        self.adaLN_modulation = modulation(hidden_size, 2)
 
     def forward(self, x, c):
         shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
         return self.linear(modulate(self.norm_final(x), shift, scale))
+
+
+# ---------------------------------------------------------------- conditioning
+
+class Sum(nn.Module):
+    """Tokens x and the embeddings t, y (N, D) -> tokens, c of the blocks, c of the final layer: here both are t + y."""
+
+    def __init__(self, hidden_size):
+        super().__init__()
+
+    def forward(self, x, t, y):
+        c = t + y
+        return x, c, c
+
+
+class SharedModulation(Sum):
+    """Blocks get the six vectors (N, 6D) that one linear makes for all of them."""
+
+    def __init__(self, hidden_size):
+        super().__init__(hidden_size)
+        self.adaLN_modulation = adaln_zero(hidden_size, 6)
+
+    def forward(self, x, t, y):
+        c = t + y
+        return x, self.adaLN_modulation(c), c
+
+
+class Pair(Sum):
+    """Blocks get a sequence of two (N, 2, D)."""
+
+    def forward(self, x, t, y):
+        return x, torch.stack([t, y], dim=1), None
+
+
+class ExtraTokens(Sum):
+    """Blocks get two tokens more, which have no positions: (N, T + 2, D)."""
+
+    def forward(self, x, t, y):
+        return torch.cat([x, torch.stack([t, y], dim=1)], dim=1), None, None
+
+
+# Name: how t and y come in, the blocks, and the layer after them (section 3.2).
+CONDITIONINGS = {
+    "adaln-zero": (Sum, DiTBlock, FinalLayer),
+    "adaln": (Sum, AdaLNBlock, functools.partial(FinalLayer, modulation=adaln)),
+    "in-context": (ExtraTokens, ViTBlock, PlainFinalLayer),
+    "cross-attention": (Pair, CrossAttentionBlock, PlainFinalLayer),
+    "adaln-single": (SharedModulation, functools.partial(DiTBlock, modulation=AdaLNTable),
+                     functools.partial(FinalLayer, modulation=AdaLNTable)),
+}
 
 
 # ---------------------------------------------------------------- the model
@@ -227,17 +383,21 @@ class DiT(nn.Module):
     class_dropout_prob  probability of training on the null class; 0: no null class, no guidance
     num_classes         classes; the null class has the number `num_classes`
     learn_sigma         also predict the variance: the output has 2C channels, else C
-    raise               ValueError for sizes that do not fit
+    conditioning        the type of the blocks, a name in CONDITIONINGS
+    raise               ValueError for sizes that do not fit, and for a conditioning that there is not
     """
 
     def __init__(self, input_size=32, patch_size=2, in_channels=4, hidden_size=1152, depth=28, num_heads=16,
-                 mlp_ratio=4.0, class_dropout_prob=0.1, num_classes=1000, learn_sigma=True):
+                 mlp_ratio=4.0, class_dropout_prob=0.1, num_classes=1000, learn_sigma=True, conditioning="adaln-zero"):
         # What a checkpoint needs to build this model again: DiT(**config).
         config = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         super().__init__()
         self.config = config
         if num_heads < 1 or hidden_size % num_heads:
             raise ValueError(f"hidden_size {hidden_size} is not a multiple of num_heads {num_heads}")
+        if conditioning not in CONDITIONINGS:
+            raise ValueError(f"conditioning is one of {', '.join(CONDITIONINGS)}, not {conditioning!r}")
+        condition, block, final_layer = CONDITIONINGS[conditioning]
         self.in_channels = in_channels
         self.out_channels = in_channels * 2 if learn_sigma else in_channels
         self.patch_size = patch_size
@@ -249,9 +409,10 @@ class DiT(nn.Module):
         self.y_embedder = LabelEmbedder(num_classes, hidden_size, class_dropout_prob)
         # A fixed table, yet a parameter: the published optimiser states count it.
         self.pos_embed = nn.Parameter(torch.zeros(1, self.x_embedder.num_patches, hidden_size), requires_grad=False)
+        self.condition = condition(hidden_size)
         self.checkpointed = 0.0  # share of the blocks that keep no activations in training, but compute them again
-        self.blocks = nn.ModuleList([DiTBlock(hidden_size, num_heads, mlp_ratio) for _ in range(depth)])
-        self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels)
+        self.blocks = nn.ModuleList([block(hidden_size, num_heads, mlp_ratio) for _ in range(depth)])
+        self.final_layer = final_layer(hidden_size, patch_size, self.out_channels)
         self.initialize_weights()
 
     def initialize_weights(self):
@@ -267,10 +428,9 @@ class DiT(nn.Module):
         nn.init.normal_(self.t_embedder.mlp[0].weight, std=0.02)
         nn.init.normal_(self.t_embedder.mlp[2].weight, std=0.02)
         # Zero gates make each block the identity at first; a zero output layer predicts zero noise.
-        for layer in (*(block.adaLN_modulation[1] for block in self.blocks),
-                      self.final_layer.adaLN_modulation[1], self.final_layer.linear):
-            nn.init.zeros_(layer.weight)
-            nn.init.zeros_(layer.bias)
+        for module in self.modules():
+            if isinstance(module, ZeroLinear):
+                nn.init.zeros_(module.weight)
 
     def unpatchify(self, x):
         """Patches (N, T, p * p * out_channels) -> (N, out_channels, H, W)."""
@@ -293,13 +453,15 @@ class DiT(nn.Module):
         raise           ValueError for a wrong shape, or a label out of range (labels in host memory)
         """
         x = self.x_embedder(x) + self.pos_embed                                          # (N, T, D)
-        c = self.t_embedder(t) + self.y_embedder(y, self.training, force_drop_ids)       # (N, D)
+        t, y = self.t_embedder(t), self.y_embedder(y, self.training, force_drop_ids)     # (N, D) each
+        x, c, c_final = self.condition(x, t, y)                                          # adaLN-Zero: x, t + y, t + y
         for i, block in enumerate(self.blocks):
             if self.training and self._is_checkpointed(i):
                 x = checkpoint(block, x, c, use_reentrant=False)                         # (N, T, D)
             else:
                 x = block(x, c)                                                          # (N, T, D)
-        x = self.final_layer(x, c)                                                       # (N, T, p * p * 2C)
+        x = x[:, :self.x_embedder.num_patches]                                           # without in-context t and y
+        x = self.final_layer(x, c_final)                                                 # (N, T, p * p * 2C)
         return self.unpatchify(x)                                                        # (N, 2C, H, W)
 
     def _is_checkpointed(self, i):

@@ -22,6 +22,7 @@ from runtime.flags import (
     non_negative_int,
     parse,
     positive_int,
+    sampling_of,
     speed_of,
 )
 from runtime.generate import GlobalNoise, PathRecorder, image_maker, save_grid
@@ -53,8 +54,8 @@ def main():
     device = processes.start(tf32=flags.precision != "fp32").device
     trained = load_trained(flags.ckpt, flags.model, flags.image_size, flags.num_classes, flags.vae, given, device)
     print(trained.description())
-    make = image_maker(trained.model, trained.codec, flags.num_sampling_steps, flags.cfg_scale, flags.cfg_channels,
-                       flags.sampler, flags.eta, speed_of(flags, given, device, print))
+    make = image_maker(trained.model, trained.codec, **sampling_of(flags),
+                       speed=speed_of(flags, given, device, print))
     if flags.class_labels:
         chosen = parse_labels(flags.class_labels, trained.class_names, trained.num_classes)
     else:

@@ -21,6 +21,7 @@ from runtime.flags import (
     non_negative_int,
     parse,
     positive_int,
+    sampling_of,
     speed_of,
 )
 from runtime.generate import SampleNoise, image_maker, to_uint8
@@ -52,8 +53,8 @@ def main():
     device, rank, world = accelerator.device, accelerator.process_index, accelerator.num_processes
     with processes.together(accelerator):
         trained = load_trained(flags.ckpt, flags.model, flags.image_size, flags.num_classes, flags.vae, given, device)
-        make = image_maker(trained.model, trained.codec, flags.num_sampling_steps, flags.cfg_scale, flags.cfg_channels,
-                           flags.sampler, flags.eta, speed_of(flags, given, device, accelerator.print))
+        make = image_maker(trained.model, trained.codec, **sampling_of(flags),
+                           speed=speed_of(flags, given, device, accelerator.print))
         samples = SampleSet(os.path.join(flags.sample_dir, folder_name(trained, make, flags)))
         samples.open()
     accelerator.print(trained.description())
@@ -92,6 +93,7 @@ def folder_name(trained, make, flags):
     parts = [trained.name.replace("/", "-"), name, checksum.of_weights(*modules)[:8], f"size-{trained.image_size}",
              f"vae-{vae}", f"cfg-{flags.cfg_scale:g}", f"channels-{make.cfg_channels}",
              f"{make.sampler}-{flags.num_sampling_steps}"]
+    parts += [f"interval-{make.cfg_interval[0]}-{make.cfg_interval[1]}"] if make.cfg_interval else []
     parts += [f"eta-{flags.eta:g}"] if flags.eta else []
     parts += [f"labels-{flags.labels}"] if flags.labels != "uniform" else []
     parts += [f"seed-{flags.global_seed}"] + ([] if flags.tf32 and make.speed.precision == "tf32" else [

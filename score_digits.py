@@ -9,7 +9,7 @@ import torch
 from evaluation.features import PixelFeatures
 from evaluation.metrics import frechet_distance
 from evaluation.moments import Moments
-from evaluation.sources import DigitsImages, NpzImages
+from evaluation.sources import EmbeddedImages, NpzImages
 from runtime.data import spread
 from runtime.digits import DigitsClassifier
 from runtime.errors import UserError, run_command
@@ -25,7 +25,7 @@ def build_parser():
 
 def main():
     classifier = DigitsClassifier()
-    train, held_out = (images.batch(0, len(images)) for images in map(DigitsImages, ("digits", "digits-held-out")))
+    train, held_out = (images.batch(0, len(images)) for images in map(EmbeddedImages, ("digits", "digits-held-out")))
     real = torch.cat([train, held_out])
     halves = distance(real[0::2], real[1::2])
     for path in build_parser().parse_args().samples:

@@ -1,4 +1,6 @@
 """Speed of guided sampling: as published code computes it, ours, and ours with one flag of speed after another."""
+import functools
+
 import torch
 
 from models import DiT_models
@@ -6,10 +8,10 @@ from runtime.generate import SampleNoise, image_maker
 from runtime.latents import PixelCodec
 from runtime.speed import PLAIN
 
-from .hardware import windows
 from .process import PlainFormulas
 from .train import line as train_line
 from .train import variants
+from .windows import compare
 
 
 @torch.no_grad()
@@ -25,33 +27,34 @@ def published_sampling(make, labels, noise):
     return x[:rows]
 
 
-def measure(device, model="DiT-S/4", batch=8, image_size=256, steps=10, warm_up=2, count=3, calls=2):
+def measure(device, model="DiT-S/4", batch=8, image_size=256, steps=10, warm_up=2, count=5, calls=1):
     """Seconds a batch of so many images and steps, guided: as published, then with every variant; and the largest
     difference of the samples (latents) from those without flags.
     """
     size = image_size // 8
-    rows, plain = {}, None
     labels = torch.arange(batch, device=device)
-    for name, speed, fused in (("published loop", None, False), *variants(device)):
-        if fused:
-            continue  # of the optimiser
-        torch.manual_seed(0)
-        network = DiT_models[model](input_size=size).to(device).eval()
-        for weight in network.parameters():  # nothing that is zero at the start may hide a difference
-            torch.nn.init.normal_(weight, std=0.02)
-        make = image_maker(network, PixelCodec(4), steps, cfg_scale=4.0, speed=speed or PLAIN)
-        if speed is None:
-            row = windows(lambda make=make: published_sampling(make, labels, noise_of(labels)), device, warm_up, count,
-                          calls)
-        else:
-            row = windows(lambda make=make: make(labels, noise_of(labels)), device, warm_up, count, calls)
-            images = make(labels, noise_of(labels))
-            plain = images if plain is None else plain
-            row["difference"] = ((images - plain).abs().max() / plain.abs().max()).item()
-        rows[name] = row | dict(images_per_second=batch / row["seconds"])
-        torch._dynamo.reset()
-    for row in rows.values():
-        row["times_as_fast"] = rows["published loop"]["seconds"] / row["seconds"]
+    chosen = {name: speed for name, speed, _ in variants(device, training=False)}
+    samples = {}
+
+    def maker(name):
+        def make():
+            torch.manual_seed(0)
+            network = DiT_models[model](input_size=size).to(device).eval()
+            for weight in network.parameters():  # nothing that is zero at the start may hide a difference
+                torch.nn.init.normal_(weight, std=0.02)
+            images = image_maker(network, PixelCodec(4), steps, cfg_scale=4.0, speed=chosen.get(name, PLAIN))
+            run = functools.partial(images if name in chosen else functools.partial(published_sampling, images), labels)
+            samples[name] = run(noise_of(labels)).cpu()
+            return lambda: run(noise_of(labels))
+        return make
+
+    rows = compare({name: maker(name) for name in ("published loop", *chosen)}, device, warm_up, count, calls)
+    plain = samples.get("no flags")
+    for name, row in rows.items():
+        if "seconds" in row:
+            row["images_per_second"] = batch / row["seconds"]
+            if plain is not None:
+                row["difference"] = ((samples[name] - plain).abs().max() / plain.abs().max()).item()
     return rows
 
 

@@ -1,6 +1,5 @@
-"""Speed of training steps on random latents: the published recipe, ours, and ours with one flag of speed after another.
+"""Speed of training steps on random latents: the published recipe, ours without flags, and ours with --fast.
 """
-import gc
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -9,14 +8,16 @@ import torch
 from diffusion import create_diffusion
 from diffusion.timestep_sampler import create_named_schedule_sampler
 from models import DiT_models
+from runtime.chips import peak
+from runtime.costs import multiply_adds, step_flops
 from runtime.ema import EMA
 from runtime.latents import PixelCodec
 from runtime.randomness import BatchRandomness
-from runtime.speed import PLAIN, compile_network, fastest
+from runtime.speed import PLAIN, fastest
 from runtime.training_step import TrainingStep, gradient_norm
 
-from .hardware import multiply_adds, peak, windows
 from .process import PlainFormulas
+from .windows import compare
 
 
 class PublishedStep:
@@ -28,7 +29,7 @@ class PublishedStep:
         self.model, self.device, self.plain = model, device, PlainFormulas(create_diffusion(""))
         self.ema = {name: weight.detach().clone() for name, weight in model.named_parameters()}
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0)
-        self.running = 0.0
+        self.losses = []
 
     def __call__(self, latents, labels):
         t, noise = torch.randint(0, 1000, (len(latents),), device=self.device), torch.randn_like(latents)
@@ -40,7 +41,7 @@ class PublishedStep:
         with torch.no_grad():
             for name, weight in self.model.named_parameters():
                 self.ema[name].mul_(0.9999).add_(weight.data, alpha=0.0001)
-        self.running += loss.item()
+        self.losses.append(loss.item())
 
 
 class OurStep:
@@ -50,8 +51,7 @@ class OurStep:
         self.model, self.step, self.losses = model, 0, []
         self.ema = EMA(model, 0.9999)
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0, fused=fused or None)
-        if speed.compile:
-            compile_network(model)
+        speed.set_up(model)
         diffusion = create_diffusion("")
         accelerator = SimpleNamespace(unwrap_model=lambda network: network)
         self.gradients = TrainingStep(accelerator, model, PixelCodec(model.in_channels), diffusion,
@@ -68,62 +68,63 @@ class OurStep:
         self.step += 1
 
 
-def variants(device):
+def variants(device, training=True):
     """(name, speed, fused) one flag after the other, from none to --fast."""
-    best = fastest(device)
-    rows = [("no flags", PLAIN, False)]
-    if best.precision != PLAIN.precision:
-        rows.append((f"--precision {best.precision}", replace(PLAIN, precision=best.precision), False))
-    rows.append(("+ --compile", best, False))
-    return [*rows, ("+ --fused-adamw: --fast", best, True)]
+    best, speed = fastest(device, training), PLAIN
+    rows = [("no flags", speed, False)]
+    for flag, change in (("--precision", "precision"), ("--compile", "compile"), ("--attention", "attention")):
+        if (value := getattr(best, change)) != getattr(PLAIN, change):
+            speed = replace(speed, **{change: value})
+            rows.append((f"+ {flag}" + (f" {value}" if value is not True else ""), speed, False))
+    if training:
+        rows.append(("+ --fused-adamw", best, True))
+    name, *last = rows[-1]
+    return [*rows[:-1], (f"{name}: --fast", *last)]
 
 
-def measure(device, model="DiT-S/4", batch=32, image_size=256, warm_up=3, count=3, calls=4, only=None):
-    """Rows of the published recipe and of every variant (or of those in `only`): seconds a step, images a second, MFU,
-    memory, and the largest difference of the loss from that without flags over the steps. No memory is a result, too.
+def measure(device, model="DiT-S/4", batch=32, image_size=256, warm_up=3, count=5, calls=3, each=False):
+    """Rows of the published recipe, of no flags and of --fast (each: and of every flag between them): seconds a step,
+    images a second, MFU, memory, and the largest difference of the loss from that without flags over the steps.
     """
     size = image_size // 8
     torch.manual_seed(0)
     latents = torch.randn(batch, 4, size, size, device=device)
     labels = torch.randint(0, 1000, (batch,), device=device)
-    rows, plain_losses = {}, None
-    for name, speed, fused in (("published recipe", None, False), *variants(device)):
-        if only and name not in only:
+    chosen = {name: (speed, fused) for name, speed, fused in variants(device)
+              if each or speed == PLAIN or name.endswith("--fast")}
+    steps = {}
+
+    def maker(name):
+        def make():
+            torch.manual_seed(0)
+            network = DiT_models[model](input_size=size).to(device).train()
+            step = (OurStep(network, device, batch, *chosen[name]) if name in chosen
+                    else PublishedStep(network, device))
+            steps[name] = step.losses
+            return lambda: step(latents, labels)
+        return make
+
+    rows = compare({name: maker(name) for name in ("published recipe", *chosen)}, device, warm_up, count, calls)
+    with torch.device("meta"):
+        cost = step_flops(multiply_adds(DiT_models[model](input_size=size)), batch)
+    for name, row in rows.items():
+        if "seconds" not in row:
             continue
-        torch.manual_seed(0)
-        network = DiT_models[model](input_size=size).to(device).train()
-        try:
-            step = PublishedStep(network, device) if speed is None else OurStep(network, device, batch, speed, fused)
-            row = windows(lambda step=step: step(latents, labels), device, warm_up, count, calls)
-        except torch.OutOfMemoryError:
-            rows[name] = dict(out_of_memory=batch)
-            continue
-        row |= dict(images_per_second=batch / row["seconds"])
-        precision = speed.precision if speed else "tf32"
-        if rate := peak(device, precision):
-            row["mfu"] = 6 * multiply_adds(network) * row["images_per_second"] / rate
-        if speed is not None:
-            losses = torch.stack(step.losses).cpu()
-            plain_losses = losses if plain_losses is None else plain_losses
-            row["loss_difference"] = (losses - plain_losses).abs().max().item()
-        rows[name] = row
-        step.model = step = network = None
-        torch._dynamo.reset()
-        gc.collect()
-        if torch.device(device).type == "cuda":
-            torch.cuda.empty_cache()
-    first = next(iter(rows.values()))
-    for row in rows.values():
-        if "seconds" in row and "seconds" in first:
-            row["times_as_fast"] = first["seconds"] / row["seconds"]
+        row["images_per_second"] = batch / row["seconds"]
+        if rate := peak(device, chosen[name][0].precision if name in chosen else "tf32"):
+            row["mfu"] = cost / row["seconds"] / rate
+        if name in chosen and "seconds" in rows["no flags"]:
+            pairs = zip(steps[name], steps["no flags"])
+            row["loss_difference"] = max(abs(own - plain).item() for own, plain in pairs)
     return rows
 
 
 def line(name, row):
-    if "out_of_memory" in row:
-        return f"{name:26s} out of memory at batch {row['out_of_memory']}"
+    if "seconds" not in row:
+        return f"{name:26s} out of memory"
     text = (f"{name:26s} {row['seconds']:.3f} s a step ({row['lowest']:.3f} to {row['highest']:.3f})   "
-            f"{row['images_per_second']:.1f} images/s   {row['times_as_fast']:.2f} times as fast")
+            f"{row['images_per_second']:.1f} images/s")
+    text += f"   {row['times_as_fast']:.2f} times as fast" if "times_as_fast" in row else ""
     text += f"   MFU {row['mfu']:.1%}" if "mfu" in row else ""
     text += f"   {row['memory_gb']:.1f} GB" if "memory_gb" in row else ""
     return text + (f"   loss differs by {row['loss_difference']:.1e}" if "loss_difference" in row else "")

@@ -20,12 +20,12 @@ def open_evaluator(accelerator, features, reference, images, batch_size, image_s
     features, reference  what --eval-features and --eval-reference say
     images               `GeneratedImages` of the EMA model
     batch_size           of each process
-    image_size           pixels, where the reference is a folder of images
+    image_size           pixels, where the reference is a folder of images, or fractals
     raise                UserError for whatever would go wrong at the first evaluation
     """
     with processes.together(accelerator):
         space = open_features(features, accelerator.device)
-    found, record = open_reference(accelerator, reference, space, batch_size, image_size)
+    found, record = open_reference(accelerator, reference, space, batch_size, image_size, images.num_classes)
     with processes.together(accelerator):
         scores.check_first(images, found, space)
     return Evaluator(accelerator, images, space, found, record, batch_size)
@@ -112,7 +112,7 @@ class Evaluator:
         return row
 
     def _score(self, found):
-        row = scores.score(found, self.reference, self.features)
+        row = scores.score(found, self.reference, self.features, self.images.class_labels())
         return row, row[self.name] < self.best
 
     def description(self):

@@ -1,6 +1,7 @@
 """Feature spaces in which sets of images are compared."""
 import contextlib
 import io
+import json
 import os
 import warnings
 from typing import NamedTuple
@@ -28,7 +29,19 @@ class Features(NamedTuple):
     spatial: torch.Tensor = None
 
 
-class InceptionFeatures:
+class FeatureSpace:
+    """What a feature space is, beside being called: (n, H, W, 3) uint8 -> `Features`.
+
+    is_standard          whether distances in it may be called FID
+    class_logits(pool)   what the Inception Score is of; None: there is none in this space
+    predicted(pool)      the class that each image is taken for, (n,); None: it knows no classes
+    record()             what the features are; plain values
+    """
+
+    is_standard, class_logits, predicted, num_classes = False, None, None, None
+
+
+class InceptionFeatures(FeatureSpace):
     """The Inception network that FID, sFID, Inception Score, precision and recall are published with (ADM's suite).
 
     Images are scaled to 299 x 299 as TensorFlow 1 scales (bilinear, no half-pixel centres, no antialiasing). pool: the
@@ -95,10 +108,8 @@ def downloaded_inception():
                         "pixels, which needs no weights") from None
 
 
-class PixelFeatures:
+class PixelFeatures(FeatureSpace):
     """Flattened pixels in [0, 1], for images that Inception does not suit: up to 32 x 32."""
-
-    is_standard, class_logits = False, None
 
     def __init__(self, device):
         self.device = device
@@ -114,26 +125,40 @@ class PixelFeatures:
         return Features(images.to(self.device).flatten(1).float() / 255)
 
 
-class ModuleFeatures:
+class ModuleFeatures(FeatureSpace):
     """What a TorchScript module (`torch.jit.save`) makes of (n, 3, H, W) uint8 images: (n, D) numbers.
 
-    A module is a program: it is run, so take one that you trust.
+    One of `evaluation.classifier` knows classes, too. A module is a program: it is run, so take one that you trust.
     """
 
-    is_standard, class_logits = False, None
+    ABOUT = "classifier.json"  # what `evaluation.classifier` keeps inside its file
 
     def __init__(self, device, path):
+        extra = {self.ABOUT: ""}
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", FutureWarning)  # of torch, which wants everybody to export instead
-                self.module = torch.jit.load(path, map_location=device).eval()
+                self.module = torch.jit.load(path, map_location=device, _extra_files=extra).eval()
         except (RuntimeError, ValueError) as error:
             reason = (str(error).strip().splitlines() or [""])[0]
             raise UserError(f"--features {path}: this is no TorchScript module ({reason})") from None
         self.device, self.sha256, self.name = device, checksum.of_file(path), os.path.basename(path)
+        self.about = json.loads(extra[self.ABOUT] or "null")
+        if self.about:
+            self.predicted, self.num_classes = self._predicted, len(self.about["class_names"])
 
     def record(self):
-        return dict(space=f"module {self.name}", module_sha256=self.sha256, precision="fp32")
+        """What these features are; plain values."""
+        if not self.about:
+            return dict(space=f"module {self.name}", module_sha256=self.sha256, precision="fp32")
+        return dict(space=f"a classifier of {self.about['data']}", module_sha256=self.sha256, precision="fp32",
+                    accuracy=self.about["accuracy"])
+
+    @torch.no_grad()
+    def _predicted(self, pool):
+        """(n, D) features -> (n,) classes"""
+        with full_precision():
+            return self.module.class_logits(pool.to(self.device)).argmax(dim=1).cpu()
 
     @torch.no_grad()
     def __call__(self, images):

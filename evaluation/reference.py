@@ -16,17 +16,18 @@ from .sources import NpzImages, open_images
 PRECISION_IMAGES = 10_000  # of a reference, for precision and recall: as many as ADM's references hold
 
 
-def open_reference(accelerator, path, features, batch_size, image_size=None):
+def open_reference(accelerator, path, features, batch_size, image_size=None, num_classes=None):
     """(`Measured`, record) of what --reference names: ADM's .npz (`mu`, `sigma`, `mu_s`, `sigma_s`, `arr_0`), an .npz
-    of images, a folder, `digits`, `digits-held-out`, or a file of `save_reference`.
+    of images, a folder, an embedded data set (`digits-held-out`), or a file of `save_reference`.
 
+    image_size, num_classes  as `open_images` takes them
     raise  UserError for a file that is damaged, or of another feature space. To be called by all processes.
     """
     with processes.together(accelerator):
         names = npz_names(path) if os.path.isfile(path) else set()
         images = None
         if "mu" not in names:
-            images = open_images(path, image_size)
+            images = open_images(path, image_size, num_classes)
         else:
             reference, record = _read(path, names, features)
             if reference.features is None and "arr_0" in names:

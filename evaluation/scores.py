@@ -7,11 +7,13 @@ from .measure import Measured
 from .metrics import NEIGHBOURS, SPLIT, frechet_distance, inception_score, precision_recall
 
 
-def score(samples, reference, features):
+def score(samples, reference, features, labels=None):
     """All scores that a feature space has, of one `Measured` set against another; for the main process.
 
+    labels  (N,) the classes that the samples are to show, or None
     return  dictionary: fid, sfid, inception_score, inception_score_std, precision, recall in the standard Inception
-            space; else frechet_distance, precision, recall. What the reference does not allow is left out.
+            space; else frechet_distance, precision, recall, and class_agreement (the share of samples that are taken
+            for what they are to show) in that of a classifier. What the reference does not allow is left out.
     """
     check_alike(samples, reference)
     names = ("fid", "sfid") if features.is_standard else ("frechet_distance", "spatial_frechet_distance")
@@ -24,6 +26,8 @@ def score(samples, reference, features):
     if reference.features is not None:
         precision, recall = precision_recall(samples.features, reference.features, device=features.device)
         found |= dict(precision=precision, recall=recall)
+    if labels is not None and features.predicted:
+        found["class_agreement"] = float((features.predicted(samples.features).numpy() == labels).mean())
     for name, value in found.items():
         if not math.isfinite(value):
             raise UserError(f"the {name} comes out as {value}: features or statistics are too large")
@@ -44,6 +48,10 @@ def check_first(images, reference, features):
     """
     if reference.features is not None and len(images) <= NEIGHBOURS:
         raise UserError(f"{len(images)} samples are too few: precision and recall need more than {NEIGHBOURS}")
+    labels = images.class_labels() if features.predicted else None
+    if labels is not None and not 0 <= labels.min() <= labels.max() < features.num_classes:
+        raise UserError(f"the samples have the labels {labels.min()} .. {labels.max()}, "
+                        f"{features.record()['space']} knows the classes 0 .. {features.num_classes - 1}")
     # To the features noise is as good as samples that are still to be made.
     few = images.noise_like(2) if hasattr(images, "noise_like") else images.batch(0, min(2, len(images)))
     rows = {name: found for name, found in features(few)._asdict().items() if found is not None}
@@ -74,6 +82,9 @@ def lines(scores, features, samples, reference):
     if "precision" in scores:
         yield (f"precision: {scores['precision']:.4f}, recall: {scores['recall']:.4f} (k = {NEIGHBOURS}, "
                f"{len(reference.features)} images of the reference)")
+    if "class_agreement" in scores:
+        yield (f"class agreement: {scores['class_agreement']:.1%} (of real images not trained on: "
+               f"{features.record()['accuracy']:.1%})")
     yield from warnings(samples.count, samples.size, reference)
 
 

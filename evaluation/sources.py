@@ -1,7 +1,8 @@
-"""Sets of images to be measured: files, the embedded digits, or what a trained model makes.
+"""Sets of images to be measured: files, an embedded data set, or what a trained model makes.
 
-Each has a length; batch(first, end) -> (n, H, W, 3) uint8; record(), what it is, in plain values; and `hashes`: whether
-its pixels are to be hashed while they are read, because nothing else says what they are.
+Each has a length; batch(first, end) -> (n, H, W, 3) uint8; class_labels(), the class that each is to show, (N,)
+integers, or None where nobody says; record(), what it is, in plain values; and `hashes`: whether its pixels are to be
+hashed while they are read, because nothing else says what they are.
 """
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -10,7 +11,7 @@ import numpy as np
 import torch
 
 from runtime import checksum
-from runtime.data import open_data
+from runtime.data import EMBEDDED, embedded, open_data
 from runtime.errors import UserError
 from runtime.generate import SampleNoise, to_uint8
 from runtime.images import BadImage, read_image
@@ -43,6 +44,13 @@ class NpzImages:
     def batch(self, first, end):
         """Images first .. end - 1: (n, H, W, 3) uint8."""
         return torch.from_numpy(np.array(self.images[first:end]))
+
+    def class_labels(self):
+        """`arr_1`, where there is one an image."""
+        if "arr_1" not in npz_names(self.path):
+            return None
+        labels = np.asarray(npz_array(self.path, "arr_1"))
+        return labels if labels.dtype.kind in "iu" and labels.shape == (len(self),) else None
 
     def record(self):
         """Where they come from; with what `sample_ddp.py` wrote beside the file, if it still is that file."""
@@ -101,28 +109,39 @@ class FolderImages:
                                 f"{first_width} x {first_height}: pass --image-size")
         return torch.from_numpy(np.stack(images))
 
+    def class_labels(self):
+        return None
+
     def record(self):
         return dict(path=os.path.abspath(self.path), images=len(self), image_size=self.image_size)
 
 
-class DigitsImages:
-    """The embedded digits: `digits`, those that are trained on, or `digits-held-out`."""
+class EmbeddedImages:
+    """An embedded data set: `digits`, `fractals`, which are trained on, or `digits-held-out`, `fractals-held-out`.
+
+    image_size, num_classes  of the fractals; None: as usual
+    """
 
     hashes = False
 
-    def __init__(self, name):
-        self.name, digits = name, open_data(name, image_size=8)
-        self.images = to_uint8(digits.images).contiguous()
+    def __init__(self, name, image_size=None, num_classes=None):
+        self.name, (data, _) = name, embedded(name)
+        chosen = image_size if data == "fractals" else None
+        self.data = open_data(name, chosen or EMBEDDED[data]["image_size"], num_classes=num_classes)
 
     def __len__(self):
-        return len(self.images)
+        return len(self.data)
 
     def batch(self, first, end):
-        """Images first .. end - 1: (n, 8, 8, 3) uint8."""
-        return self.images[first:end]
+        """Images first .. end - 1: (n, H, W, 3) uint8."""
+        return to_uint8(torch.stack([self.data.read(index) for index in range(first, end)])).contiguous()
+
+    def class_labels(self):
+        return np.array(self.data.labels)
 
     def record(self):
-        return dict(path=self.name, images=len(self))
+        return dict(path=self.name, images=len(self), image_size=self.data.image_size,
+                    num_classes=len(self.data.class_names))
 
 
 class GeneratedImages:
@@ -151,6 +170,9 @@ class GeneratedImages:
         return to_uint8(self.make(torch.from_numpy(labels).to(device), SampleNoise(self.seed, numbers, device),
                                   on_step=self._go_on))
 
+    def class_labels(self):
+        return sample_labels(self.labels, self.seed, range(self.count), self.num_classes)
+
     def _go_on(self, step, x):
         if self.stopped():
             raise GivenUp
@@ -166,10 +188,15 @@ class GeneratedImages:
         return set_record(self.make, len(self), self.seed, self.labels, self.made_of)
 
 
-def open_images(path, image_size=None):
-    """The images that a path names: an .npz, a folder, `digits` (which are trained on) or `digits-held-out`."""
-    if path in ("digits", "digits-held-out"):
-        return DigitsImages(path)
+def open_images(path, image_size=None, num_classes=None):
+    """The images that a path names: an .npz, a folder, `digits` or `fractals` (which are trained on), `digits-held-out`
+    or `fractals-held-out`.
+
+    image_size   of a folder's and of the fractals
+    num_classes  of the fractals
+    """
+    if embedded(path)[0]:
+        return EmbeddedImages(path, image_size, num_classes)
     if os.path.isdir(os.path.join(path, "checkpoints")):
         raise UserError(f"{path} is the folder of a run: name one of its checkpoints, or {path}/samples")
     if os.path.isdir(path):

@@ -99,15 +99,32 @@ def spread(length, count):
     return torch.linspace(0, length - 1, count).long().unique().tolist()
 
 
-def open_data(data_path, image_size, max_bad_images=0):
-    """The data set that a path names: "digits", "digits-held-out", or a folder of class folders."""
-    if data_path not in ("digits", "digits-held-out"):
+# The data sets that need no files, with their sizes where nothing else is asked for. NAME-held-out is for measuring.
+EMBEDDED = dict(digits=dict(image_size=8, num_classes=10), fractals=dict(image_size=32, num_classes=100))
+
+
+def embedded(data_path):
+    """The name and the split ("train", "held-out") of an embedded data set; (None, None) of any other path."""
+    name = (data_path or "").removesuffix("-held-out")
+    return (name, "train" if name == data_path else "held-out") if name in EMBEDDED else (None, None)
+
+
+def open_data(data_path, image_size, max_bad_images=0, num_classes=None):
+    """The data set that a path names: "digits", "fractals", one of them with "-held-out", or a folder of class folders.
+
+    num_classes  of the fractals, which have as many as are asked for; None: as usual
+    """
+    name, split = embedded(data_path)
+    if name is None:
         return ImageFolderData(data_path, image_size, max_bad_images)
+    if name == "fractals":
+        from .fractals import FractalsData
+        return FractalsData(image_size, num_classes or EMBEDDED[name]["num_classes"], split)
     from .digits import DigitsData
     if image_size != DigitsData.image_size:
         raise UserError(f"--image-size {image_size}: the digits are {DigitsData.image_size} pixels wide, "
                         f"pass --image-size {DigitsData.image_size} or leave it out")
-    return DigitsData("held-out" if data_path == "digits-held-out" else "train")
+    return DigitsData(split)
 
 
 class BadImages:

@@ -4,7 +4,9 @@ from dataclasses import replace
 
 from models import DiT_models
 
-from .speed import KERNELS, PRECISIONS, Speed, fastest, why_no_compiler
+from .speed import ATTENTIONS, PRECISIONS, Speed, fastest, why_no_compiler
+
+TRAINED_TIMESTEPS = 1000
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
@@ -67,6 +69,13 @@ def guidance_scale(text):
     return value
 
 
+def timestep(text):
+    value = int(text)
+    if not 0 <= value < TRAINED_TIMESTEPS:
+        raise argparse.ArgumentTypeError(f"timesteps are 0 .. {TRAINED_TIMESTEPS - 1}, not {text}")
+    return value
+
+
 def channels(text):
     return text if text == "all" else positive_int(text)
 
@@ -76,8 +85,8 @@ def sampling_steps(text):
     return text if text.startswith("ddim") else positive_int(text)
 
 
-for kind in (positive_int, non_negative_int, positive_float, minutes, fraction, decay, guidance_scale, channels,
-             sampling_steps):
+for kind in (positive_int, non_negative_int, positive_float, minutes, fraction, decay, guidance_scale, timestep,
+             channels, sampling_steps):
     kind.__name__ = "number"  # argparse says "invalid number value: 'x'" where the text is none
 
 
@@ -106,9 +115,17 @@ def add_sampling_flags(parser, cfg_scale):
     group.add_argument("--cfg-scale", type=guidance_scale, default=cfg_scale, help="guidance; 1: none")
     group.add_argument("--cfg-channels", type=channels, default=None,
                        help="how many latent channels are guided, or all; default: 3 of 4 (as published), else all")
+    group.add_argument("--cfg-interval", type=timestep, nargs=2, metavar=("LOW", "HIGH"),
+                       help="guide only at timesteps LOW to HIGH of 0 .. 999; default: at all")
     group.add_argument("--num-sampling-steps", type=sampling_steps, default=250, help="as in 250, or ddim50")
     group.add_argument("--sampler", choices=["ddpm", "ddim"], help="default: ddpm, or ddim with ddimN steps")
     group.add_argument("--eta", type=fraction, default=0.0, help="noise of ddim: 0 deterministic, 1 as ddpm")
+
+
+def sampling_of(flags):
+    """What the sampling flags say, as arguments of `image_maker`."""
+    return dict(num_steps=flags.num_sampling_steps, cfg_scale=flags.cfg_scale, cfg_channels=flags.cfg_channels,
+                cfg_interval=flags.cfg_interval and tuple(flags.cfg_interval), sampler=flags.sampler, eta=flags.eta)
 
 
 def add_feature_flags(parser):
@@ -127,14 +144,14 @@ def add_speed_flags(parser):
     group.add_argument("--precision", choices=PRECISIONS, default="tf32",
                        help="of the network: tf32 where the GPU has it (as published), fp32, or bf16 by autocast")
     group.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False, help="by torch.compile")
-    group.add_argument("--attention", choices=["auto", *KERNELS], default="auto", help="which kernel")
+    group.add_argument("--attention", choices=ATTENTIONS, default="auto", help="which kernel")
     return group
 
 
 def speed_of(flags, given, device, log):
     """The `Speed` that the flags say, checked on this device. --fast sets those that were not typed, and logs them."""
     if flags.fast:
-        best = vars(fastest(device)) | dict(fused_adamw=True)
+        best = vars(fastest(device, training=hasattr(flags, "fused_adamw"))) | dict(fused_adamw=True)
         vars(flags).update({name: value for name, value in best.items() if name not in given and hasattr(flags, name)})
         fused = " --fused-adamw" if getattr(flags, "fused_adamw", False) else ""
         log(f"--fast: --precision {flags.precision} {'--compile' if flags.compile else '--no-compile'} "

@@ -12,7 +12,7 @@ from models import default_cfg_channels
 
 from .errors import UserError
 from .randomness import SAMPLE_NOISE, generator
-from .speed import PLAIN, Speed, compile_network
+from .speed import PLAIN, RoundedOnce, Speed
 
 
 class GlobalNoise:
@@ -53,8 +53,9 @@ class SampleNoise:
         return self.initial(x.shape)
 
 
-def image_maker(model, codec, num_steps, cfg_scale, cfg_channels=None, sampler=None, eta=0.0, speed=PLAIN):
-    """An `ImageMaker`, from what the sampling flags say. With speed.compile the model is compiled in place."""
+def image_maker(model, codec, num_steps, cfg_scale, cfg_channels=None, cfg_interval=None, sampler=None, eta=0.0,
+                speed=PLAIN):
+    """An `ImageMaker`, from what the sampling flags say."""
     try:
         diffusion = create_diffusion(str(num_steps), learn_sigma=model.learn_sigma)
     except ValueError as error:
@@ -66,9 +67,9 @@ def image_maker(model, codec, num_steps, cfg_scale, cfg_channels=None, sampler=N
     sampler = sampler or ("ddim" if str(num_steps).startswith("ddim") else "ddpm")
     if eta and sampler != "ddim":
         raise UserError(f"--eta {eta:g} is DDIM's noise: pass --sampler ddim with it")
-    if speed.compile:
-        compile_network(model)
-    return ImageMaker(model, codec, diffusion, cfg_scale, guided, sampler, eta, speed)
+    if cfg_interval and cfg_interval[0] > cfg_interval[1]:
+        raise UserError(f"--cfg-interval {cfg_interval[0]} {cfg_interval[1]}: the lower timestep comes first")
+    return ImageMaker(model, codec, diffusion, cfg_scale, guided, cfg_interval, sampler, eta, speed)
 
 
 @dataclass
@@ -80,9 +81,11 @@ class ImageMaker:
     diffusion     the process to sample with, respaced
     cfg_scale     guidance: 1 for none (one pass of the network a step, not two)
     cfg_channels  how many latent channels are guided; None: the model's default
+    cfg_interval  (lowest, highest) timestep, of 0 .. 999, at which there is guidance; None: at all of them
+                  (Kynkaanniemi et al., "Applying Guidance in a Limited Interval ...", 2024)
     sampler       "ddpm" or "ddim"
     eta           DDIM's noise: 0 is deterministic
-    speed         how the network is computed
+    speed         how the network is computed: the model is set up for it in place, or in bf16 a copy of it
     """
 
     model: torch.nn.Module
@@ -90,6 +93,7 @@ class ImageMaker:
     diffusion: object
     cfg_scale: float = 1.0
     cfg_channels: int = None
+    cfg_interval: tuple = None
     sampler: str = "ddpm"
     eta: float = 0.0
     speed: Speed = PLAIN
@@ -101,12 +105,24 @@ class ImageMaker:
         if self.cfg_scale > 1 and not self.model.y_embedder.has_null_class:
             raise UserError(f"--cfg-scale {self.cfg_scale:g}: this model was trained without label dropout and has no "
                             "null class to guide away from; pass --cfg-scale 1")
+        if self.speed.precision == "bf16":
+            self.network = RoundedOnce(self.model, self.speed)
+        else:
+            self.speed.set_up(self.model)
+            self.network = lambda: self.model
+
+    def is_guided(self, timestep):
+        """Whether there is guidance at this timestep of the trained process."""
+        low, high = self.cfg_interval or (timestep, timestep)
+        return self.cfg_scale > 1 and low <= timestep <= high
 
     def record(self):
         """What makes these images what they are, beside weights and noise."""
         steps = self.diffusion.num_timesteps
-        return dict(sampler=self.sampler, steps=steps, model_calls=steps * (2 if self.cfg_scale > 1 else 1),
-                    eta=self.eta, cfg_scale=self.cfg_scale, cfg_channels=self.cfg_channels,
+        interval = dict(cfg_interval=list(self.cfg_interval)) if self.cfg_interval else {}
+        return dict(sampler=self.sampler, steps=steps,
+                    model_calls=steps + sum(map(self.is_guided, self.diffusion.timestep_map)),
+                    eta=self.eta, cfg_scale=self.cfg_scale, cfg_channels=self.cfg_channels, **interval,
                     in_channels=self.model.in_channels, precision=self.speed.precision)
 
     @torch.no_grad()
@@ -134,20 +150,22 @@ class ImageMaker:
         return self.codec.decode(x)
 
     def _denoiser(self, labels):
-        """What the sampler calls: (x, t) -> the network's output, guided."""
+        """What the sampler calls, once a step, from the last timestep to the first: (x, t) -> the output, guided."""
         rows = self.largest if self.speed.compile else len(labels)
-        labels = padded(labels, rows)
-        if self.cfg_scale == 1:
-            network = self.speed.of(self.model)
-            return lambda x, t: network(padded(x, rows), padded(t, rows), labels)[: len(x)]
-        null = torch.full_like(labels, self.model.y_embedder.num_classes)
-        both, network = torch.cat([labels, null]), self.speed.of(self.model.forward_with_cfg)
+        model, labels = self.network(), padded(labels, rows)
+        plain, guided = self.speed.of(model), self.speed.of(model.forward_with_cfg)
+        # From the host's own list: asking the device which timestep it is at would make every step wait for it.
+        timesteps = iter(reversed(list(self.diffusion.timestep_map)))
+        both = torch.cat([labels, torch.full_like(labels, model.y_embedder.num_classes)])
 
-        def guided(x, t):
-            double_x, double_t = (padded(values, rows).repeat(2, *(1,) * (values.ndim - 1)) for values in (x, t))
-            return network(double_x, double_t, both, self.cfg_scale, self.cfg_channels)[: len(x)]
+        def denoiser(x, t):
+            n, x, t = len(x), padded(x, rows), padded(t, rows)
+            if not self.is_guided(next(timesteps)):
+                return plain(x, t, labels)[:n]
+            double_x, double_t = (values.repeat(2, *(1,) * (values.ndim - 1)) for values in (x, t))
+            return guided(double_x, double_t, both, self.cfg_scale, self.cfg_channels)[:n]
 
-        return guided
+        return denoiser
 
 
 def preview(model, codec, class_names, columns=4):

@@ -1,15 +1,20 @@
 """How the network is computed: precision, compilation, attention kernels. The results differ by rounding alone."""
 import contextlib
-from dataclasses import dataclass
+import copy
+import ctypes
+from dataclasses import dataclass, replace
 
 import torch
+from timm.layers import Attention
+from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .errors import UserError
 
 PRECISIONS = ("fp32", "tf32", "bf16")
 KERNELS = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION,
-           "efficient": SDPBackend.EFFICIENT_ATTENTION, "math": SDPBackend.MATH}
+           "efficient": SDPBackend.EFFICIENT_ATTENTION}
+ATTENTIONS = ("auto", *KERNELS, "math")
 
 
 @dataclass(frozen=True)
@@ -19,12 +24,30 @@ class Speed:
     precision  "fp32"; "tf32": matrix products of float32 in TF32 where the GPU has it, as published; "bf16": the
                network in bfloat16 by autocast, its weights, the timestep embedding and all around it in float32
     compile    compile the network with torch.compile
-    attention  "auto", or the kernel: flash, cudnn, efficient, math
+    attention  "auto"; one of torch's kernels: flash, cudnn, efficient; or "math": two matrix products and a softmax,
+               which a compiler can see into
     """
 
     precision: str = "tf32"
     compile: bool = False
     attention: str = "auto"
+
+    def set_up(self, model, by_block=False):
+        """Make a DiT ready, in place, to be computed so; its weights keep their names. Nothing is compiled before its
+        first call.
+
+        by_block  compile each block by itself, so that DDP can send the gradients of one while the next is computed
+        """
+        if self.attention == "math":
+            for module in model.modules():
+                if isinstance(module, Attention):
+                    module.fused_attn = False
+        if self.compile:
+            options = compiler_options(next(model.parameters()).device)
+            for module in model.blocks if by_block else [model]:
+                module.compile(dynamic=False, options=options)
+        if self != PLAIN:
+            keep_memory()
 
     def of(self, network):
         """A callable like `network`, computed so; its output is float32."""
@@ -40,14 +63,14 @@ class Speed:
         """The block in which attention has its kernel: around the backward pass too, where activations are computed
         again.
         """
-        return contextlib.nullcontext() if self.attention == "auto" else sdpa_kernel(KERNELS[self.attention])
+        return sdpa_kernel(KERNELS[self.attention]) if self.attention in KERNELS else contextlib.nullcontext()
 
     def check(self, device):
         """A `UserError` where this device knows no such precision or kernel."""
         kind = torch.device(device).type
         if self.precision == "bf16" and not torch.amp.is_autocast_available(kind):
             raise UserError(f"--precision bf16: torch has no autocast on {kind}")
-        if self.attention == "auto":
+        if self.attention not in KERNELS:
             return
         probe = torch.zeros(1, 1, 8, 64, device=device, dtype=torch.bfloat16 if self.precision == "bf16" else None)
         try:
@@ -61,14 +84,16 @@ class Speed:
 PLAIN = Speed()
 
 
-def fastest(device):
-    """What --fast means on this device."""
+def fastest(device, training):
+    """What --fast means on this device, in training or in sampling."""
     kind = torch.device(device).type
     if kind == "cuda":
         has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
         has_bf16 = kind == "cpu" and cpu_has_bf16()
-    return Speed("bf16" if has_bf16 else "tf32", compile=True)
+    speed = Speed("bf16" if has_bf16 else "tf32", compile=True)
+    # The backward pass of the CPU's flash kernel takes five times as long as the products (docs/performance.md).
+    return replace(speed, attention="math") if training and kind == "cpu" else speed
 
 
 def cpu_has_bf16():
@@ -77,13 +102,44 @@ def cpu_has_bf16():
     return bool(knows.get("avx512_bf16") or knows.get("amx_bf16"))
 
 
-def compile_network(model, by_block=False):
-    """Compile a DiT in place: its weights keep their names. Nothing is compiled before its first call.
-
-    by_block  each block by itself, so that DDP can send the gradients of one block while the next is computed
+def compiler_options(device):
+    """What the compiler is told beside the network: on CPUs, a tanh made of the exponential function is twice as fast.
     """
-    for module in model.blocks if by_block else [model]:
-        module.compile(dynamic=False)
+    option = "cpp.use_decompose_tanh"
+    return {option: True} if device.type == "cpu" and option in torch._inductor.list_options() else None
+
+
+def keep_memory():
+    """Tell the C library to keep large blocks that are freed: otherwise it gives those of a step's activations back to
+    the system, which hands them out again at the next step page by page, each one zeroed. Without effect elsewhere.
+    """
+    trim_threshold, mmap_threshold, largest = -1, -3, 32 << 20  # of malloc.h; mallopt takes no larger threshold
+    with contextlib.suppress(OSError, AttributeError):  # not glibc
+        libc = ctypes.CDLL(None)
+        libc.mallopt(mmap_threshold, largest)
+        libc.mallopt(trim_threshold, 2**31 - 1)
+
+
+class RoundedOnce:
+    """A DiT for sampling whose weights are rounded to bfloat16 once a batch of images, where autocast would do it at
+    every step. It computes the same: only linear layers and convolutions hold rounded weights, and the timestep
+    embedding keeps its own.
+    """
+
+    def __init__(self, model, speed):
+        self.source = model
+        self.model = copy.deepcopy(model)
+        for name, module in self.model.named_modules():
+            if isinstance(module, (nn.Linear, nn.Conv2d)) and not name.startswith("t_embedder."):
+                module.to(torch.bfloat16)
+        speed.set_up(self.model)
+
+    @torch.no_grad()
+    def __call__(self):
+        """The model, with the weights that its source has now."""
+        for ours, new in zip(self.model.parameters(), self.source.parameters()):
+            ours.copy_(new)
+        return self.model
 
 
 def why_no_compiler(device):

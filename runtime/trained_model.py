@@ -46,12 +46,13 @@ class TrainedModel:
         """What was loaded, in a line."""
         after = "" if self.step is None else f" after {self.step:,} steps"
         return (f"{self.path}: {self.weights} weights of {self.name}{after}, {self.num_classes} classes, "
-                f"{self.image_size} pixels, VAE {self.codec.name}")
+                f"{self.image_size} pixels, VAE {self.codec.name}, {self.model.config['conditioning']} blocks")
 
     def record(self):
         """What makes its images what they are; plain values."""
         vae = getattr(self.codec, "vae", None)
-        return dict(model=self.name, checkpoint=os.path.abspath(self.path),
+        return dict(model=self.name, conditioning=self.model.config["conditioning"],
+                    checkpoint=os.path.abspath(self.path),
                     weights_sha256=checksum.of_weights(self.model), weights=self.weights, step=self.step,
                     ema_decay=self.ema_decay if self.weights == "ema" else None, image_size=self.image_size,
                     num_classes=self.num_classes, vae=self.codec.name,
@@ -94,13 +95,25 @@ def load_trained(path, model, image_size, num_classes, vae, given, device):
 
 
 def _seen_in(state_dict, num_classes):
-    """What other people's weights tell of themselves: a null class, a learned variance."""
+    """What other people's weights tell of themselves: a null class, a learned variance, the block type."""
     table, output, patches = map(state_dict.get, (
         "y_embedder.embedding_table.weight", "final_layer.linear.weight", "x_embedder.proj.weight"))
     if table is None or output is None or patches is None:
         return {}  # `load_weights` will say what is missing
     return dict(class_dropout_prob=0.0 if len(table) == num_classes else 0.1,
-                learn_sigma=len(output) != patches[0].numel())
+                learn_sigma=len(output) != patches[0].numel(), conditioning=_block_type(state_dict, len(patches)))
+
+
+def _block_type(state_dict, hidden_size):
+    """The conditioning whose blocks have weights of these names and shapes; where none has, the published one."""
+    found = {name.removeprefix("blocks.0."): value.shape for name, value in state_dict.items()
+             if name.startswith("blocks.0.")}
+    with torch.device("meta"):
+        for conditioning, (_, block, _) in models.CONDITIONINGS.items():
+            own = block(hidden_size, num_heads=1).state_dict()
+            if found == {name: value.shape for name, value in own.items()}:
+                return conditioning
+    return "adaln-zero"
 
 
 def _told_by(stored, flags, given, path):

@@ -70,7 +70,7 @@ class TrainingState:
         step = stored["step"] if "step" in stored else _step_in_name(path)
         if type(step) is not int or not 0 <= step < 2**62:
             raise ValueError(f"step is {step!r}")
-        self._check_model(stored.get("config", {}).get("model"), path)
+        self._check_model(stored.get("config", {}).get("model") or {}, path)
         changes = self._changes(stored)
         if changes and not override:
             raise UserError(f"--resume {path}: {'; '.join(changes)}. Another value makes another run: give the old "
@@ -117,7 +117,8 @@ class TrainingState:
                           if name in config and config[name] != self.config[name]]
 
     def _check_model(self, config, path):
-        differing = {name: value for name, value in (config or {}).items() if value != self.model.config.get(name)}
+        config = dict(conditioning="adaln-zero") | config  # the one block type before checkpoints named it
+        differing = {name: value for name, value in config.items() if value != self.model.config.get(name)}
         if differing:
             was = ", ".join(f"{name}={value}" for name, value in differing.items())
             now = ", ".join(f"{name}={self.model.config.get(name)}" for name in differing)

@@ -1,5 +1,6 @@
 """What users type: the published command lines are frozen, and a mistake gets a sentence and exit status 2."""
 import ast
+import json
 import re
 import sys
 
@@ -7,6 +8,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import DIGITS, ROOT, TINY, run_process
+
+import models
 
 PUBLISHED_FLAGS = {
     "train": dict(data_path=None, results_dir="results", model="DiT-XL/2", image_size=256, num_classes=1000,
@@ -20,7 +23,7 @@ PUBLISHED_FLAGS = {
 }
 PAPER_DEFAULTS = dict(lr=1e-4, ema_decay=0.9999, class_dropout_prob=0.1, grad_accum_steps=1, max_grad_norm=None,
                       schedule_sampler="uniform", max_steps=None, sample_every=None, resume=None, features_path=None,
-                      features_in_memory=False, max_bad_images=0, fsdp=None)
+                      features_in_memory=False, max_bad_images=0, conditioning="adaln-zero", fsdp=None)
 
 
 @pytest.mark.parametrize("name", PUBLISHED_FLAGS)
@@ -35,7 +38,21 @@ def test_no_flags_are_the_paper():
     assert {flag: parser.get_default(flag) for flag in PAPER_DEFAULTS} == PAPER_DEFAULTS
 
 
-@pytest.mark.parametrize("name", ["train", "sample", "sample_ddp", "extract_features", "download", "score_digits"])
+def test_plan_means_what_train_means():
+    """Flags of one name have one default, and plan.py's own are the paper's."""
+    plan, train = __import__("plan").build_parser(), __import__("train").build_parser()
+    own = {"help", "flip"}  # flips are those of the cache
+    shared = ({action.dest for action in plan._actions} & {action.dest for action in train._actions}) - own
+    assert shared >= {"model", "image_size", "num_classes", "vae", "global_batch_size", "grad_accum_steps", "precision",
+                      "grad_checkpointing", "fused_adamw", "depth", "hidden_size", "num_heads", "patch_size"}
+    assert {flag: plan.get_default(flag) or None for flag in shared} == {
+        flag: train.get_default(flag) or None for flag in shared}
+    assert {flag: plan.get_default(flag) for flag in ("images", "steps", "gpu", "gpus", "mfu", "memory_share")} == dict(
+        images=1_281_167, steps=[400_000, 7_000_000], gpu="h100", gpus=1, mfu=0.45, memory_share=0.9)
+
+
+@pytest.mark.parametrize("name", ["train", "sample", "sample_ddp", "extract_features", "download", "score_digits",
+                                  "plan", "train_classifier"])
 def test_help_is_complete(command, name):
     status, out, _ = command(name, "--help")
     assert status == 0
@@ -176,9 +193,10 @@ def test_one_sentence_from_several_processes(tmp_path):
     assert "terminate called" not in done.stderr
 
 
-LAYERS = {"commands": {"train", "sample", "sample_ddp", "evaluate", "extract_features", "download", "score_digits",
-                       "plot_run", "benchmark"},
-          "measurements": {"benchmarks"}, "parts": {"runtime", "evaluation"}, "ideas": {"models", "diffusion"}}
+LAYERS = {"commands": {"train", "train_classifier", "sample", "sample_ddp", "evaluate", "extract_features", "download",
+                       "score_digits", "plot_run", "benchmark", "plan"},
+          "measurements": {"benchmarks", "experiments"}, "parts": {"runtime", "evaluation"},
+          "ideas": {"models", "diffusion"}}
 MAY_IMPORT = {"commands": {"measurements", "parts", "ideas"}, "measurements": {"parts", "ideas"},
               "parts": {"parts", "ideas"}, "ideas": set()}
 
@@ -259,3 +277,26 @@ def test_benchmark_compares_equal_things():
     noise = torch.randn_like(x)
     losses = diffusion.training_losses(lambda *_: output, x, t, noise=noise)["loss"]
     assert torch.allclose(losses, plain.losses(output, x, t, noise), rtol=1e-5)
+
+
+@pytest.mark.parametrize("what, rows", [
+    ("ablation", ["published recipe", "no flags", "+ --precision bf16", "+ --fused-adamw: --fast"]),
+    ("train", ["published recipe", "no flags", "+ --fused-adamw: --fast"]),
+    ("sample", ["published loop", "no flags", "+ --precision bf16: --fast"])])
+def test_benchmark_of_speed(command, tmp_path, monkeypatch, what, rows):
+    """Its tables at a toy size; the rows that compute the same say by how much they differ."""
+    import benchmarks.train
+    from runtime.speed import Speed
+    monkeypatch.setitem(models.DiT_models, "DiT-S/8", lambda **more: models.DiT(
+        **dict(patch_size=8, hidden_size=16, depth=1, num_heads=2) | more))
+    monkeypatch.setattr(benchmarks.train, "fastest", lambda device, training: Speed("bf16"))
+    status, out, err = command("benchmark", what, "--model", "DiT-S/8", "--batch", 2, "--image-size", 64, "--warm-up",
+                               1, "--count", 2, "--calls", 1, "--json", tmp_path / "x.json")
+    assert status == 0, err
+    results = json.loads((tmp_path / "x.json").read_text())["results"]
+    assert list(results) == rows
+    difference = "difference" if what == "sample" else "loss_difference"
+    assert results["no flags"][difference] == 0 and 0 < results[rows[-1]][difference] < 0.1
+    assert all(row["lowest"] <= row["seconds"] <= row["highest"] and row["times_as_fast"] > 0
+               for row in results.values())
+    assert out.count("times as fast") == len(rows)

@@ -139,6 +139,25 @@ def test_guided_channels():
     assert maker(tiny_model(16), cfg_scale=4).cfg_channels == 16
 
 
+@pytest.mark.parametrize("interval, guided", [
+    (None, 5), ((0, 999), 5), ((200, 600), 2), ((250, 250), 1), ((1, 2), 0), ((0, 0), 1), ((999, 999), 1)])
+def test_guidance_inside_an_interval(interval, guided):
+    """At the timesteps in it both halves are computed, at the others the conditional half alone; so says the record."""
+    model, sizes = tiny_model(), []  # the timesteps of five steps: 0, 250, 500, 749, 999
+    model.register_forward_pre_hook(lambda module, inputs: sizes.append((len(inputs[0]), int(inputs[1][0]))))
+    make = maker(model, cfg_scale=4.0, cfg_interval=interval)
+    images = make(LABELS, GlobalNoise(1, "cpu"))
+    assert [t for _, t in sizes] == list(reversed(make.diffusion.timestep_map))
+    low, high = interval or (0, 999)
+    assert [size for size, _ in sizes] == [6 if low <= t <= high else 3 for _, t in sizes]
+    assert make.record()["model_calls"] == 5 + guided and make.record().get("cfg_interval") == (
+        None if interval is None else list(interval))
+    everywhere, nowhere = (maker(model, cfg_scale=scale)(LABELS, GlobalNoise(1, "cpu")) for scale in (4.0, 1.0))
+    assert torch.equal(images, everywhere) == (guided == 5)
+    torch.testing.assert_close(images, nowhere) if guided == 0 else None
+    assert guided == 0 or not torch.equal(images, nowhere)
+
+
 def test_samples_do_not_depend_on_their_batch():
     make = maker(cfg_scale=2.0)
     whole = make(LABELS, SampleNoise(5, range(3), "cpu"))
@@ -172,6 +191,7 @@ def test_ddim(eta):
     ("--cfg-scale 0.5", dict(cfg_scale=0.5)),
     ("--cfg-scale 4", dict(cfg_scale=4.0, model=tiny_model(class_dropout_prob=0))),
     ("--cfg-channels 5", dict(cfg_scale=4.0, cfg_channels=5)),
+    ("--cfg-interval 300 200", dict(cfg_scale=4.0, cfg_interval=(300, 200))),
     ("--num-sampling-steps 1001", dict(steps=1001)),
     ("--num-sampling-steps ddim300", dict(steps="ddim300")),
     ("--num-sampling-steps ddim", dict(steps="ddim")),

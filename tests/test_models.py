@@ -141,7 +141,7 @@ def test_signatures():
     constructor = {name: p.default for name, p in inspect.signature(DiT).parameters.items()}
     assert list(constructor.items()) == list(dict(
         input_size=32, patch_size=2, in_channels=4, hidden_size=1152, depth=28, num_heads=16, mlp_ratio=4.0,
-        class_dropout_prob=0.1, num_classes=1000, learn_sigma=True).items())
+        class_dropout_prob=0.1, num_classes=1000, learn_sigma=True, conditioning="adaln-zero").items())
     for function, names in [
         (DiT.forward, ["self", "x", "t", "y"]),
         (DiT.forward_with_cfg, ["self", "x", "t", "y", "cfg_scale"]),

@@ -13,7 +13,7 @@ from runtime import speed
 from runtime.errors import UserError
 from runtime.generate import SampleNoise, image_maker
 from runtime.latents import PixelCodec
-from runtime.speed import PLAIN, Speed, compile_network, fastest
+from runtime.speed import PLAIN, RoundedOnce, Speed, fastest
 
 CPU = torch.device("cpu")
 RUN = [*DIGITS, "--log-every", 1, "--lr", 1e-3, "--ema-decay", 0.9]
@@ -112,11 +112,27 @@ def test_attention_kernels():
     model, (x, t, y) = small_model().eval(), inputs()
     plain = model(x, t, y)
     with torch.no_grad():
-        for name in ("math", "flash"):
-            torch.testing.assert_close(Speed(attention=name).of(model)(x, t, y), plain, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(Speed(attention="flash").of(model)(x, t, y), plain, rtol=1e-4, atol=1e-5)
     Speed(attention="flash").check(CPU)
     with pytest.raises(UserError, match="--attention cudnn: torch has no such kernel for tf32 on cpu"):
         Speed(attention="cudnn").check(CPU)
+
+
+@pytest.mark.parametrize("precision, tolerance", [("tf32", 1e-4), ("bf16", 0.03)])
+def test_attention_by_products(monkeypatch, precision, tolerance):
+    """--attention math: torch's kernels are not called, and it computes the same, its gradients too."""
+    x, t, y = inputs()
+    results = []
+    for way in (PLAIN, Speed(precision, attention="math")):
+        model = small_model().train()
+        way.set_up(model)
+        if way != PLAIN:
+            monkeypatch.delattr(torch.nn.functional, "scaled_dot_product_attention")
+        out = way.of(model)(x, t, y, torch.zeros(4))
+        out.square().mean().backward()
+        results.append([out, model.blocks[0].attn.qkv.weight.grad])
+    for plain, own in zip(*results):
+        assert 0 < (plain - own).abs().max() < tolerance * plain.abs().max()
 
 
 def test_the_kernel_is_the_one_that_was_asked_for(monkeypatch):
@@ -124,6 +140,22 @@ def test_the_kernel_is_the_one_that_was_asked_for(monkeypatch):
     monkeypatch.setattr(speed, "sdpa_kernel", lambda kernel: seen.append(kernel) or torch.no_grad())
     Speed(attention="efficient").of(small_model())(*inputs())
     assert seen == [SDPBackend.EFFICIENT_ATTENTION]
+
+
+# ---------------------------------------------------------------- sampling in bfloat16
+
+def test_weights_rounded_once_are_those_of_autocast():
+    """Bit for bit, also after the weights have moved on; the model itself keeps its weights."""
+    model, (x, t, y) = small_model().eval(), inputs()
+    way = Speed("bf16")
+    rounded = RoundedOnce(model, way)
+    for change in (0.0, 0.1):
+        for weight in model.parameters():
+            weight.data += change
+        assert torch.equal(way.of(rounded())(x, t, y), way.of(model)(x, t, y))
+    assert {weight.dtype for weight in model.parameters()} == {torch.float32}
+    assert rounded.model.blocks[0].mlp.fc1.weight.dtype == torch.bfloat16
+    assert rounded.model.t_embedder.mlp[0].weight.dtype == torch.float32
 
 
 # ---------------------------------------------------------------- compilation
@@ -162,7 +194,7 @@ def test_compiled_training(by_block, steps):
             model = small_model(depth=2).train()
             names.append(list(model.state_dict()))
             if is_compiled:
-                compile_network(model, by_block)
+                Speed(compile=True).set_up(model, by_block)
             optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
             rows = []
             for step in range(steps):
@@ -216,10 +248,11 @@ def test_what_fast_means(command, tmp_path, monkeypatch, has_bf16):
     """bf16 only where the CPU has it; what was typed wins; what it chose is said, and kept in the checkpoint."""
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: dict(avx512_bf16=has_bf16), raising=False)
     precision = "bf16" if has_bf16 else "tf32"
-    assert fastest(CPU) == Speed(precision, compile=True)
+    assert fastest(CPU, training=True) == Speed(precision, compile=True, attention="math")
+    assert fastest(CPU, training=False) == Speed(precision, compile=True)
     status, out, err = command("train", *DIGITS, "--fast", "--no-compile", "--max-steps", 1, "--results-dir", tmp_path)
     assert status == 0, err
-    assert f"--fast: --precision {precision} --no-compile --attention auto --fused-adamw" in out
+    assert f"--fast: --precision {precision} --no-compile --attention math --fused-adamw" in out
     args = stored(tmp_path, 1)["args"]
     assert (args["precision"], args["compile"], args["fused_adamw"]) == (precision, False, True)
 

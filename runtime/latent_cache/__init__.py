@@ -13,9 +13,9 @@ A folder holds
 An image's place follows from its index alone, so that processes write without asking each other, a restart finds what
 is done, and the bytes do not depend on either.
 """
-from .manifest import DTYPES, gigabytes, new_manifest, read_manifest
+from .manifest import DTYPES, cache_bytes, gigabytes, new_manifest, read_manifest
 from .reader import LatentCache, incomplete, verify
 from .writer import CacheWriter
 
-__all__ = ["DTYPES", "CacheWriter", "LatentCache", "gigabytes", "incomplete", "new_manifest", "read_manifest",
-           "verify"]
+__all__ = ["DTYPES", "CacheWriter", "LatentCache", "cache_bytes", "gigabytes", "incomplete", "new_manifest",
+           "read_manifest", "verify"]

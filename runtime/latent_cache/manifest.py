@@ -39,14 +39,24 @@ def new_manifest(data, data_path, codec, image_size, flips, dtype, precision):
     space = dict(vars(codec.space))
     orientations = 2 if flips else 1
     side = image_size // codec.stride
-    row_bytes = orientations * 2 * codec.channels * side * side * DTYPES[dtype][1].itemsize
     return dict(
         format=FORMAT, complete=False, vae=codec.name, vae_sha256=codec.encoder_sha256, space=space,
         image_size=image_size, crop="center, as ADM: halved by box, then bicubic", orientations=orientations,
         latent_size=side, dtype=dtype, precision=precision, count=len(data.labels), classes=data.class_names,
         data_path=data_path, versions={name: metadata.version(name) for name in ("torch", "diffusers", "pillow")},
-        rows_per_file=max(1, LARGEST_FILE // row_bytes),
+        rows_per_file=rows_per_file(orientations, codec.channels, side, dtype),
         listing_sha256=checksum.of_value([data.labels, data.paths]))
+
+
+def rows_per_file(orientations, channels, side, dtype):
+    return max(1, LARGEST_FILE // (orientations * 2 * channels * side * side * DTYPES[dtype][1].itemsize))
+
+
+def cache_bytes(count, orientations, channels, side, dtype):
+    """What the moments and labels of so many images take on disk; the paths and the manifest are small beside it."""
+    layout = Layout(dict(count=count, orientations=orientations, space=dict(channels=channels), latent_size=side,
+                         dtype=dtype, rows_per_file=rows_per_file(orientations, channels, side, dtype)))
+    return sum(layout.sizes) + len(npy_header((count,), np.dtype("<i8"))) + 8 * count
 
 
 class Layout:

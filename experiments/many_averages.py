@@ -1,0 +1,116 @@
+"""One training with several moving averages of its weights: they only watch, so that one run serves all decays.
+
+    python -m experiments.many_averages REQUEST.json     (the study starts it so)
+
+Seeds, data and losses are those of train.py, and so are the weights, and each average, to the last bit. Told to stop,
+it saves all, and a later start goes on.
+"""
+import os
+import sys
+
+import torch
+
+from diffusion import create_diffusion
+from diffusion.timestep_sampler import UniformSampler
+from evaluation.records import read_record
+from models import DiT
+from runtime import checkpoint, processes
+from runtime.data import BatchLoader, GlobalBatches, open_data
+from runtime.ema import EMA
+from runtime.errors import Stopped, UserError, run_command
+from runtime.latents import open_codec
+from runtime.randomness import WEIGHTS, BatchRandomness, seed_of
+from runtime.signals import StopSignals
+from runtime.speed import PLAIN, compile_network, fastest
+from runtime.training_step import TrainingStep
+
+
+def main():
+    request = read_record(sys.argv[1])
+    accelerator = processes.start()
+    with StopSignals() as signals:
+        run = AveragedRun(accelerator, request)
+        run.train(signals)
+
+
+class AveragedRun:
+    """Weights, optimiser and averages of a request: folder, network (arguments of `DiT`), data_path, num_workers, seed,
+    batch_size, lr, decays, snapshots (steps after which each average is kept; the last one is the end), fast.
+    """
+
+    def __init__(self, accelerator, request):
+        self.request, self.device = request, accelerator.device
+        self.state_path = os.path.join(request["folder"], "state.pt")
+        dataset = open_data(request["data_path"], request["network"]["input_size"])
+        codec = open_codec("none", dataset.channels, self.device)
+        torch.manual_seed(seed_of(request["seed"], WEIGHTS))
+        self.model = DiT(**request["network"]).to(self.device)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=request["lr"], weight_decay=0)
+        self.averages = {decay: EMA(self.model, decay) for decay in request["decays"]}
+        self.first = self._restore()
+        speed = fastest(self.device) if request["fast"] else PLAIN
+        if speed.compile:
+            compile_network(self.model)
+        rows, diffusion = slice(0, request["batch_size"]), create_diffusion("")
+        random = BatchRandomness(request["seed"], request["batch_size"], rows, self.device)
+        self.step = TrainingStep(accelerator, self.model, codec, diffusion, UniformSampler(diffusion), random, parts=1,
+                                 speed=speed)
+        self.batches = GlobalBatches(len(dataset), request["batch_size"], rows, request["seed"], self.first,
+                                     max(request["snapshots"]), flips=dataset.flips)
+        self.loader = BatchLoader(dataset, self.batches, request["num_workers"], self.device, _refuse)
+
+    def train(self, signals):
+        """To the last snapshot. Ends by `Stopped`, with all saved, where one of `signals` asked for it."""
+        self.model.train()
+        for step, (images, labels) in enumerate(self.loader, start=self.first):
+            self.step.backward(step, images, labels)
+            self.optimizer.step()
+            for average in self.averages.values():
+                average.update(self.model)
+            self.optimizer.zero_grad(set_to_none=True)
+            done = step + 1
+            if done in self.request["snapshots"]:
+                self._keep(done)
+            if signals.received or done in self.request["snapshots"]:
+                self._save(done)
+            if signals.received and done < self.batches.last:
+                raise Stopped
+
+    def _keep(self, step):
+        """Each average as a checkpoint to sample from."""
+        for decay, average in self.averages.items():
+            checkpoint.save(snapshot(self.request["folder"], step, decay), dict(
+                ema=average.model.state_dict(), step=step, config=dict(
+                    model=self.model.config, image_channels=self.model.in_channels), args=dict(
+                    model="DiT-S/2", image_size=self.request["network"]["input_size"], ema_decay=decay, vae="none",
+                    num_classes=self.model.config["num_classes"])))
+
+    def _save(self, step):
+        checkpoint.save(self.state_path, dict(
+            step=step, model=self.model.state_dict(), opt=self.optimizer.state_dict(),
+            averages={str(decay): average.model.state_dict() for decay, average in self.averages.items()}))
+
+    def _restore(self):
+        if not os.path.exists(self.state_path):
+            return 0
+        stored = checkpoint.load(self.state_path)
+        if list(stored["averages"]) != [str(decay) for decay in self.averages]:
+            raise UserError(f"{self.state_path} is of other decays ({', '.join(stored['averages'])}): remove it")
+        self.model.load_state_dict(stored["model"])
+        self.optimizer.load_state_dict(stored["opt"])
+        for decay, average in self.averages.items():
+            average.model.load_state_dict(stored["averages"][str(decay)])
+        return stored["step"]
+
+
+def snapshot(folder, step, decay):
+    """Where the average of a decay is kept, as it was after so many steps."""
+    return os.path.join(folder, f"{step:07d}-decay-{decay:g}.pt")
+
+
+def _refuse(bad):
+    raise UserError(f"an image cannot be read: {bad[0].path} ({bad[0].reason})")
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,189 @@
+"""Pieces of work: commands that go on where they were, run side by side. What is done is never done again."""
+import contextlib
+import ctypes
+import fcntl
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+
+from evaluation.records import try_read, write_record
+from runtime.errors import STOPPED, Stopped, UserError
+from runtime.signals import StopSignals
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+
+def plain(values):
+    """Values as they come back from JSON: tuples as lists."""
+    return json.loads(json.dumps(values))
+
+
+class Piece:
+    """Work that is done once, by one command. Subclasses have these:
+
+    folder   where the studies' work is kept
+    name     of this one; its files begin with FOLDER/NAME
+    cost     about how much work it is, in any unit: the largest is begun first
+    command()          the command line after the interpreter
+    is_done()          whether nothing is left to do
+    finish(seconds)    called after the command ended well; seconds: that it took, with those of earlier, broken starts
+    """
+
+    @property
+    def path(self):
+        return os.path.join(self.folder, self.name)
+
+    def record(self):
+        """What is known of it once it is done; {} before, and where something else was asked for then."""
+        found = try_read(self.path + ".json")
+        return found if found.get("asked") == plain(self.asked) else {}
+
+    def is_done(self):
+        return bool(self.record())
+
+    def seconds(self):
+        """How long it took, in all its starts, whichever study it was that needed it first."""
+        try:
+            with open(self.path + ".seconds") as file:
+                return float(file.read())
+        except (OSError, ValueError):
+            return 0.0
+
+
+@dataclass(frozen=True)
+class Command(Piece):
+    """A command of which nothing but its end is kept; a later call of it is no work."""
+    folder: str
+    name: str
+    arguments: tuple
+    output: str  # the file that it leaves
+    cost: float = 0
+
+    def command(self):
+        return [str(argument) for argument in self.arguments]
+
+    @property
+    def asked(self):
+        return dict(arguments=self.arguments)
+
+    def is_done(self):
+        return super().is_done() and os.path.exists(self.output)
+
+    def finish(self, seconds):
+        write_record(self.path + ".json", dict(asked=self.asked, seconds=seconds))
+
+
+@contextlib.contextmanager
+def alone_in(folder, say):
+    """A block for which nobody else works in a folder; it waits for that. Gives the lock, a file.
+
+    The processes that are started inherit it: where the study was killed and they were not, its next start waits for
+    them, so that no work is done twice.
+    """
+    os.makedirs(folder, exist_ok=True)
+    with open(os.path.join(folder, "lock"), "a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say(f"another study is at work in {folder}, or what a killed one has left; waiting for it")
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield lock
+
+
+class Job:
+    """A piece that is being worked on by a process of its own, with a file that it inherits."""
+
+    def __init__(self, piece, threads, lock):
+        self.piece, self.start = piece, time.monotonic()
+        os.makedirs(os.path.dirname(piece.path), exist_ok=True)
+        self.log, self.command = piece.path + ".log", [sys.executable, *piece.command()]
+        self.process = start_process(self.command, self.log, threads, lock)
+
+    def has_ended(self):
+        """Whether it is over; raises `Stopped` where it was told to stop, a `UserError` where it failed."""
+        status = self.process.poll()
+        if status is None:
+            return False
+        seconds = self._count_seconds()
+        if status == STOPPED:
+            raise Stopped
+        if status:
+            raise UserError(f"{self.piece.name} failed with exit status {status}: {shlex.join(self.command)}\n"
+                            f"{_tail(self.log)}\n(all of it: {self.log})")
+        self.piece.finish(round(seconds, 1))
+        if not self.piece.is_done():
+            raise UserError(f"{self.piece.name} ended without its result; see {self.log}")
+        return True
+
+    def _count_seconds(self):
+        """Add the time that this start took to that of those before."""
+        path = self.piece.path + ".seconds"
+        seconds = self.piece.seconds() + time.monotonic() - self.start
+        with open(path, "w") as file:
+            file.write(f"{seconds:.1f}")
+        return seconds
+
+    def stop(self):
+        """Tell it to save its work and end, and wait for that."""
+        if self.process.poll() is None:
+            self.process.terminate()
+            self.process.wait()
+            self._count_seconds()
+
+
+def start_process(command, log, threads, lock):
+    """Start a command, in the folder of this project; its output goes to the end of the file `log`."""
+    environment = os.environ | (dict(OMP_NUM_THREADS=str(threads)) if threads else {})
+    with open(log, "a") as output:
+        # A session of its own: Ctrl-C is for the study, which then tells its processes to save and end.
+        return subprocess.Popen(command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=output,
+                                stderr=output, pass_fds=[lock.fileno()], start_new_session=True,
+                                preexec_fn=_end_with_parent)
+
+
+PR_SET_PDEATHSIG = 1
+LIBRARY = ctypes.CDLL(None) if sys.platform == "linux" else None
+
+
+def _end_with_parent():
+    """In a new process: be told to stop where the one that started it is killed. Linux alone knows that."""
+    if LIBRARY:
+        LIBRARY.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def _tail(path, lines=5):
+    with open(path, encoding="utf-8", errors="replace") as file:
+        return "\n".join(file.read().splitlines()[-lines:])
+
+
+def run_pieces(pieces, workers, threads=1, deadline=None, say=print):
+    """Do the pieces that are not done, `workers` at once; the largest first, so that they end together.
+
+    threads   of each on the CPU; None: as it likes
+    deadline  of time.monotonic(), at which all is saved and given up
+    raise     `Stopped` then, and where this process is told to stop; `UserError` where a piece fails
+    """
+    if all(piece.is_done() for piece in pieces):
+        return
+    with alone_in(pieces[0].folder, say) as lock, StopSignals() as signals:
+        waiting = sorted((piece for piece in pieces if not piece.is_done()), key=lambda piece: -piece.cost)
+        count, running = len(waiting), []
+        try:
+            while waiting or running:
+                if signals.received or (deadline is not None and time.monotonic() > deadline):
+                    raise Stopped
+                while waiting and len(running) < workers:
+                    running.append(Job(waiting.pop(0), threads, lock))
+                time.sleep(0.05)
+                for job in [job for job in running if job.has_ended()]:
+                    running.remove(job)
+                    say(f"[{count - len(waiting) - len(running)}/{count}] {job.piece.name}: "
+                        f"{time.monotonic() - job.start:.0f} s")
+        finally:
+            for job in running:
+                job.stop()

@@ -1,0 +1,151 @@
+"""How good a trained network's samples are, sampled in one way after the other. The studies start it as
+
+    python -m experiments.scoring REQUEST.json
+
+Told to stop, it ends at the next sampling step; what was made of a set of samples is kept, and a later start goes on.
+"""
+import contextlib
+import inspect
+import os
+import shutil
+import sys
+import time
+from dataclasses import replace
+
+import torch
+
+from evaluation import scores
+from evaluation.features import open_features
+from evaluation.measure import measure
+from evaluation.records import read_record, write_record
+from evaluation.reference import open_reference
+from evaluation.sources import NpzImages, open_images
+from runtime import processes
+from runtime.data import spread
+from runtime.errors import Stopped, UserError, run_command
+from runtime.generate import SampleNoise, image_maker, to_uint8
+from runtime.npz import npz_array
+from runtime.provenance import made_with
+from runtime.sample_set import SampleSet, sample_labels
+from runtime.signals import StopSignals
+from runtime.speed import PLAIN, fastest
+from runtime.trained_model import load_trained
+
+from .scales import IMAGES
+
+HAS_INTERVALS = "cfg_interval" in inspect.signature(image_maker).parameters
+
+
+def main():
+    request = read_record(sys.argv[1])
+    images = IMAGES[request["images"]]
+    accelerator = processes.start()
+    space = open_features(request["features"], accelerator.device)
+    reference, _ = open_reference(accelerator, request["reference"], space, request["batch"])
+    with StopSignals() as signals:
+        if "scores" not in request:
+            return measure_yardsticks(accelerator, request, images, space, reference)
+        agreement, trained = agreement_of(images, space), None
+        for score in request["scores"]:
+            start = time.monotonic()
+            if trained is None or trained.path != score["checkpoint"]:
+                trained = load_trained(score["checkpoint"], "DiT-S/2", images.image_size, images.num_classes, "none",
+                                       set(), accelerator.device)
+            samples = make_samples(trained, score, request, signals)
+            measured = measure(accelerator, samples, space, request["batch"])
+            found = scores.score(measured, reference, space)
+            found["agreement"] = agreement(samples.images, measured.features, npz_array(samples.path, "arr_1"))
+            write_record(score["path"] + ".json", dict(
+                asked=score["asked"], scores=found, seconds=round(time.monotonic() - start, 1), made=trained.record()
+                | made_with(accelerator.device)))
+            shutil.rmtree(score["path"], ignore_errors=True)
+
+
+def make_samples(trained, score, request, signals):
+    """The set of samples that is asked for, which grows in parts; raises `Stopped` on a signal."""
+    asked, device = score["asked"], trained.model.pos_embed.device
+    speed = replace(fastest(device), compile=False) if request["fast"] else PLAIN
+    extra = dict(cfg_interval=tuple(asked["cfg_interval"])) if asked.get("cfg_interval") else {}
+    make = image_maker(trained.model, trained.codec, asked["steps"], asked.get("cfg_scale", 1.0),
+                       asked.get("cfg_channels"), speed=speed, **extra)
+
+    def check(step, x):
+        if signals.received:
+            raise Stopped
+
+    samples = SampleSet(os.path.join(score["path"], "set"))
+    samples.open()
+    with with_variance(trained.model, asked.get("variance")):
+        for first, end in samples.missing(asked["samples"], request["batch"]):
+            labels = sample_labels("balanced", asked["seed"], range(first, end), trained.num_classes)
+            noise = SampleNoise(asked["seed"], range(first, end), device)
+            samples.add(first, to_uint8(make(torch.from_numpy(labels).to(device), noise, check)).cpu().numpy(), labels)
+    samples.assemble(asked["samples"])
+    return NpzImages(samples.npz)
+
+
+# Improved DDPM, eq. 15: the network's values v = (output + 1) / 2 choose between log btilde_t and log beta_t.
+FIXED = {"fixed_small": -1.0, "fixed_large": 1.0}
+
+
+@contextlib.contextmanager
+def with_variance(model, variance=None):
+    """A block in which a network that has learned its variance answers with a fixed one; its mean stays.
+
+    variance  "fixed_small" (btilde_t), "fixed_large" (beta_t); None or "learned": its own
+    """
+    if variance in (None, "learned"):
+        yield
+        return
+    if not model.learn_sigma:
+        raise UserError(f"variance {variance}: this network has learned none that could be replaced")
+
+    def fix(module, inputs, output):
+        eps = output[:, : module.in_channels]
+        return torch.cat([eps, torch.full_like(eps, FIXED[variance])], dim=1)
+
+    hook = model.register_forward_hook(fix)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def agreement_of(images, space):
+    """A function of (images (N, H, W, 3) uint8, their features (N, D), labels (N,)): the share of the images that a
+    classifier takes for their labels.
+    """
+    if images.name == "digits":
+        from runtime.digits import DigitsClassifier
+        digits = DigitsClassifier()
+        return lambda pictures, features, labels: digits.agreement(pictures, labels)
+    return lambda pictures, features, labels: float((space.predicted(features).numpy() == labels).mean())
+
+
+class SomeOf:
+    """Some images of a source, chosen by their numbers."""
+
+    hashes = False
+
+    def __init__(self, source, numbers):
+        self.source, self.numbers = source, numbers
+
+    def __len__(self):
+        return len(self.numbers)
+
+    def batch(self, first, end):
+        return torch.cat([self.source.batch(i, i + 1) for i in self.numbers[first:end]])
+
+
+def measure_yardsticks(accelerator, request, images, space, reference):
+    """What the best samples could reach: distances of real images, as many as there are samples."""
+    train = open_images(images.train)
+    rows = spread(len(train), min(request["asked"]["count"], len(train)))
+    found = scores.score(measure(accelerator, SomeOf(train, rows), space, request["batch"]), reference, space)
+    write_record(request["path"] + ".json", dict(
+        asked=request["asked"], real=dict(images=len(rows), distance=found[scores.main_score(space)]),
+        held_out=reference.count, made=made_with(accelerator.device)))
+
+
+if __name__ == "__main__":
+    run_command(main)

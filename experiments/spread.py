@@ -1,0 +1,64 @@
+"""What several seeds say together: means and their errors, correlations, and whether a claim is seen to hold."""
+import math
+import statistics
+
+# Student's t: 95% of its values lie within so much of 0, with 1, 2, ... degrees of freedom.
+STUDENT_95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23)
+
+
+def mean_spread(values):
+    """Mean and standard deviation (n - 1) of some numbers; the deviation of a single one is None."""
+    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
+
+
+def seen_lower(low, high):
+    """Whether the numbers `low` are seen to be lower than `high`, seed by seed.
+
+    return  "yes", "no" (they are seen to be higher), or "not clear", where 0 lies in the 95% interval of the mean
+            difference, by Student's t: the seeds are few
+    """
+    differences = [b - a for a, b in zip(low, high, strict=True)]
+    if len(differences) < 2:
+        return "not clear"
+    mean, spread = mean_spread(differences)
+    t = STUDENT_95[min(len(differences) - 1, len(STUDENT_95)) - 1]
+    if abs(mean) <= t * spread / math.sqrt(len(differences)):
+        return "not clear"
+    return "yes" if mean > 0 else "no"
+
+
+def all_of(verdicts):
+    """Of several comparisons: "yes" where all hold, "no" where none does, else "not clear"."""
+    found = set(verdicts)
+    return found.pop() if len(found) == 1 else "not clear"
+
+
+def share_of(comparisons):
+    """Of many comparisons, truth values: "yes" where all came out so, "no" where half of them or fewer did."""
+    return "yes" if all(comparisons) else "no" if sum(comparisons) <= len(comparisons) / 2 else "not clear"
+
+
+def correlation(x, y):
+    """Pearson's correlation coefficient. raise: ValueError where there is none to speak of."""
+    if len(x) < 2 or len(x) != len(y):
+        raise ValueError(f"a correlation needs as many numbers of each kind, two at least, not {len(x)} and {len(y)}")
+    try:
+        return statistics.correlation(x, y)
+    except statistics.StatisticsError:
+        raise ValueError("one of the two does not vary: there is no correlation") from None
+
+
+def correlation_interval(r, count):
+    """Where the correlation of which r was found in `count` pairs lies with 95%, by Fisher's transformation."""
+    if count < 4:
+        return -1.0, 1.0
+    if abs(r) >= 1:
+        return r, r
+    centre, width = math.atanh(r), 1.96 / math.sqrt(count - 3)
+    return math.tanh(centre - width), math.tanh(centre + width)
+
+
+def plus_minus(values, digits=2):
+    """Numbers as a table shows them: mean +- standard deviation."""
+    mean, spread = mean_spread(values)
+    return f"{mean:.{digits}f}" + ("" if spread is None else f" ± {spread:.{digits}f}")

@@ -1,0 +1,47 @@
+"""GPUs by name: how fast they multiply matrices, and how much memory they have."""
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Chip:
+    """A GPU by its maker's data sheet.
+
+    name             in words
+    sign             what torch's name of the device contains
+    memory           bytes that torch reports: less than on the box
+    bf16, tf32, fp32 FLOP/s of dense matrix products, half of what sheets say "with sparsity"; fp32 without tensor cores
+    """
+
+    name: str
+    sign: str
+    memory: int
+    bf16: float
+    tf32: float
+    fp32: float
+
+
+def _chip(name, sign, gibibytes, bf16, tf32, fp32):
+    return Chip(name, sign, int(gibibytes * 2**30), bf16 * 1e12, tf32 * 1e12, fp32 * 1e12)
+
+
+# TFLOP/s: NVIDIA's data sheets of the A100, H100, H200 and L40S, and its Ada white paper (RTX 4090, sums in float32).
+# GiB: the "total capacity" of torch's out-of-memory messages. A sign that contains another stands before it.
+CHIPS = {
+    "a100-40": _chip("A100 40 GB", "A100-SXM4-40GB", 39.4, bf16=312, tf32=156, fp32=19.5),
+    "a100": _chip("A100 80 GB", "A100", 79.1, bf16=312, tf32=156, fp32=19.5),
+    "h100-pcie": _chip("H100 PCIe 80 GB", "H100 PCIe", 79.1, bf16=756, tf32=378, fp32=51),
+    "h100": _chip("H100 SXM 80 GB", "H100", 79.1, bf16=989, tf32=494, fp32=67),
+    "h200": _chip("H200 141 GB", "H200", 139.7, bf16=989, tf32=494, fp32=67),
+    "l40s": _chip("L40S 48 GB", "L40S", 44.4, bf16=362, tf32=183, fp32=91.6),
+    "rtx4090": _chip("RTX 4090 24 GB", "RTX 4090", 23.6, bf16=165, tf32=82.6, fp32=82.6),
+}
+
+
+def peak(device, precision):
+    """FLOP/s of this device, or None where they are not known."""
+    if torch.device(device).type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((getattr(chip, precision) for chip in CHIPS.values() if chip.sign in name), None)

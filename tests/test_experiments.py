@@ -1,0 +1,301 @@
+"""The paper's studies: pieces that are done once, tables and pictures of what was found, what is called a finding."""
+import contextlib
+import importlib
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import ROOT, wait_for
+from PIL import Image
+
+from diffusion import create_diffusion
+from evaluation.records import read_record
+from experiments import many_averages, pieces, report, scoring, spread, study
+from experiments.pieces import Command, run_pieces
+from experiments.scales import DIGITS, IMAGES, SCALES
+from experiments.scoring import with_variance
+from experiments.trainings import Setup, multiply_adds
+from models import DiT, DiT_models
+from runtime import checkpoint
+from runtime.errors import Stopped, UserError
+from runtime.latents import PixelCodec
+
+TOY = SCALES["digits", "toy"]
+# The paper's table 4: 10^9 multiply-adds, and FID-50K; patches of 8, 4, 2 of each size.
+TABLE_4 = {"S": ((0.36, 153.60), (1.41, 100.41), (6.06, 68.40)), "B": ((1.42, 122.74), (5.56, 68.38), (23.01, 43.47)),
+           "L": ((5.01, 118.87), (19.70, 45.64), (80.71, 23.33)),
+           "XL": ((7.39, 106.41), (29.05, 43.01), (118.64, 19.47))}
+
+
+class InThisProcess:
+    """Runs the commands of pieces here, one after the other, where all is imported already; keeps what was started."""
+
+    def __init__(self):
+        self.started = []
+
+    def __call__(self, command, log, threads, lock):
+        module, *flags = [part for part in command[1:] if part != "-m"]
+        self.started.append(module)
+        with pytest.MonkeyPatch.context() as patch, open(log, "a") as output, contextlib.redirect_stdout(output):
+            patch.setattr(sys, "argv", [module, *flags])
+            patch.chdir(ROOT)
+            importlib.import_module(module.removesuffix(".py")).main()
+        return self
+
+    def poll(self):
+        return 0
+
+
+@pytest.fixture
+def in_this_process(monkeypatch):
+    launcher = InThisProcess()
+    monkeypatch.setattr(pieces, "start_process", launcher)
+    return launcher
+
+
+def run(name, folder, *flags):
+    """Run a study at toy size; returns what it found."""
+    module = importlib.import_module(f"experiments.{name}")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [f"{name}.py", "--scale", "toy", "--work", f"{folder}/work", "--output",
+                                    f"{folder}/found", "--workers", "1", *flags])
+        study.run_study(module)
+    return read_record(f"{folder}/found/{name}-digits-toy.json")
+
+
+def test_every_study_from_its_command_to_the_page(in_this_process, tmp_path, capsys):
+    """Trainings are shared, pictures drawn, tables written; a second start does nothing, or what is missing alone."""
+    page = tmp_path / "found.md"
+    page.write_text("# Studies\n<!-- begin summary -->\n<!-- end -->\n" + "".join(
+        f"## {name}\n<!-- begin {name}-digits-toy -->\nold\n<!-- end -->\nby hand\n" for name in report.STUDIES))
+    for name in report.STUDIES:
+        found = run(name, tmp_path)
+        assert found["study"] == name and found["made"]["versions"]["torch"] and found["seeds"]
+        with Image.open(tmp_path / "found" / f"{name}-digits-toy.png") as picture:
+            assert picture.width > 600 and len(picture.convert("L").getcolors()) > 10
+    started = in_this_process.started
+    types = 5 * len(TOY.seeds)
+    assert started.count("train.py") == types + 1  # of the grid of two sizes, one network is that of the other studies
+    assert started.count("evaluate.py") == 1 and started.count("experiments.many_averages") == len(TOY.seeds)
+    text = page.read_text()
+    assert "old" not in text and text.count("by hand") == len(report.STUDIES)
+    assert text == report.written(text, tmp_path / "found")
+    assert "| adaln-single |" in text and "**not clear** |" in text and "(found/guidance-digits-toy.png)" in text
+
+    started.clear()
+    again = run("scaling", tmp_path)
+    assert started == [] and again["rows"] == found_by("scaling", tmp_path)["rows"]
+    (score,) = (tmp_path / "work" / "digits-toy" / "scores" / "2x16-4-adaln-zero-seed-0").glob("samples-12-*.json")
+    score.unlink()
+    assert run("scaling", tmp_path)["rows"] == again["rows"] and started == ["experiments.scoring"]
+    score.write_text(score.read_text().replace('"samples": 12', '"samples": 13'))  # of something else: not taken
+    started.clear()
+    assert run("scaling", tmp_path)["rows"] == again["rows"] and started == ["experiments.scoring"]
+
+
+def found_by(name, folder):
+    return read_record(f"{folder}/found/{name}-digits-toy.json")
+
+
+def test_a_training_goes_on_from_its_checkpoint(in_this_process, tmp_path):
+    """Twice as many steps are the old ones and as many more; another learning rate is another training, and told."""
+    longer, shorter = (Setup(DIGITS, replace(TOY, steps=steps), tmp_path) for steps in (4, 2))
+    for setup in (shorter, longer):
+        score = setup.score(setup.training("1x16", 4, 0), seed=0)
+        for stage in setup.stages("x", [score])[:2]:
+            run_pieces(stage, 1, say=lambda line: None)
+    record = score.training.record()
+    assert list(record["curve"]) == ["2", "4"] and record["checkpoint"].endswith("0000004.pt")
+    with open(score.training.path + ".log") as log:
+        assert "at step 2" in log.read()
+    other = Setup(DIGITS, replace(TOY, lr=1.0), tmp_path).training("1x16", 4, 0)
+    assert not other.is_done()
+    with pytest.raises(UserError, match=r"--lr is 1\.0, it was 0\.02"):
+        run_pieces([other], 1, say=lambda line: None)
+
+
+def test_averages_are_those_of_train(in_this_process, tmp_path):
+    """Several averages in one run: each the EMA of train.py with that decay, to the last bit, also after a break."""
+    setup = Setup(DIGITS, replace(TOY, ema_decay=0.5), tmp_path)
+    training = setup.training("1x16", 4, 3)
+    for stage in setup.stages("x", [setup.score(training, seed=0)])[:2]:
+        run_pieces(stage, 1, say=lambda line: None)
+    request = dict(folder=str(tmp_path / "averages"), network=setup.network("1x16", 4), data_path="digits",
+                   num_workers=0, seed=3, batch_size=8, lr=TOY.lr, decays=[0, 0.5], fast=False)
+    for last in (3, 4):  # the second start goes on
+        path = tmp_path / "request.json"
+        path.write_text(json.dumps(request | dict(snapshots=[last])))
+        in_this_process([None, "-m", "experiments.many_averages", str(path)], tmp_path / "log", 1, None)
+    stored = checkpoint.load(training.checkpoint())
+    for decay, name in ((0.5, "ema"), (0, "model")):
+        mine = checkpoint.load(many_averages.snapshot(request["folder"], 4, decay))
+        assert all(torch.equal(mine["ema"][key], value) for key, value in stored[name].items())
+    assert not torch.equal(stored["ema"]["x_embedder.proj.weight"], stored["model"]["x_embedder.proj.weight"])
+
+
+WORKER = """
+import os, signal, sys, time
+name, folder = sys.argv[1:]
+open(f"{folder}/{name}.starts", "a").write("x")
+signal.signal(signal.SIGTERM, lambda *_: (open(f"{folder}/{name}.told", "w").close(), os._exit(75)))
+while name == "long" and not os.path.exists(f"{folder}/go"):
+    time.sleep(0.01)
+open(f"{folder}/{name}.out", "w").close()
+"""
+DRIVER = """
+import sys
+from experiments.pieces import Command, run_pieces
+from runtime.errors import run_command
+folder, *more = sys.argv[1:]
+pieces = [Command(folder, name, ("-c", open(folder + "/worker.py").read(), name, folder), f"{folder}/{name}.out", cost)
+          for name, cost in (("short", 1), ("long", 2))]
+run_command(lambda: run_pieces(pieces, 2, deadline=float(more[0]) if more else None))
+"""
+
+
+def test_killed_and_started_again(tmp_path):
+    """SIGKILL, SIGTERM and a deadline: what was done stays done, what was begun is told to save, and goes on."""
+    (tmp_path / "worker.py").write_text(WORKER)
+    command = [sys.executable, "-c", DRIVER, str(tmp_path)]
+
+    def start(*more):
+        return subprocess.Popen([*command, *more], cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                                stderr=subprocess.STDOUT, text=True)
+
+    killed = start()
+    wait_for(lambda: (tmp_path / "short.json").exists() and (tmp_path / "long.starts").exists())
+    killed.kill()
+    killed.wait()
+    if sys.platform == "linux":
+        wait_for(lambda: (tmp_path / "long.told").exists())
+    told = start()
+    wait_for(lambda: (tmp_path / "long.starts").read_text() == "xx")
+    told.send_signal(signal.SIGTERM)
+    assert told.wait(60) == 75
+    assert start(str(time.monotonic() - 1)).wait(60) == 75  # the time is up already
+    (tmp_path / "go").touch()
+    last = start()
+    out, _ = last.communicate(timeout=60)
+    assert last.returncode == 0 and "[1/1] long" in out and "short" not in out
+    assert (tmp_path / "short.starts").read_text() == "x" and (tmp_path / "long.starts").read_text() == "xxx"
+
+
+def test_a_piece_that_fails_is_told(tmp_path):
+    """Its name, its last words, and where the rest is."""
+    def fail(command, log, threads, lock):
+        with open(log, "w") as file:
+            file.write("the reason\n")
+        return type("Failed", (), dict(poll=lambda self: 2))()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pieces, "start_process", fail)
+        with pytest.raises(UserError, match=r"x failed with exit status 2: [^\n]+\nthe reason\n\(all of it: .*x.log\)"):
+            run_pieces([Command(str(tmp_path), "x", ("a",), "b")], 1)
+
+
+def test_fixed_variances_are_those_of_the_process():
+    """A network with a learned variance, told to use a fixed one, is sampled as the process with that one is."""
+    torch.manual_seed(0)
+    model = DiT(input_size=8, patch_size=4, in_channels=1, hidden_size=16, depth=1, num_heads=2, num_classes=10).eval()
+    torch.nn.init.normal_(model.final_layer.linear.weight)
+    noise, y = torch.randn(3, 1, 8, 8), dict(y=torch.arange(3))
+
+    def sampled(network, **process):
+        torch.manual_seed(1)
+        return create_diffusion("5", **process).p_sample_loop(network, noise.shape, noise, clip_denoised=False,
+                                                              model_kwargs=y)
+
+    learned = sampled(model)
+    for name, small in (("fixed_small", True), ("fixed_large", False)):
+        plain = sampled(lambda x, t, y: model(x, t, y)[:, :1], learn_sigma=False, sigma_small=small)
+        with with_variance(model, name):
+            fixed = sampled(model)
+        assert torch.allclose(fixed, plain, atol=1e-5) and not torch.allclose(fixed, learned, atol=1e-3)
+    assert torch.equal(sampled(model), learned)
+
+
+def test_a_set_of_samples_goes_on(tmp_path):
+    """Told to stop at some step of the second batch, the next start makes what is missing, and the set is the same."""
+    torch.manual_seed(0)
+    model = DiT(input_size=8, patch_size=4, in_channels=1, hidden_size=16, depth=1, num_heads=2, num_classes=10).eval()
+    torch.nn.init.normal_(model.final_layer.linear.weight, std=0.1)
+    trained = SimpleNamespace(model=model, codec=PixelCodec(1), num_classes=10)
+    asked = dict(samples=7, steps=4, seed=1, cfg_scale=2.0, variance="fixed_small")
+
+    class Told:
+        calls = 0
+
+        @property
+        def received(self):
+            self.calls += 1
+            return "SIGTERM" if self.calls == 8 else None
+
+    sets = []
+    for folder, starts in (("broken", (Told(), SimpleNamespace(received=None))), ("whole", (
+            SimpleNamespace(received=None),))):
+        for signals in starts:
+            score = dict(path=str(tmp_path / folder), asked=asked)
+            with contextlib.suppress(Stopped):
+                sets.append(scoring.make_samples(trained, score, dict(batch=3, fast=False), signals))
+        assert not list((tmp_path / folder / "set" / "parts").glob("*.npz"))
+    broken, whole = sets  # the first start gave none
+    assert (broken.images == whole.images).all() and len(whole) == 7
+
+
+def test_correlation_of_the_paper():
+    """-0.93, of the numbers of table 4."""
+    x, y = zip(*(pair for pairs in TABLE_4.values() for pair in pairs))
+    r = spread.correlation([math.log10(value) for value in x], y)
+    assert round(r, 2) == -0.93
+    low, high = spread.correlation_interval(r, len(x))
+    assert low < r < high < -0.7
+    with pytest.raises(ValueError, match="does not vary"):
+        spread.correlation([1, 2], [3, 3])
+
+
+def test_what_is_called_seen():
+    """By Student's t over the seeds' differences: two seeds must agree closely, one says nothing."""
+    assert spread.seen_lower([1.0, 2.0, 3.0], [2.0, 3.1, 4.0]) == "yes"  # each seed by about 1, however they differ
+    assert spread.seen_lower([2.0, 3.1, 4.0], [1.0, 2.0, 3.0]) == "no"
+    assert spread.seen_lower([1.0, 2.0, 3.0], [2.0, 1.9, 4.0]) == "not clear"
+    assert spread.seen_lower([1.0, 1.0], [2.0, 1.5]) == "not clear" and spread.seen_lower([1.0], [9.0]) == "not clear"
+    assert [spread.share_of([True] * wins + [False] * (4 - wins)) for wins in (4, 3, 2)] == ["yes", "not clear", "no"]
+    assert spread.all_of(["yes", "yes"]) == "yes" and spread.all_of(["yes", "no"]) == "not clear"
+
+
+def test_multiply_adds_are_the_papers():
+    paper = IMAGES["fractals"], SCALES["fractals", "paper"]
+    network = Setup(*paper, "x").network("S", 2) | dict(in_channels=4, num_classes=1000)
+    assert multiply_adds(network) / 1e9 == pytest.approx(6.06, abs=0.005)
+    with torch.device("meta"):
+        ours, published = ({key: value.shape for key, value in model.state_dict().items()}
+                           for model in (DiT(**network), DiT_models["DiT-S/2"]()))
+    assert ours == published
+
+
+def test_mistakes():
+    """In sentences, before any work."""
+    for flags, sentence in ((["--scale", "paper"], r"--scale paper: for --data digits there are miniature, toy"),
+                            (["--sizes", "9x9"], r"--sizes 9x9: --scale miniature has 2x32, ")):
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(UserError, match=sentence):
+            patch.setattr(sys, "argv", ["scaling.py", *flags])
+            study.run_study(importlib.import_module("experiments.scaling"))
+    assert [action.dest for action in study.build_parser("x")._actions if not action.help] == []
+
+
+def test_the_page_shows_the_results_that_are_kept():
+    """docs/experiments.md: its tables are those of the JSON beside it, and its pictures are there."""
+    folder = ROOT / "docs" / "experiments"
+    text = (ROOT / "docs" / "experiments.md").read_text()
+    assert report.written(text, folder) == text, "run: python -m experiments.report"
+    for picture in re.findall(r"\]\((experiments/\S+\.png)\)", text):
+        assert os.path.exists(ROOT / "docs" / picture)
