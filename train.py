@@ -22,7 +22,8 @@ from diffusion import create_diffusion
 from diffusion.timestep_sampler import create_named_schedule_sampler
 from evaluation.during_training import open_evaluator
 from evaluation.sources import GeneratedImages
-from runtime import data, experiment, latent_cache, latents, processes
+from runtime import data, experiment, latent_cache, latents, processes, sharding
+from runtime.ema import EMA
 from runtime.errors import Stopped, UserError, run_command
 from runtime.flags import (
     HelpFormatter,
@@ -38,7 +39,7 @@ from runtime.flags import (
     sampling_steps,
     speed_of,
 )
-from runtime.generate import SampleNoise, image_maker
+from runtime.generate import image_maker, preview
 from runtime.provenance import made_with
 from runtime.randomness import WEIGHTS, BatchRandomness, seed_of
 from runtime.saving import Saver
@@ -95,6 +96,9 @@ def build_parser():
                        help="the optimiser's step in one kernel")
     group.add_argument("--grad-checkpointing", type=fraction, nargs="?", const=1.0, default=0.0, metavar="SHARE",
                        help="compute activations of this share of the blocks twice, to save memory; alone: all")
+    group.add_argument("--fsdp", choices=sharding.WHERE, nargs="?", const="all", metavar="node",
+                       help="share weights, moments and EMA between all processes; node: between those of a node, all "
+                            "nodes the same")
     group = parser.add_argument_group("results")
     group.add_argument("--results-dir", default="results", help="where experiments get their folders")
     group.add_argument("--log-every", type=positive_int, default=100, help="steps")
@@ -152,7 +156,7 @@ class Run:
     dataset: object
     codec: object
     model: torch.nn.Module
-    network: torch.nn.Module  # the model itself, or behind DDP where there are several processes
+    network: torch.nn.Module  # the model itself, or behind DDP where several processes do not share it
     optimizer: torch.optim.Optimizer
     guard: StepGuard
     state: TrainingState
@@ -169,21 +173,22 @@ def prepare(accelerator, flags, given):
     device, log = accelerator.device, []
     with processes.together(accelerator):
         speed = speed_of(flags, given, device, log.append)
-        rows = own_rows(flags, accelerator)
+        rows = data.own_rows(accelerator, flags.global_batch_size, flags.grad_accum_steps)
         dataset, codec = open_dataset(flags, given, device)
-        model = build_model(flags, codec).to(device)
-    network = accelerator.prepare(model)
+        model = build_model(flags, codec)
+    mesh = sharding.open_mesh(accelerator, flags.fsdp, flags.timeout) if flags.fsdp else None
+    network, ema = distributed(accelerator, model, flags.ema_decay, mesh, speed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=flags.lr, weight_decay=0, fused=flags.fused_adamw or None)
     diffusion = create_diffusion(timestep_respacing="")
     schedule_sampler = create_named_schedule_sampler(flags.schedule_sampler, diffusion)
     guard = StepGuard(accelerator, flags.max_bad_steps, flags.max_loss_spike)
-    state = TrainingState(model, optimizer, schedule_sampler, guard, flags.ema_decay, vars(flags), dict(
+    state = TrainingState(model, optimizer, schedule_sampler, guard, ema, vars(flags), dict(
         image_channels=dataset.channels, class_names=dataset.class_names, num_images=len(dataset),
         latents=codec.record()))
 
     evaluator = None
     if flags.eval_every:
-        evaluator = open_evaluation(accelerator, flags, state.ema.model, codec, dataset, rows, speed)
+        evaluator = open_evaluation(accelerator, flags, ema.sampled, codec, dataset, rows, speed)
     folder, resumed, warnings = processes.on_main(accelerator, lambda: experiment.open_folder(
         flags.results_dir, flags.model, flags.resume))
     model.checkpointed = flags.grad_checkpointing
@@ -250,9 +255,10 @@ def train(run, flags, signals):
             if is_saved := done % flags.ckpt_every == 0 or last or write_failed:
                 path = run.saver.save(done)
                 logger.info(f"{'Saving' if flags.async_save else 'Saved'} checkpoint to {path}")
-            if flags.sample_every and done % flags.sample_every == 0 and accelerator.is_main_process:
-                with monitor.paused():
-                    monitor.show_images(done, *sample_grid(run.state.ema.model, run.codec, run.dataset.class_names))
+            if flags.sample_every and done % flags.sample_every == 0:
+                with monitor.paused(), run.state.ema.whole() as ema:
+                    if accelerator.is_main_process:
+                        monitor.show_images(done, *preview(ema, run.codec, run.dataset.class_names))
             if run.evaluator and done % flags.eval_every == 0 and not (stop or fault or run.guard.exhausted):
                 evaluate(run, done, monitor, signals, is_saved)
             if last:
@@ -270,7 +276,7 @@ def train(run, flags, signals):
 def evaluate(run, step, monitor, signals, is_saved):
     """Measure EMA samples, show the scores, and keep the checkpoint of the best ones. It never ends the run."""
     try:
-        with monitor.paused():
+        with monitor.paused(), run.state.ema.whole():
             found = run.evaluator(step, lambda: run.saver.keep_best(step, is_saved), lambda: signals.received)
     except Exception as error:  # the same on all processes, since they agree on errors
         run.logger.info(f"WARNING: (step={step:07d}) the evaluation failed; training goes on: "
@@ -296,16 +302,6 @@ def open_evaluation(accelerator, flags, model, codec, dataset, rows, speed):
     except UserError as error:  # the parts name the flags of sample.py and evaluate.py
         names = r"--(?:num-)?(features|reference|cfg-scale|sampling-steps)\b"
         raise UserError(re.sub(names, r"--eval-\1", str(error)), shown=error.shown) from None
-
-
-def own_rows(flags, accelerator):
-    """The slice of the global batch that this process computes."""
-    world, parts = accelerator.num_processes, flags.grad_accum_steps
-    if flags.global_batch_size % (world * parts):
-        raise UserError(f"--global-batch-size {flags.global_batch_size} cannot be shared by {world} processes "
-                        f"in {parts} parts each (--grad-accum-steps): it must be a multiple of {world * parts}")
-    share = flags.global_batch_size // world
-    return slice(accelerator.process_index * share, (accelerator.process_index + 1) * share)
 
 
 def open_dataset(flags, given, device):
@@ -349,6 +345,16 @@ def build_model(flags, codec):
         raise UserError(f"--model {flags.model} at --image-size {flags.image_size}: {error}") from None
 
 
+def distributed(accelerator, model, ema_decay, mesh, speed):
+    """What computes the gradients over all processes, and the `EMA`; sharded over `mesh`, if any."""
+    if mesh is None:
+        network = accelerator.prepare(model.to(accelerator.device))
+        return network, EMA(model, ema_decay)
+    ema = EMA(model, ema_decay)  # before the model is sharded, which cannot be copied then
+    ema.shard(mesh)
+    return sharding.shard(model, mesh, speed.precision), ema
+
+
 def opening_lines(flags, folder, accelerator, model, dataset, resumed, first_step, last_step):
     """What log.txt begins with."""
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -370,17 +376,6 @@ def opening_lines(flags, folder, accelerator, model, dataset, resumed, first_ste
     limit = "--max-steps" if last_step == flags.max_steps else f"--epochs {flags.epochs}"
     yield f"Training for {last_step - first_step} steps, to step {last_step} ({limit})" if first_step < last_step else (
         f"Nothing to do: {first_step} steps are done, --epochs and --max-steps ask for {last_step}")
-
-
-def sample_grid(model, codec, class_names, columns=4):
-    """Samples of up to ten classes, one a row: images (N, C, H, W), and the number of columns.
-
-    DDIM in 50 steps, guided as sample.py does; the same noise every time, so that grids can be compared.
-    """
-    classes = torch.linspace(0, len(class_names) - 1, min(10, len(class_names))).long()
-    labels = classes.repeat_interleave(columns).to(model.pos_embed.device)
-    make = image_maker(model, codec, "ddim50", cfg_scale=4.0 if model.y_embedder.has_null_class else 1.0)
-    return make(labels, SampleNoise(0, range(len(labels)), labels.device)), columns
 
 
 if __name__ == "__main__":

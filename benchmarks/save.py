@@ -10,6 +10,7 @@ from diffusion import create_diffusion
 from diffusion.timestep_sampler import create_named_schedule_sampler
 from models import DiT_models
 from runtime import checkpoint
+from runtime.ema import EMA
 from runtime.step_guard import StepGuard
 from runtime.training_state import TrainingState
 
@@ -46,7 +47,7 @@ def training_state(name, device):
     optimizer.zero_grad(set_to_none=True)
     guard = StepGuard(SimpleNamespace(num_processes=1, process_index=0), max_bad_steps=10)
     sampler = create_named_schedule_sampler("uniform", create_diffusion(""))
-    return TrainingState(model, optimizer, sampler, guard, 0.9999, {}, {})
+    return TrainingState(model, optimizer, sampler, guard, EMA(model, 0.9999), {}, {})
 
 
 def seconds(function):

@@ -172,6 +172,16 @@ def too_many(image, count, limit):
     return f"cannot read the image {image.path} ({image.reason}){met}. Repair it, or allow more with --max-bad-images"
 
 
+def own_rows(accelerator, global_batch_size, parts):
+    """The slice of the global batch that this process computes, in so many parts. raise: `UserError`"""
+    world = accelerator.num_processes
+    if global_batch_size % (world * parts):
+        raise UserError(f"--global-batch-size {global_batch_size} cannot be shared by {world} processes "
+                        f"in {parts} parts each (--grad-accum-steps): it must be a multiple of {world * parts}")
+    share = global_batch_size // world
+    return slice(accelerator.process_index * share, (accelerator.process_index + 1) * share)
+
+
 class GlobalBatches(Sampler):
     """For each training step, which items this process loads: a function of (seed, step, rows) alone.
 

@@ -168,6 +168,17 @@ class ImageMaker:
         return denoiser
 
 
+def preview(model, codec, class_names, columns=4):
+    """Samples of up to ten classes, one a row: images (N, C, H, W), and the number of columns.
+
+    DDIM in 50 steps, guided as sample.py does; the same noise every time, so that grids can be compared.
+    """
+    classes = torch.linspace(0, len(class_names) - 1, min(10, len(class_names))).long()
+    labels = classes.repeat_interleave(columns).to(model.pos_embed.device)
+    make = image_maker(model, codec, "ddim50", cfg_scale=4.0 if model.y_embedder.has_null_class else 1.0)
+    return make(labels, SampleNoise(0, range(len(labels)), labels.device)), columns
+
+
 def padded(values, rows):
     """(N, ...) -> (rows, ...), the last one repeated: a compiled network sees batches of one size only."""
     if len(values) == rows:

@@ -33,14 +33,19 @@ class Saver:
         In the background, the values are those of this moment. A `UserError` of the checkpoint before comes here.
         """
         path = os.path.join(self.folder, "checkpoints", f"{step:07d}.pt")
+        self.finish()
         with processes.together(self.accelerator):
+            values = self._values(self.state.copy if self.thread else self.state.values, step)
             if self.accelerator.is_main_process:
-                self._wait()
                 if self.thread is None:
-                    self._write(self.state.values(step), path, step)
+                    self._write(values, path, step)
                 else:
-                    self.writing = self.thread.submit(self._write, self.state.copy(step), path, step)
+                    self.writing = self.thread.submit(self._write, values, path, step)
         return path
+
+    def _values(self, of, step):
+        """What is to be written, on the main process; all help where it is sharded."""
+        return of(step) if self.accelerator.is_main_process or self.state.is_sharded else None
 
     def keep_best(self, step, is_saved):
         """Have the state of now, after `step` steps, as `checkpoints/best.pt`. To be called by all processes.
@@ -50,11 +55,14 @@ class Saver:
         """
         folder = os.path.join(self.folder, "checkpoints")
         path = os.path.join(folder, "best.pt")
-        with processes.together(self.accelerator):
-            if self.accelerator.is_main_process:
-                self._wait()
-                if not (is_saved and linked(os.path.join(folder, f"{step:07d}.pt"), path)):
-                    checkpoint.save(path, self.state.values(step))
+        self.finish()
+        is_done = is_saved and processes.on_main(
+            self.accelerator, lambda: linked(os.path.join(folder, f"{step:07d}.pt"), path))
+        if not is_done:
+            with processes.together(self.accelerator):
+                values = self._values(self.state.values, step)
+                if self.accelerator.is_main_process:
+                    checkpoint.save(path, values)
         return path
 
     def has_failed(self):

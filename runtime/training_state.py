@@ -3,8 +3,7 @@ import os
 
 import torch
 
-from . import checkpoint
-from .ema import EMA
+from . import checkpoint, sharding
 from .errors import UserError
 
 # Flags that do not change what is computed: a resumed run may have others without a word.
@@ -14,7 +13,7 @@ FREE_FLAGS = {"resume", "results_dir", "epochs", "max_steps", "num_workers", "lo
 # Where the data lie may change: what they are is in the configuration.
 FREE_FLAGS |= {"data_path", "features_path", "vae"}
 # How fast, not what; other rounding is as welcome as another GPU's. (Another precision is not.)
-FREE_FLAGS |= {"fast", "compile", "attention", "fused_adamw", "grad_checkpointing"}
+FREE_FLAGS |= {"fast", "compile", "attention", "fused_adamw", "grad_checkpointing", "fsdp"}
 # Evaluation only watches.
 FREE_FLAGS |= {"eval_every", "eval_samples", "eval_reference", "eval_features", "eval_cfg_scale", "eval_sampling_steps"}
 
@@ -22,26 +21,33 @@ FREE_FLAGS |= {"eval_every", "eval_samples", "eval_reference", "eval_features", 
 class TrainingState:
     """Model, EMA, optimiser, timestep sampler and `StepGuard` of a run, with what its checkpoints say of themselves.
 
-    model   the bare DiT, its weights the same on every process
+    model   the bare DiT, its weights the same on every process, or sharded; `ema` and the optimiser likewise
     args    the command's flags, a plain dictionary
     config  what is needed beside them to build the model again, and to know the data: image_channels, class_names,
             num_images, latents (what makes them what they are)
     """
 
-    def __init__(self, model, optimizer, schedule_sampler, guard, ema_decay, args, config):
+    def __init__(self, model, optimizer, schedule_sampler, guard, ema, args, config):
         self.model, self.optimizer, self.schedule_sampler, self.guard = model, optimizer, schedule_sampler, guard
-        self.ema = EMA(model, ema_decay)
-        self.args, self.config = args, config | dict(model=model.config)
+        self.ema, self.args, self.config = ema, args, config | dict(model=model.config)
+
+    @property
+    def is_sharded(self):
+        """Whether `values` and `copy` are to be called by all processes; what they return is for the main one."""
+        return sharding.is_sharded(self.model)
 
     def values(self, step):
-        """What a checkpoint holds after `step` optimiser steps; the tensors are the living ones."""
+        """What a checkpoint holds after `step` optimiser steps; the tensors are the living ones, unless sharded."""
+        return self.copy(step) if self.is_sharded else self._living(step)
+
+    def _living(self, step):
         return dict(model=self.model.state_dict(), ema=self.ema.model.state_dict(), opt=self.optimizer.state_dict(),
                     args=self.args, config=self.config, step=step, schedule_sampler=self.schedule_sampler.state_dict(),
                     guard=self.guard.state_dict())
 
     def copy(self, step):
         """The same as copies in host memory, which training does not change any more."""
-        return _copied(self.values(step))
+        return _copied(self._living(step), not self.is_sharded or torch.distributed.get_rank() == 0)
 
     def restore(self, path, override=False):
         """Go on from a checkpoint; returns its step, and sentences on what is otherwise than it was then.
@@ -69,8 +75,8 @@ class TrainingState:
         if changes and not override:
             raise UserError(f"--resume {path}: {'; '.join(changes)}. Another value makes another run: give the old "
                             "one, or pass --override")
-        checkpoint.load_weights(self.model, stored["model"], path)
-        checkpoint.load_weights(self.ema.model, stored["ema"], path)
+        for model, name in ((self.model, "model"), (self.ema.model, "ema")):
+            checkpoint.load_weights(model, _shared_as(model.state_dict(), stored[name]), path)
         for part, name in ((self.schedule_sampler, "schedule_sampler"), (self.guard, "guard")):
             if stored.get(name):
                 part.load_state_dict(stored[name])
@@ -81,6 +87,10 @@ class TrainingState:
         """The moments; how it steps (learning rate, betas ...) is said by the flags. is_fresh: no step was applied."""
         settings = [{name: value for name, value in group.items() if name != "params"}
                     for group in self.optimizer.param_groups]
+        if self.is_sharded:
+            weights = [weight for group in self.optimizer.param_groups for weight in group["params"]]
+            stored = stored | dict(state={i: _shared_as(dict.fromkeys(moments, weights[i]), moments)
+                                          for i, moments in stored["state"].items()})
         self.optimizer.load_state_dict(stored)
         for group, own in zip(self.optimizer.param_groups, settings):
             group.update(own)
@@ -93,6 +103,8 @@ class TrainingState:
                 raise ValueError(f"the optimiser's moments of {name} have the shapes {shapes}")
             if not all(torch.is_floating_point(value) for value in moments.values()):
                 raise ValueError(f"the optimiser's moments of {name} are no floating-point numbers")
+            if not moments["step"] >= 0:
+                raise ValueError(f"the optimiser made {float(moments['step'])} steps with {name}")
 
     def _changes(self, stored):
         """Sentences on flags and data that are not those of the checkpoint."""
@@ -113,14 +125,21 @@ class TrainingState:
             raise UserError(f"--resume {path}: this checkpoint is of another model ({was}; the flags give {now})")
 
 
-def _copied(values):
+def _copied(values, keep=True):
+    """The same in host memory, sharded tensors put together; keep=False: only help the others with those."""
     if torch.is_tensor(values):
-        return values.detach().to("cpu", copy=True)
+        values = sharding.whole(values.detach())
+        return values.to("cpu", copy=True) if keep else None
     if isinstance(values, dict):
-        return {name: _copied(value) for name, value in values.items()}
+        return {name: _copied(value, keep) for name, value in values.items()}
     if isinstance(values, (list, tuple)):
-        return type(values)(_copied(value) for value in values)
+        return type(values)(_copied(value, keep) for value in values)
     return values
+
+
+def _shared_as(patterns, tensors):
+    """{name: whole tensor} as sharded ones like those of `patterns`, where these are sharded."""
+    return {name: sharding.shared_as(patterns.get(name), value) for name, value in tensors.items()}
 
 
 def _short(value):

@@ -1,10 +1,10 @@
 """The gradients of a training step."""
-import contextlib
 import math
 from dataclasses import dataclass
 
 import torch
 
+from . import sharding
 from .randomness import LABEL_DROP, NOISE, POSTERIOR, BatchRandomness
 from .speed import PLAIN, Speed
 
@@ -47,7 +47,7 @@ class TrainingStep:
             rows, is_last = slice(part * share, (part + 1) * share), part == self.parts - 1
             condition = dict(y=labels[rows], force_drop_ids=drop[rows] if has_null_class else None)
             x = self.codec.encode(images[rows], posterior_noise[rows])
-            with contextlib.nullcontext() if is_last else self.accelerator.no_sync(self.network), self.speed.kernels():
+            with sharding.gradients_of(self.accelerator, self.network, is_last), self.speed.kernels():
                 terms = self.diffusion.training_losses(network, x, t[rows], condition, noise[rows])
                 spoil_if_not_finite((terms["loss"] * weights[rows]).mean() / self.parts).backward()
             all_terms.append({name: values.detach() for name, values in terms.items()})
@@ -67,6 +67,8 @@ def spoil_if_not_finite(loss):
 
 def gradient_norm(model, max_norm):
     """The gradient's norm (a scalar on the device), after which it is clipped to max_norm, if any."""
+    grads = [weight.grad for weight in model.parameters() if weight.grad is not None]
+    norm = sharding.total_norm(grads)
     if max_norm is not None:
-        return torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
-    return torch.nn.utils.get_total_norm([weight.grad for weight in model.parameters() if weight.grad is not None])
+        torch.nn.utils.clip_grads_with_norm_(model.parameters(), max_norm, norm)
+    return norm

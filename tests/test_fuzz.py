@@ -16,6 +16,7 @@ import models
 from diffusion import create_diffusion
 from diffusion.timestep_sampler import create_named_schedule_sampler
 from runtime import checkpoint
+from runtime.ema import EMA
 from runtime.errors import UserError
 from runtime.latent_cache import LatentCache, verify
 from runtime.latent_cache.manifest import read_manifest, write_manifest
@@ -96,7 +97,7 @@ def training_state(folder):
         model = models.DiT(**stored["config"]["model"])
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0)
         sampler = create_named_schedule_sampler("loss-second-moment", create_diffusion(""))
-        return TrainingState(model, optimizer, sampler, StepGuard(None, 10), 0.99, dict(stored["args"]),
+        return TrainingState(model, optimizer, sampler, StepGuard(None, 10), EMA(model, 0.99), dict(stored["args"]),
                              stored["config"])
 
     return stored, make
