@@ -12,6 +12,7 @@ import torch
 from tqdm.auto import tqdm
 
 from runtime import checksum, processes
+from runtime.behind import Behind
 from runtime.errors import run_command
 from runtime.flags import (
     HelpFormatter,
@@ -63,12 +64,12 @@ def main():
     left = sum(end - first for first, end in todo)
     accelerator.print(f"{samples.npz}: {flags.num_fid_samples - left} of {flags.num_fid_samples} samples are there")
     bar = tqdm(total=left, unit="image", dynamic_ncols=True, disable=not accelerator.is_main_process)
-    with processes.together(accelerator):
+    with processes.together(accelerator), Behind() as writer:  # which writes a batch while the next one is made
         for first, end in todo[rank::world]:
             labels = sample_labels(flags.labels, flags.global_seed, range(first, end), trained.num_classes)
             noise = SampleNoise(flags.global_seed, range(first, end), device)
             images = make(torch.from_numpy(labels).to(device), noise)
-            samples.add(first, to_uint8(images).cpu().numpy(), labels)
+            writer.do(samples.add, first, to_uint8(images).cpu().numpy(), labels, flags.png)
             bar.update(min((end - first) * world, bar.total - bar.n))
     bar.close()
 

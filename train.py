@@ -47,6 +47,7 @@ from runtime.signals import StopSignals
 from runtime.step_guard import StepGuard
 from runtime.training_state import TrainingState
 from runtime.training_step import TrainingStep, gradient_norm
+from runtime.update import Update
 
 # What --data-path digits means for the flags that are not typed: its format, and a small model with what suits it.
 DIGITS = data.EMBEDDED["digits"] | dict(vae="none", num_workers=0)
@@ -222,6 +223,7 @@ def train(run, flags, signals):
     warn = logger.info if accelerator.is_main_process else functools.partial(print, file=sys.stderr, flush=True)
     bad_images = data.BadImages(flags.max_bad_images, os.path.join(run.folder, "bad_images.txt"), warn)
     watch = processes.Watch(accelerator)
+    update = Update(run.model, run.optimizer, run.state.ema, run.guard, run.step)
     run.network.train()
     with (processes.waiting("training", flags.timeout),
           experiment.Monitor(accelerator, logger, run.folder, batches.first, batches.last,
@@ -237,20 +239,14 @@ def train(run, flags, signals):
             with processes.waiting(f"the gradients of step {step + 1}", flags.timeout):
                 losses = run.step.backward(step, images, labels)
             grad_norm = gradient_norm(run.model, flags.max_grad_norm)
-            if run.guard.allows(step, losses["loss"], grad_norm, run.step.sample_losses, batches.items):
-                run.optimizer.step()
-                run.state.ema.update(run.model)
-                run.step.learn()
-                monitor.add(losses)
-            else:
-                monitor.skip()
-            run.optimizer.zero_grad(set_to_none=True)
+            update(step, losses, grad_norm, batches.items, monitor)
 
             done = step + 1
             with processes.waiting(f"the agreement on step {done}", flags.timeout):
                 stop, fault, write_failed = watch.exchange(signals.received, loader.fault, run.saver.has_failed())
                 last = done == batches.last or stop or fault or run.guard.exhausted
                 if done % flags.log_every == 0 or last:
+                    run.guard.settle()
                     monitor.show(done, grad_norm=grad_norm, learning_rate=flags.lr)
             if is_saved := done % flags.ckpt_every == 0 or last or write_failed:
                 path = run.saver.save(done)

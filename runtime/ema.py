@@ -20,7 +20,7 @@ class EMA:
     def __init__(self, model, decay):
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
         self.sampled = self.model
-        self.average = get_ema_multi_avg_fn(decay)
+        self.decay, self.average = decay, get_ema_multi_avg_fn(decay)
 
     def shard(self, mesh):
         """Keep a part of the average in each process, as of the model that it follows."""
@@ -40,11 +40,18 @@ class EMA:
             self.sampled.to("meta")
 
     @torch.no_grad()
-    def update(self, model):
-        """Move towards `model`, which must be of the same class."""
+    def update(self, model, weight=None):
+        """Move towards `model`, which must be of the same class.
+
+        weight  0 or 1 on the device: by so much of the usual way. None: 1
+        """
         pairs = list(zip(self.model.parameters(), model.parameters()))
         trained = [(ours, new) for ours, new in pairs if new.requires_grad]
-        self.average([own(ours) for ours, _ in trained], [own(new.detach()) for _, new in trained], None)
+        ours, new = [own(ours) for ours, _ in trained], [own(new.detach()) for _, new in trained]
+        if weight is None:
+            self.average(ours, new, None)
+        else:
+            torch._foreach_lerp_(ours, new, [weight * (1 - self.decay)] * len(ours))
         fixed = [(ours, new) for ours, new in pairs if not new.requires_grad]
         for ours, new in fixed + list(zip(self.model.buffers(), model.buffers())):
             own(ours).copy_(own(new))

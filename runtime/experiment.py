@@ -124,35 +124,43 @@ class Monitor:
                 handler.close()
 
     def _start_window(self):
-        self.sums, self.steps, self.skipped, self.start = None, 0, 0, time.perf_counter()
+        self.sums, self.applied, self.steps, self.start = 0, 0, 0, time.perf_counter()
 
-    def add(self, losses):
-        """Count a step; losses: a dictionary of scalar tensors, means over this process' rows."""
-        self.bar.update()
+    def add(self, losses, applied=True):
+        """Count a step.
+
+        losses   a dictionary of scalar tensors, means over this process' rows
+        applied  a truth value, which may be on the device: the losses of a step that was not applied enter no mean
+        """
         self.names = list(losses)
         values = torch.stack([value.detach() for value in losses.values()])
-        self.sums = values if self.sums is None else self.sums + values
-        self.steps += 1
+        self.sums = self.sums + (values.where(applied, 0) if torch.is_tensor(applied) else values)
+        self.applied = self.applied + applied
+        self._count()
 
     def skip(self):
-        """Count a step that was not applied: its losses enter no mean."""
+        """Count a step that was not applied."""
+        self._count()
+
+    def _count(self):
         self.bar.update()
-        self.skipped += 1
+        self.steps += 1
 
     def show(self, step, **scalars):
         """End the window: log the published line, and every scalar to TensorBoard."""
-        if not self.steps:
-            self.logger.info(f"(step={step:07d}) none of the last {self.skipped} steps was applied")
+        applied = int(self.applied)
+        if not applied:
+            self.logger.info(f"(step={step:07d}) none of the last {self.steps} steps was applied")
             return self._start_window()
-        means = self.accelerator.reduce(self.sums / self.steps, reduction="mean").tolist()
+        means = self.accelerator.reduce(self.sums / applied, reduction="mean").tolist()
         means = dict(zip(self.names, means))
-        rate = (self.steps + self.skipped) / (time.perf_counter() - self.start)
+        rate = self.steps / (time.perf_counter() - self.start)
         self.logger.info(f"(step={step:07d}) Train Loss: {means['loss']:.4f}, Train Steps/Sec: {rate:.2f}")
         self.bar.set_postfix(loss=f"{means['loss']:.4f}")
         record = {f"train/{name}": value for name, value in means.items()}
         record |= {f"train/{name}": float(value) for name, value in scalars.items()}
         record |= {"speed/images_per_second": rate * self.global_batch_size, "speed/memory_gb": memory_gb(),
-                   "train/skipped_steps": self.skipped}
+                   "train/skipped_steps": self.steps - applied}
         if self.tensorboard:
             with self._only_watching("TensorBoard's file"):
                 for name, value in record.items():

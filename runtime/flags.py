@@ -144,6 +144,8 @@ def add_speed_flags(parser):
     group.add_argument("--precision", choices=PRECISIONS, default="tf32",
                        help="of the network: tf32 where the GPU has it (as published), fp32, or bf16 by autocast")
     group.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False, help="by torch.compile")
+    group.add_argument("--cuda-graphs", action="store_true",
+                       help="with --compile: launch a pass as a whole; for small models, and sampling few at once")
     group.add_argument("--attention", choices=ATTENTIONS, default="auto", help="which kernel")
     return group
 
@@ -156,9 +158,9 @@ def speed_of(flags, given, device, log):
         fused = " --fused-adamw" if getattr(flags, "fused_adamw", False) else ""
         log(f"--fast: --precision {flags.precision} {'--compile' if flags.compile else '--no-compile'} "
             f"--attention {flags.attention}{fused}")
-    speed = Speed(flags.precision, flags.compile, flags.attention)
+    speed = Speed(flags.precision, flags.compile, flags.attention, flags.cuda_graphs)
     speed.check(device)
     if speed.compile and (reason := why_no_compiler(device)):
         log(f"WARNING: --compile: there is no working compiler here ({reason}); going on without it")
-        speed = replace(speed, compile=False)
+        speed = replace(speed, compile=False, cuda_graphs=False)
     return speed

@@ -85,7 +85,8 @@ class ImageMaker:
                   (Kynkaanniemi et al., "Applying Guidance in a Limited Interval ...", 2024)
     sampler       "ddpm" or "ddim"
     eta           DDIM's noise: 0 is deterministic
-    speed         how the network is computed: the model is set up for it in place, or in bf16 a copy of it
+    speed         how the network is computed: the model is set up for it in place, or in bf16 a copy of it (but not of
+                  one that gets its weights later, being sharded: there is no room for two)
     """
 
     model: torch.nn.Module
@@ -105,7 +106,7 @@ class ImageMaker:
         if self.cfg_scale > 1 and not self.model.y_embedder.has_null_class:
             raise UserError(f"--cfg-scale {self.cfg_scale:g}: this model was trained without label dropout and has no "
                             "null class to guide away from; pass --cfg-scale 1")
-        if self.speed.precision == "bf16":
+        if self.speed.precision == "bf16" and next(self.model.parameters()).device.type != "meta":
             self.network = RoundedOnce(self.model, self.speed)
         else:
             self.speed.set_up(self.model)

@@ -9,6 +9,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, InitProcessGroupKwargs, broadcast_object_list, gather_object
 
 from .errors import UserError
+from .later import Later
 
 # Minutes. The main process alone writes large files and draws previews while the others wait for it.
 PATIENCE = 60
@@ -54,13 +55,16 @@ class Watch:
         """
         if self.accelerator.num_processes == 1:
             return [bool(word) for word in words]
-        said = torch.tensor([int(bool(word)) for word in words], device=self.accelerator.device)
-        asked, self.asked = self.asked, (dist.all_reduce(said, dist.ReduceOp.MAX, async_op=True), said)
+        said = torch.tensor([int(bool(word)) for word in words]).to(self.accelerator.device, non_blocking=True)
+        work = dist.all_reduce(said, dist.ReduceOp.MAX, async_op=True)
+        if said.is_cuda:
+            work.wait()  # here it is the stream that waits; with gloo it would be this process
+        asked, self.asked = self.asked, (work, Later(said))
         if asked is None:
             return [False] * len(words)
         work, answers = asked
         work.wait()
-        return answers.bool().tolist()
+        return answers.read().bool().tolist()
 
 
 @contextmanager

@@ -79,8 +79,10 @@ class SampleSet:
                  for name in names if (match := re.fullmatch(r"(\d+)-(\d+)\.npz", name))]
         return sorted(found)
 
-    def add(self, first, images, labels):
+    def add(self, first, images, labels, png=False):
         """Keep a batch: images (n, H, W, 3) uint8 and labels (n,) of the samples first .. first + n - 1."""
+        if png:
+            self._write_pngs(first, images)
         path = os.path.join(self.parts, f"{first:07d}-{first + len(images):07d}.npz")
         with whole_file(path) as file:
             np.savez(file, arr_0=images, arr_1=labels)
@@ -149,7 +151,11 @@ class SampleSet:
         images = npz_array(self.npz, "arr_0")
         os.makedirs(self.folder, exist_ok=True)
         for i in range(rank, num_samples, world):
+            self._write_pngs(i, images[i: i + 1])
+
+    def _write_pngs(self, first, images):
+        for i, image in enumerate(images, start=first):
             path = os.path.join(self.folder, f"{i:06d}.png")
             if not os.path.exists(path):
                 with whole_file(path, sync=False) as file:
-                    Image.fromarray(images[i]).save(file, format="PNG")
+                    Image.fromarray(image).save(file, format="PNG")

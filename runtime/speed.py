@@ -21,16 +21,19 @@ ATTENTIONS = ("auto", *KERNELS, "math")
 class Speed:
     """What the flags of speed say.
 
-    precision  "fp32"; "tf32": matrix products of float32 in TF32 where the GPU has it, as published; "bf16": the
-               network in bfloat16 by autocast, its weights, the timestep embedding and all around it in float32
-    compile    compile the network with torch.compile
-    attention  "auto"; one of torch's kernels: flash, cudnn, efficient; or "math": two matrix products and a softmax,
-               which a compiler can see into
+    precision    "fp32"; "tf32": matrix products of float32 in TF32 where the GPU has it, as published; "bf16": the
+                 network in bfloat16 by autocast, its weights, the timestep embedding and all around it in float32
+    compile      compile the network with torch.compile
+    attention    "auto"; one of torch's kernels: flash, cudnn, efficient; or "math": two matrix products and a softmax,
+                 which a compiler can see into
+    cuda_graphs  launch all kernels of a pass at once, as the compiler records them: for models so small that launching
+                 takes longer than computing
     """
 
     precision: str = "tf32"
     compile: bool = False
     attention: str = "auto"
+    cuda_graphs: bool = False
 
     def set_up(self, model, by_block=False):
         """Make a DiT ready, in place, to be computed so; its weights keep their names. Nothing is compiled before its
@@ -43,7 +46,7 @@ class Speed:
                 if isinstance(module, Attention):
                     module.fused_attn = False
         if self.compile:
-            options = compiler_options(next(model.parameters()).device)
+            options = self._compiler_options(next(model.parameters()).device)
             for module in model.blocks if by_block else [model]:
                 module.compile(dynamic=False, options=options)
         if self != PLAIN:
@@ -52,9 +55,18 @@ class Speed:
     def of(self, network):
         """A callable like `network`, computed so; its output is float32."""
         def computed(x, *args, **more):
+            if self.cuda_graphs:  # what the pass before put out may be overwritten from here on
+                torch.compiler.cudagraph_mark_step_begin()
             with self._autocast(x.device.type), self.kernels():
                 return network(x, *args, **more).float()
         return computed
+
+    def _compiler_options(self, device):
+        """What the compiler is told: on CPUs, that tanh by the exponential function is twice as fast."""
+        options = {"triton.cudagraphs": True} if self.cuda_graphs else {}
+        if device.type == "cpu" and "cpp.use_decompose_tanh" in torch._inductor.list_options():
+            options["cpp.use_decompose_tanh"] = True
+        return options or None
 
     def _autocast(self, kind):
         return torch.autocast(kind, torch.bfloat16) if self.precision == "bf16" else contextlib.nullcontext()
@@ -70,6 +82,9 @@ class Speed:
         kind = torch.device(device).type
         if self.precision == "bf16" and not torch.amp.is_autocast_available(kind):
             raise UserError(f"--precision bf16: torch has no autocast on {kind}")
+        if self.cuda_graphs and not (kind == "cuda" and self.compile):
+            raise UserError("--cuda-graphs needs a GPU, and --compile: it is the compiler that records them; this is "
+                            f"{kind}, {'with' if self.compile else 'without'} --compile")
         if self.attention not in KERNELS:
             return
         probe = torch.zeros(1, 1, 8, 64, device=device, dtype=torch.bfloat16 if self.precision == "bf16" else None)
@@ -99,13 +114,6 @@ def cpu_has_bf16():
     """Whether the CPU multiplies in bfloat16; where it must emulate that, it is slower than float32."""
     knows = getattr(torch.cpu, "get_capabilities", dict)()  # torch before 2.10 does not say
     return bool(knows.get("avx512_bf16") or knows.get("amx_bf16"))
-
-
-def compiler_options(device):
-    """What the compiler is told beside the network: on CPUs, a tanh made of the exponential function is twice as fast.
-    """
-    option = "cpp.use_decompose_tanh"
-    return {option: True} if device.type == "cpu" and option in torch._inductor.list_options() else None
 
 
 def keep_memory():

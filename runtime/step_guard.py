@@ -7,7 +7,9 @@ import torch
 from accelerate.utils import gather_object
 
 from .errors import UserError
+from .later import Later
 
+NOT_FINITE = "its gradient is not finite"
 AVERAGED_STEPS = 100  # the loss is compared with its average over about so many; before that many, nothing is a jump
 
 
@@ -24,8 +26,10 @@ class StepGuard:
     def __init__(self, accelerator, max_bad_steps, max_spike=None):
         self.accelerator, self.max_bad_steps, self.max_spike = accelerator, max_bad_steps, max_spike
         self.total, self.in_a_row, self.average, self.averaged = 0, 0, 0.0, 0
+        self.noted = None
 
     def state_dict(self):
+        self.settle()
         return dict(total=self.total, in_a_row=self.in_a_row, average=self.average, averaged=self.averaged)
 
     def load_state_dict(self, state):
@@ -39,6 +43,21 @@ class StepGuard:
         """Whether there were too many bad steps in a row."""
         return self.in_a_row >= self.max_bad_steps
 
+    def note(self, step, is_finite, sample_losses, items):
+        """Hear of a step on which the device decided, by whether its gradient is finite, without waiting for it.
+
+        is_finite  a truth value on the device; the rest as for `allows`
+        """
+        self.settle()
+        self.noted = step, Later(is_finite), sample_losses, items
+
+    def settle(self):
+        """Read what the device decided on the step that was noted last."""
+        noted, self.noted = self.noted, None
+        if noted:
+            step, is_finite, sample_losses, items = noted
+            self._judge(step, None if is_finite.read() else NOT_FINITE, sample_losses, items)
+
     def allows(self, step, loss, grad_norm, sample_losses, items):
         """Whether step number `step` may be applied.
 
@@ -47,9 +66,13 @@ class StepGuard:
         sample_losses  (n,) of this process' rows
         items          called with the step for the data-set indices of its samples: a list a process
         """
-        fault = None if math.isfinite(grad_norm) else "its gradient is not finite"
+        fault = None if math.isfinite(grad_norm) else NOT_FINITE
         if fault is None and self.max_spike is not None:
             fault = self._spike(float(self.accelerator.reduce(loss, reduction="mean")))
+        return self._judge(step, fault, sample_losses, items)
+
+    def _judge(self, step, fault, sample_losses, items):
+        """Count a step, and tell of its fault, if it has one. Returns whether it has none."""
         if fault is None:
             self.in_a_row = 0
             return True

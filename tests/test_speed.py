@@ -266,3 +266,20 @@ def test_sampling_takes_the_flags(command, tmp_path):
     status, _, err = command("sample_ddp", *few, "--num-fid-samples", 3, "--sample-dir", tmp_path / "set")
     assert status == 0 and len(list((tmp_path / "set").glob("*-bf16.npz"))) == 1, err
 
+
+
+def test_cuda_graphs_need_a_gpu(command, tmp_path):
+    status, _, err = command("train", *RUN, "--max-steps", 1, "--cuda-graphs", "--results-dir", tmp_path)
+    assert status == 2 and "--cuda-graphs needs a GPU, and --compile" in err and "cpu, without --compile" in err
+
+
+def test_a_model_that_gets_its_weights_later_is_not_copied():
+    """Under --fsdp the average to sample from is whole only for a while."""
+    model = small_model().eval()
+    weights = model.state_dict()
+    make = image_maker(model.to("meta"), PixelCodec(4), 2, cfg_scale=1.0, speed=Speed("bf16"))
+    model.to_empty(device="cpu").load_state_dict(weights)
+    labels = torch.arange(3)
+    own = make(labels, SampleNoise(0, range(3), CPU))
+    plain = image_maker(model, PixelCodec(4), 2, cfg_scale=1.0, speed=Speed("bf16"))
+    assert make.network() is model and torch.equal(own, plain(labels, SampleNoise(0, range(3), CPU)))

@@ -1,0 +1,125 @@
+"""A step that never waits: what the device decides is what the guard decides, and nothing is read in between."""
+import sys
+import threading
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import DIGITS
+from test_reliability import STATE, Spoils, differences, scalars, steps_of, stored
+
+import models
+from diffusion import create_diffusion
+from diffusion.timestep_sampler import create_named_schedule_sampler
+from runtime.behind import Behind
+from runtime.ema import EMA
+from runtime.latents import PixelCodec
+from runtime.later import Later
+from runtime.randomness import BatchRandomness
+from runtime.step_guard import StepGuard
+from runtime.training_step import TrainingStep, gradient_norm
+from runtime.update import Update
+
+RUN = [*DIGITS, "--fused-adamw", "--log-every", 1, "--lr", 1e-3, "--ema-decay", 0.9]
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_the_device_decides_as_the_guard_does(children, tmp_path, processes):
+    """Bit for bit, with steps that are not finite among the others; a guard that looks at losses decides itself."""
+    for name, extra in (("device", []), ("host", ["--max-loss-spike", 1e9])):
+        out = children.run("train", *RUN, *extra, "--max-steps", 6, "--results-dir", tmp_path / name,
+                           processes=processes, prepare=Spoils([1, 3], float("nan"), rank=processes - 1))
+        for step in (2, 4):
+            assert f"WARNING: (step=000000{step}) not applied, its gradient is not finite" in out
+        assert "samples whose loss is not finite: " in out
+    device, host = (stored(tmp_path / name, 6) for name in ("device", "host"))
+    assert [name for name in differences(device, host) if name.startswith(STATE)] == []
+    assert device["guard"]["total"] == host["guard"]["total"] == 2
+    assert {1, 3, 5, 6} == scalars(tmp_path / "device").keys() and scalars(tmp_path / "device") == scalars(
+        tmp_path / "host")
+
+
+def test_too_many_bad_steps_are_noticed_a_step_late(children, tmp_path):
+    out = children.run("train", *DIGITS, "--fused-adamw", "--max-bad-steps", 3, "--max-steps", 20, "--results-dir",
+                       tmp_path, status=2, prepare=Spoils(range(4, 20), float("nan")))
+    assert "4 steps in a row could not be applied (--max-bad-steps)" in out and steps_of(tmp_path) == [8]
+    saved = stored(tmp_path, 8)
+    assert saved["guard"]["total"] == 4
+    assert all(torch.isfinite(tensor).all() for part in ("model", "ema") for tensor in saved[part].values())
+
+
+# What looks at numbers where they lie in host memory, and on a GPU does not: labels, t = 0, the data's order, Adam's counts.
+OF_THE_HOST = {"_check", "_may_hold_zero", "__iter__", "_get_value"}
+
+
+@pytest.mark.parametrize("flags, readers", [(["--fused-adamw"], set()), ([], {"allows"})])
+def test_a_step_reads_nothing(command, tmp_path, monkeypatch, flags, readers):
+    """Between two lines of the log no tensor becomes a number, but for the verdict on the step before."""
+    reads = [set()]
+    for name in ("item", "tolist", "__bool__", "__float__", "__int__", "__index__", "numpy"):
+        plain = getattr(torch.Tensor, name)
+        monkeypatch.setattr(torch.Tensor, name, lambda tensor, *args, plain=plain: (
+            reads[-1].add(sys._getframe(1).f_code.co_name), plain(tensor, *args))[1])
+    monkeypatch.setattr(Later, "read", lambda later: later.value.equal(torch.tensor(True)))
+    call = Update.__call__
+    monkeypatch.setattr(Update, "__call__", lambda *args: (call(*args), reads.append(set())))
+    status, _, err = command("train", *DIGITS, *flags, "--max-steps", 8, "--results-dir", tmp_path)
+    assert status == 0, err
+    assert len(reads) == 9 and set().union(*reads[2:7]) - OF_THE_HOST == readers
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_step_on_a_gpu_never_waits():
+    """torch itself raises an error where something would."""
+    device = torch.device("cuda")
+    model = models.DiT(input_size=8, hidden_size=64, depth=2, num_heads=2, num_classes=10).to(device).train()
+    accelerator = SimpleNamespace(unwrap_model=lambda network: network, num_processes=1, process_index=0)
+    diffusion = create_diffusion("")
+    step = TrainingStep(accelerator, model, PixelCodec(4), diffusion, create_named_schedule_sampler(
+        "uniform", diffusion), BatchRandomness(0, 8, slice(0, 8), device), parts=1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    update = Update(model, optimizer, EMA(model, 0.99), StepGuard(accelerator, 10), step)
+    images, labels = torch.randn(8, 4, 8, 8, device=device), torch.randint(0, 10, (8,), device=device)
+    monitor = SimpleNamespace(add=lambda losses, applied: None)
+    try:
+        for i in range(6):
+            torch.cuda.set_sync_debug_mode("error" if i > 2 else "default")
+            losses = step.backward(i, images, labels)
+            update(i, losses, gradient_norm(model, 1.0), lambda step: [list(range(8))], monitor)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+# ---------------------------------------------------------------- work behind the main thread's back
+
+def test_pieces_in_order_one_at_a_time():
+    done, running = [], threading.Semaphore(1)
+
+    def piece(i):
+        assert running.acquire(blocking=False)
+        time.sleep(0.01)
+        done.append((i, threading.current_thread() is threading.main_thread()))
+        running.release()
+
+    with Behind() as behind:
+        for i in range(5):
+            behind.do(piece, i)
+    assert done == [(i, False) for i in range(5)]
+
+
+def test_an_error_of_a_piece_is_raised():
+    """Where the next is handed over, or at the end; an error of the block itself comes first."""
+    def fail():
+        raise OSError("disk full")
+
+    done = []
+    with pytest.raises(OSError, match="disk full"), Behind() as behind:
+        behind.do(fail)
+        behind.do(done.append, 1)
+    with pytest.raises(OSError, match="disk full"), Behind() as behind:
+        behind.do(fail)
+    with pytest.raises(ValueError, match="of the block"), Behind() as behind:
+        behind.do(fail)
+        raise ValueError("of the block")
+    assert done == []
