@@ -14,7 +14,9 @@ from runtime.ema import EMA
 from runtime.latents import PixelCodec
 from runtime.randomness import BatchRandomness
 from runtime.speed import PLAIN, fastest
+from runtime.step_guard import StepGuard
 from runtime.training_step import TrainingStep, gradient_norm
+from runtime.update import Update
 
 from .process import PlainFormulas
 from .windows import compare
@@ -49,23 +51,24 @@ class OurStep:
 
     def __init__(self, model, device, batch, speed=PLAIN, fused=False):
         self.model, self.step, self.losses = model, 0, []
-        self.ema = EMA(model, 0.9999)
-        self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0, fused=fused or None)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0, fused=fused or None)
+        ema = EMA(model, 0.9999)
         speed.set_up(model)
         diffusion = create_diffusion("")
-        accelerator = SimpleNamespace(unwrap_model=lambda network: network)
+        accelerator = SimpleNamespace(unwrap_model=lambda network: network, num_processes=1, process_index=0)
         self.gradients = TrainingStep(accelerator, model, PixelCodec(model.in_channels), diffusion,
                                       create_named_schedule_sampler("uniform", diffusion),
                                       BatchRandomness(0, batch, slice(0, batch), device), parts=1, speed=speed)
+        self.update = Update(model, optimizer, ema, StepGuard(accelerator, max_bad_steps=10), self.gradients)
 
     def __call__(self, latents, labels):
         losses = self.gradients.backward(self.step, latents, labels)
-        if torch.isfinite(gradient_norm(self.model, None)):  # the one number that a step reads
-            self.optimizer.step()
-            self.ema.update(self.model)
-        self.optimizer.zero_grad(set_to_none=True)
-        self.losses.append(losses["loss"])
+        self.update(self.step, losses, gradient_norm(self.model, None), lambda step: [range(len(labels))], self)
         self.step += 1
+
+    def add(self, losses, applied=True):
+        """What a `Monitor` does with a step: keep its loss on the device."""
+        self.losses.append(losses["loss"])
 
 
 def variants(device, training=True):
