@@ -9,7 +9,6 @@ import sys
 from runtime.errors import run_command
 
 from .figures import curve, finish, log_axes, new_figure
-from .scoring import HAS_INTERVALS
 from .spread import mean_spread, plus_minus, seen_lower
 from .study import run_study
 
@@ -24,10 +23,9 @@ def _ways(setup):
     if channels > 1:
         for cfg_scale in scale.guidance_scales:
             yield f"{channels - 1} of {channels} channels", cfg_scale, dict(cfg_channels=channels - 1)
-    if HAS_INTERVALS:
-        for low, high in scale.intervals:
-            for cfg_scale in scale.interval_scales:
-                yield f"timesteps {low} to {high}", cfg_scale, dict(cfg_interval=(low, high))
+    for low, high in scale.intervals:
+        for cfg_scale in scale.interval_scales:
+            yield f"timesteps {low} to {high}", cfg_scale, dict(cfg_interval=(low, high))
 
 
 def scores(setup):

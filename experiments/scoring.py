@@ -5,7 +5,6 @@
 Told to stop, it ends at the next sampling step; what was made of a set of samples is kept, and a later start goes on.
 """
 import contextlib
-import inspect
 import os
 import shutil
 import sys
@@ -32,8 +31,6 @@ from runtime.speed import PLAIN, fastest
 from runtime.trained_model import load_trained
 
 from .scales import IMAGES
-
-HAS_INTERVALS = "cfg_interval" in inspect.signature(image_maker).parameters
 
 
 def main():
@@ -65,9 +62,8 @@ def make_samples(trained, score, request, signals):
     """The set of samples that is asked for, which grows in parts; raises `Stopped` on a signal."""
     asked, device = score["asked"], trained.model.pos_embed.device
     speed = replace(fastest(device), compile=False) if request["fast"] else PLAIN
-    extra = dict(cfg_interval=tuple(asked["cfg_interval"])) if asked.get("cfg_interval") else {}
     make = image_maker(trained.model, trained.codec, asked["steps"], asked.get("cfg_scale", 1.0),
-                       asked.get("cfg_channels"), speed=speed, **extra)
+                       asked.get("cfg_channels"), asked.get("cfg_interval"), speed=speed)
 
     def check(step, x):
         if signals.received:

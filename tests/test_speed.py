@@ -144,9 +144,10 @@ def test_the_kernel_is_the_one_that_was_asked_for(monkeypatch):
 
 # ---------------------------------------------------------------- sampling in bfloat16
 
-def test_weights_rounded_once_are_those_of_autocast():
+@pytest.mark.parametrize("conditioning", models.CONDITIONINGS)
+def test_weights_rounded_once_are_those_of_autocast(conditioning):
     """Bit for bit, also after the weights have moved on; the model itself keeps its weights."""
-    model, (x, t, y) = small_model().eval(), inputs()
+    model, (x, t, y) = small_model(conditioning=conditioning).eval(), inputs()
     way = Speed("bf16")
     rounded = RoundedOnce(model, way)
     for change in (0.0, 0.1):

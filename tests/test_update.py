@@ -49,7 +49,7 @@ def test_too_many_bad_steps_are_noticed_a_step_late(children, tmp_path):
     assert all(torch.isfinite(tensor).all() for part in ("model", "ema") for tensor in saved[part].values())
 
 
-# What looks at numbers where they lie in host memory, and on a GPU does not: labels, t = 0, the data's order, Adam's counts.
+# What looks at numbers where they lie in host memory, and on a GPU does not: labels, t = 0, data's order, Adam's count.
 OF_THE_HOST = {"_check", "_may_hold_zero", "__iter__", "_get_value"}
 
 
