@@ -5,7 +5,6 @@ DiT, sizes. CONDITIONINGS is the table of the block types: the paper's four, of 
 Shapes: N batch, C channels, H W latent height and width, p patch size, T tokens, D width.
 """
 import contextlib
-import functools
 import math
 import operator
 
@@ -188,8 +187,8 @@ class ViTBlock(nn.Module):
         self.norm2 = layer_norm(hidden_size, self.affine)
         self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio), act_layer=lambda: nn.GELU(approximate="tanh"))
 
-    def forward(self, x, c=None):
-        """x (N, T, D) tokens -> (N, T, D)."""
+    def forward(self, x, c):
+        """x (N, T, D) tokens, c None -> (N, T, D)."""
         x = x + self.attn(self.norm1(x))
         x = x + self.mlp(self.norm2(x))
         return x
@@ -232,25 +231,27 @@ class ZeroLinear(nn.Linear):
     """A linear that starts at zero: `DiT.initialize_weights` sees to it."""
 
 
-def adaln(hidden_size, chunks, linear=nn.Linear):
+class Modulation(nn.Sequential):
     """c (N, D) -> `chunks` vectors of D, side by side: what adaLN shifts, scales and gates with."""
-    return nn.Sequential(nn.SiLU(), linear(hidden_size, chunks * hidden_size))
+
+    linear = nn.Linear
+
+    def __init__(self, hidden_size, chunks):
+        super().__init__(nn.SiLU(), self.linear(hidden_size, chunks * hidden_size))
 
 
-adaln_zero = functools.partial(adaln, linear=ZeroLinear)
+class ZeroModulation(Modulation):
+    """The same, all zero at first."""
+
+    linear = ZeroLinear
 
 
-class AdaLNTable(nn.Module):
-    """adaLN-single (Chen et al., "PixArt-alpha", 2023): c (N, chunks * D) or (N, D), the same for all, plus a table.
-
-    The table starts as PixArt's, N(0, 1 / D), but for the gates, every third row. These are zero, as is the linear
-    that all blocks share: a block starts as the identity, as in adaLN-Zero. PixArt went on from trained weights.
-    """
+class TableModulation(nn.Module):
+    """adaLN-single: c (N, chunks * D) or (N, D), the same for all blocks, plus a table of each block's own."""
 
     def __init__(self, hidden_size, chunks):
         super().__init__()
-        self.table = nn.Parameter(torch.randn(chunks, hidden_size) / hidden_size**0.5)
-        self.table.data[2::3] = 0
+        self.table = nn.Parameter(torch.empty(chunks, hidden_size))
 
     def forward(self, c):
         return (c.unflatten(1, (-1, self.table.shape[1])) + self.table).flatten(1)
@@ -263,7 +264,7 @@ class AdaLNBlock(ViTBlock):
 
     def __init__(self, hidden_size, *args, **kwargs):
         super().__init__(hidden_size, *args, **kwargs)
-        self.adaLN_modulation = adaln(hidden_size, 4)
+        self.adaLN_modulation = Modulation(hidden_size, 4)
 
     def forward(self, x, c):
         """x (N, T, D) tokens, c (N, D) condition -> (N, T, D)."""
@@ -274,13 +275,13 @@ class AdaLNBlock(ViTBlock):
 
 
 class DiTBlock(ViTBlock):
-    """adaLN-Zero (section 3.2; figure 3, second from the left), and with modulation=AdaLNTable adaLN-single."""
+    """adaLN-Zero (section 3.2; figure 3, second from the left): with gates that are zero at first."""
 
-    affine = False
+    affine, modulation = False, ZeroModulation
 
-    def __init__(self, hidden_size, *args, modulation=adaln_zero, **kwargs):
+    def __init__(self, hidden_size, *args, **kwargs):
         super().__init__(hidden_size, *args, **kwargs)
-        self.adaLN_modulation = modulation(hidden_size, 6)
+        self.adaLN_modulation = self.modulation(hidden_size, 6)
 
     def forward(self, x, c):
         """x (N, T, D) tokens, c (N, D) condition -> (N, T, D)."""
@@ -288,6 +289,12 @@ class DiTBlock(ViTBlock):
         x = x + gate_msa.unsqueeze(1) * self.attn(modulate(self.norm1(x), shift_msa, scale_msa))
         x = x + gate_mlp.unsqueeze(1) * self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp))
         return x
+
+
+class AdaLNSingleBlock(DiTBlock):
+    """adaLN-single (Chen et al., "PixArt-alpha", 2023): the six vectors are made once for all blocks."""
+
+    modulation = TableModulation
 
 
 class PlainFinalLayer(nn.Module):
@@ -307,21 +314,36 @@ class PlainFinalLayer(nn.Module):
 class FinalLayer(PlainFinalLayer):
     """Tokens (N, T, D) and condition (N, D) -> patches (N, T, p * p * out_channels)."""
 
-    affine = False
+    affine, modulation = False, ZeroModulation
 
-    def __init__(self, hidden_size, *args, modulation=adaln_zero):
-        super().__init__(hidden_size, *args)
-        self.adaLN_modulation = modulation(hidden_size, 2)
+    def __init__(self, hidden_size, patch_size, out_channels):
+        super().__init__(hidden_size, patch_size, out_channels)
+        self.adaLN_modulation = self.modulation(hidden_size, 2)
 
     def forward(self, x, c):
         shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
         return self.linear(modulate(self.norm_final(x), shift, scale))
 
 
+class AdaLNFinalLayer(FinalLayer):
+    """Of adaLN: not zero at first, but for its output."""
+
+    modulation = Modulation
+
+
+class AdaLNSingleFinalLayer(FinalLayer):
+    """Of adaLN-single: the condition itself, plus a table."""
+
+    modulation = TableModulation
+
+
 # ---------------------------------------------------------------- conditioning
 
 class Sum(nn.Module):
-    """Tokens x and the embeddings t, y (N, D) -> tokens, c of the blocks, c of the final layer: here both are t + y."""
+    """How the embeddings t, y (N, D) come to the tokens x (N, T, D): here their sum goes to every layer.
+
+    return  tokens, what each block is given beside them, and what the final layer is
+    """
 
     def __init__(self, hidden_size):
         super().__init__()
@@ -336,7 +358,7 @@ class SharedModulation(Sum):
 
     def __init__(self, hidden_size):
         super().__init__(hidden_size)
-        self.adaLN_modulation = adaln_zero(hidden_size, 6)
+        self.adaLN_modulation = ZeroModulation(hidden_size, 6)
 
     def forward(self, x, t, y):
         c = t + y
@@ -360,11 +382,10 @@ class ExtraTokens(Sum):
 # Name: how t and y come in, the blocks, and the layer after them (section 3.2).
 CONDITIONINGS = {
     "adaln-zero": (Sum, DiTBlock, FinalLayer),
-    "adaln": (Sum, AdaLNBlock, functools.partial(FinalLayer, modulation=adaln)),
+    "adaln": (Sum, AdaLNBlock, AdaLNFinalLayer),
     "in-context": (ExtraTokens, ViTBlock, PlainFinalLayer),
     "cross-attention": (Pair, CrossAttentionBlock, PlainFinalLayer),
-    "adaln-single": (SharedModulation, functools.partial(DiTBlock, modulation=AdaLNTable),
-                     functools.partial(FinalLayer, modulation=AdaLNTable)),
+    "adaln-single": (SharedModulation, AdaLNSingleBlock, AdaLNSingleFinalLayer),
 }
 
 
@@ -431,6 +452,11 @@ class DiT(nn.Module):
         for module in self.modules():
             if isinstance(module, ZeroLinear):
                 nn.init.zeros_(module.weight)
+            elif isinstance(module, TableModulation):
+                nn.init.normal_(module.table, std=hidden_size**-0.5)
+        for block in self.blocks:  # PixArt's gates begin like its other rows, but it went on from trained weights
+            if isinstance(block, AdaLNSingleBlock):
+                nn.init.zeros_(block.adaLN_modulation.table[2::3])
 
     def unpatchify(self, x):
         """Patches (N, T, p * p * out_channels) -> (N, out_channels, H, W)."""

@@ -38,10 +38,15 @@ CHIPS = {
     "rtx4090": _chip("RTX 4090 24 GB", "RTX 4090", 23.6, bf16=165, tf32=82.6, fp32=82.6),
 }
 
+# In the names of relatives with other rates: H100 NVL, H200 NVL, RTX 4090 D, RTX 4090 Laptop GPU, a slice of a GPU.
+SLOWER = ("NVL", "4090 D", "Laptop", "MIG")
+
 
 def peak(device, precision):
     """FLOP/s of this device, or None where they are not known."""
     if torch.device(device).type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
+    if any(word in name for word in SLOWER):
+        return None
     return next((getattr(chip, precision) for chip in CHIPS.values() if chip.sign in name), None)
