@@ -85,7 +85,8 @@ def main():
 
 # What says how a checkpoint's images are made: without a meaning for images that are there already.
 MAKING = {"num_fid_samples", "labels", "global_seed", "cfg_scale", "cfg_channels", "num_sampling_steps", "sampler",
-          "eta", "model", "num_classes", "vae", "fast", "precision", "compile", "attention"}
+          "cfg_interval", "eta", "model", "num_classes", "vae", "fast", "precision", "compile", "cuda_graphs",
+          "attention"}
 
 
 def check(flags, given):

@@ -177,6 +177,9 @@ def prepare(accelerator, flags, given):
         rows = data.own_rows(accelerator, flags.global_batch_size, flags.grad_accum_steps)
         dataset, codec = open_dataset(flags, given, device)
         model = build_model(flags, codec)
+    if flags.cuda_graphs and (flags.fsdp or flags.grad_accum_steps > 1):
+        raise UserError("--cuda-graphs: a graph needs its weights and gradients where they were; --fsdp and "
+                        "--grad-accum-steps move them")
     mesh = sharding.open_mesh(accelerator, flags.fsdp, flags.timeout) if flags.fsdp else None
     network, ema = distributed(accelerator, model, flags.ema_decay, mesh, speed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=flags.lr, weight_decay=0, fused=flags.fused_adamw or None)
@@ -252,7 +255,7 @@ def train(run, flags, signals):
                 path = run.saver.save(done)
                 logger.info(f"{'Saving' if flags.async_save else 'Saved'} checkpoint to {path}")
             if flags.sample_every and done % flags.sample_every == 0:
-                with monitor.paused(), run.state.ema.whole() as ema:
+                with monitor.paused(), processes.together(accelerator), run.state.ema.whole() as ema:
                     if accelerator.is_main_process:
                         monitor.show_images(done, *preview(ema, run.codec, run.dataset.class_names))
             if run.evaluator and done % flags.eval_every == 0 and not (stop or fault or run.guard.exhausted):

@@ -82,7 +82,12 @@ def variants(device, training=True):
     if training:
         rows.append(("+ --fused-adamw", best, True))
     name, *last = rows[-1]
-    return [*rows[:-1], (f"{name}: --fast", *last)]
+    rows[-1] = (f"{name}: --fast", *last)
+    if torch.device(device).type == "cuda":
+        rows += [(f"--fast {flag}", replace(best, **change), training) for flag, change in (
+            ("--attention flash", dict(attention="flash")), ("--attention cudnn", dict(attention="cudnn")),
+            ("--cuda-graphs", dict(cuda_graphs=True)))]
+    return rows
 
 
 def measure(device, model="DiT-S/4", batch=32, image_size=256, warm_up=3, count=5, calls=3, each=False):
@@ -94,7 +99,7 @@ def measure(device, model="DiT-S/4", batch=32, image_size=256, warm_up=3, count=
     latents = torch.randn(batch, 4, size, size, device=device)
     labels = torch.randint(0, 1000, (batch,), device=device)
     chosen = {name: (speed, fused) for name, speed, fused in variants(device)
-              if each or speed == PLAIN or name.endswith("--fast")}
+              if each or speed == PLAIN or name.endswith(": --fast")}
     steps = {}
 
     def maker(name):
@@ -118,7 +123,7 @@ def measure(device, model="DiT-S/4", batch=32, image_size=256, warm_up=3, count=
             row["mfu"] = cost / row["seconds"] / rate
         if name in chosen and "seconds" in rows["no flags"]:
             pairs = zip(steps[name], steps["no flags"])
-            row["loss_difference"] = max(abs(own - plain).item() for own, plain in pairs)
+            row |= dict(loss_difference=max(abs(own - plain).item() for own, plain in pairs), steps=len(steps[name]))
     return rows
 
 
@@ -130,4 +135,5 @@ def line(name, row):
     text += f"   {row['times_as_fast']:.2f} times as fast" if "times_as_fast" in row else ""
     text += f"   MFU {row['mfu']:.1%}" if "mfu" in row else ""
     text += f"   {row['memory_gb']:.1f} GB" if "memory_gb" in row else ""
-    return text + (f"   loss differs by {row['loss_difference']:.1e}" if "loss_difference" in row else "")
+    return text + (f"   loss differs by {row['loss_difference']:.1e} in {row['steps']} steps"
+                   if "loss_difference" in row else "")

@@ -5,7 +5,8 @@ from concurrent.futures import ThreadPoolExecutor
 class Behind:
     """A block in which pieces of work, such as writing files, are done by another thread: one at a time, in order.
 
-    An error of a piece is raised where the next one is handed over, or at the end of the block.
+    An error of a piece is raised where the next one is handed over, or at the end of the block, unless the
+    block itself ends by an error.
     """
 
     def __enter__(self):

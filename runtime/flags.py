@@ -155,9 +155,9 @@ def speed_of(flags, given, device, log):
     if flags.fast:
         best = vars(fastest(device)) | dict(fused_adamw=True)
         vars(flags).update({name: value for name, value in best.items() if name not in given and hasattr(flags, name)})
-        fused = " --fused-adamw" if getattr(flags, "fused_adamw", False) else ""
-        log(f"--fast: --precision {flags.precision} {'--compile' if flags.compile else '--no-compile'} "
-            f"--attention {flags.attention}{fused}")
+        more = [f"--{name.replace('_', '-')}" for name in ("fused_adamw", "cuda_graphs") if getattr(flags, name, False)]
+        log(" ".join(["--fast: --precision", flags.precision, "--compile" if flags.compile else "--no-compile",
+                      "--attention", flags.attention, *more]))
     speed = Speed(flags.precision, flags.compile, flags.attention, flags.cuda_graphs)
     speed.check(device)
     if speed.compile and (reason := why_no_compiler(device)):

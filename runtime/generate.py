@@ -1,4 +1,5 @@
 """The one piece of code that makes images: from labels and noise, by a model, a codec and a diffusion process."""
+import copy
 import json
 from dataclasses import dataclass
 
@@ -85,8 +86,8 @@ class ImageMaker:
                   (Kynkaanniemi et al., "Applying Guidance in a Limited Interval ...", 2024)
     sampler       "ddpm" or "ddim"
     eta           DDIM's noise: 0 is deterministic
-    speed         how the network is computed: the model is set up for it in place, or in bf16 a copy of it (but not of
-                  one that gets its weights later, being sharded: there is no room for two)
+    speed         how the network is computed; in bf16 by a copy of the model (but not of a sharded one, which gets its
+                  weights later: there is no room for two)
     """
 
     model: torch.nn.Module
@@ -109,8 +110,9 @@ class ImageMaker:
         if self.speed.precision == "bf16" and next(self.model.parameters()).device.type != "meta":
             self.network = RoundedOnce(self.model, self.speed)
         else:
-            self.speed.set_up(self.model)
-            self.network = lambda: self.model
+            own = copy.copy(self.model)  # with the same weights, but compiled or not for itself
+            self.speed.set_up(own)
+            self.network = lambda: own
 
     def is_guided(self, timestep):
         """Whether there is guidance at this timestep of the trained process."""

@@ -33,6 +33,7 @@ class Saver:
         In the background, the values are those of this moment. A `UserError` of the checkpoint before comes here.
         """
         path = os.path.join(self.folder, "checkpoints", f"{step:07d}.pt")
+        self.state.guard.settle()
         self.finish()
         with processes.together(self.accelerator):
             values = self._values(self.state.copy if self.thread else self.state.values, step)
@@ -55,6 +56,7 @@ class Saver:
         """
         folder = os.path.join(self.folder, "checkpoints")
         path = os.path.join(folder, "best.pt")
+        self.state.guard.settle()
         self.finish()
         is_done = is_saved and processes.on_main(
             self.accelerator, lambda: linked(os.path.join(folder, f"{step:07d}.pt"), path))

@@ -29,7 +29,9 @@ class StepGuard:
         self.noted = None
 
     def state_dict(self):
-        self.settle()
+        """To be called when all processes have settled, since telling of a bad step takes all of them."""
+        if self.noted:
+            raise RuntimeError("the guard has not been settled")
         return dict(total=self.total, in_a_row=self.in_a_row, average=self.average, averaged=self.averaged)
 
     def load_state_dict(self, state):
@@ -52,7 +54,7 @@ class StepGuard:
         self.noted = step, Later(is_finite), sample_losses, items
 
     def settle(self):
-        """Read what the device decided on the step that was noted last."""
+        """Read what the device decided on the step that was noted last. To be called by all processes."""
         noted, self.noted = self.noted, None
         if noted:
             step, is_finite, sample_losses, items = noted

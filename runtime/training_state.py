@@ -13,7 +13,7 @@ FREE_FLAGS = {"resume", "results_dir", "epochs", "max_steps", "num_workers", "lo
 # Where the data lie may change: what they are is in the configuration.
 FREE_FLAGS |= {"data_path", "features_path", "vae"}
 # How fast, not what; other rounding is as welcome as another GPU's. (Another precision is not.)
-FREE_FLAGS |= {"fast", "compile", "attention", "fused_adamw", "grad_checkpointing", "fsdp"}
+FREE_FLAGS |= {"fast", "compile", "cuda_graphs", "attention", "fused_adamw", "grad_checkpointing", "fsdp"}
 # Evaluation only watches.
 FREE_FLAGS |= {"eval_every", "eval_samples", "eval_reference", "eval_features", "eval_cfg_scale", "eval_sampling_steps"}
 
@@ -91,9 +91,9 @@ class TrainingState:
             weights = [weight for group in self.optimizer.param_groups for weight in group["params"]]
             stored = stored | dict(state={i: _shared_as(dict.fromkeys(moments, weights[i]), moments)
                                           for i, moments in stored["state"].items()})
-        self.optimizer.load_state_dict(stored)
-        for group, own in zip(self.optimizer.param_groups, settings):
-            group.update(own)
+        # It is the group's settings that say on which device a moment belongs.
+        groups = [group | own for group, own in zip(stored["param_groups"], settings, strict=True)]
+        self.optimizer.load_state_dict(stored | dict(param_groups=groups))
         for name, weight in self.model.named_parameters():
             moments = self.optimizer.state.get(weight, {})
             if (is_fresh and not moments) or not weight.requires_grad:

@@ -27,7 +27,9 @@ class Update:
     step: TrainingStep
 
     def __post_init__(self):
-        self.device_decides = bool(self.optimizer.defaults["fused"] and self.guard.max_spike is None
+        kind = next(self.model.parameters()).device.type
+        self.device_decides = bool(kind in ("cpu", "cuda") and self.optimizer.defaults["fused"]
+                                   and self.guard.max_spike is None
                                    and isinstance(self.step.schedule_sampler, UniformSampler)
                                    and not sharding.is_sharded(self.model))
 

@@ -23,7 +23,10 @@ PUBLISHED_FLAGS = {
 }
 PAPER_DEFAULTS = dict(lr=1e-4, ema_decay=0.9999, class_dropout_prob=0.1, grad_accum_steps=1, max_grad_norm=None,
                       schedule_sampler="uniform", max_steps=None, sample_every=None, resume=None, features_path=None,
-                      features_in_memory=False, max_bad_images=0, conditioning="adaln-zero", fsdp=None)
+                      features_in_memory=False,
+                      fast=False, precision="tf32", compile=False, cuda_graphs=False,
+                      attention="auto", fused_adamw=False, grad_checkpointing=0.0,
+                      max_bad_images=0, conditioning="adaln-zero", fsdp=None)
 
 
 @pytest.mark.parametrize("name", PUBLISHED_FLAGS)

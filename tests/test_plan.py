@@ -64,7 +64,8 @@ def test_time(planned, monkeypatch):
 
 def test_peaks_by_the_names_of_devices(monkeypatch):
     for name, tf32 in (("NVIDIA A100-SXM4-40GB", 156e12), ("NVIDIA A100 80GB PCIe", 156e12), ("NVIDIA H200", 494e12),
-                       ("NVIDIA H100 80GB HBM3", 494e12), ("NVIDIA H100 PCIe", 378e12), ("Tesla T4", None)):
+                       ("NVIDIA H100 80GB HBM3", 494e12), ("NVIDIA H100 PCIe", 378e12), ("NVIDIA H100 NVL", None),
+                       ("NVIDIA GeForce RTX 4090 Laptop GPU", None), ("Tesla T4", None)):
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
         assert chips.peak("cuda", "tf32") == tf32
     assert chips.peak("cpu", "tf32") is None

@@ -1,4 +1,6 @@
 """A step that never waits: what the device decides is what the guard decides, and nothing is read in between."""
+import functools
+import re
 import sys
 import threading
 import time
@@ -14,6 +16,7 @@ from diffusion import create_diffusion
 from diffusion.timestep_sampler import create_named_schedule_sampler
 from runtime.behind import Behind
 from runtime.ema import EMA
+from runtime.experiment import Monitor
 from runtime.latents import PixelCodec
 from runtime.later import Later
 from runtime.randomness import BatchRandomness
@@ -40,6 +43,27 @@ def test_the_device_decides_as_the_guard_does(children, tmp_path, processes):
         tmp_path / "host")
 
 
+def test_a_checkpoint_between_two_lines_of_the_log(children, tmp_path):
+    """All processes hear of the bad step before it, together."""
+    out = children.run("train", *DIGITS, "--fused-adamw", "--ckpt-every", 2, "--max-steps", 5, "--results-dir",
+                       tmp_path, processes=2, prepare=Spoils([1, 3], float("nan"), rank=1))
+    assert len(set(re.findall(r"\(step=(\d+)\) not applied, .*samples whose loss is not finite: \d+", out))) == 2
+    assert [stored(tmp_path, step)["guard"]["total"] for step in (2, 4, 5)] == [1, 2, 2]
+
+
+@pytest.mark.parametrize("before, after", [([], ["--fused-adamw"]), (["--fused-adamw"], [])])
+def test_another_optimiser_goes_on(command, tmp_path, monkeypatch, before, after):
+    """What the checkpoint's optimiser kept on the host, a fused one wants on the device, and the other way round."""
+    command("train", *DIGITS, *before, "--max-steps", 2, "--results-dir", tmp_path)
+    seen = []
+    load = torch.optim.AdamW.load_state_dict
+    monkeypatch.setattr(torch.optim.AdamW, "load_state_dict", lambda optimizer, state: (
+        seen.extend(group["fused"] for group in state["param_groups"]), load(optimizer, state))[1])
+    status, _, err = command("train", *DIGITS, *after, "--max-steps", 4, "--resume", "auto", "--results-dir", tmp_path)
+    assert status == 0, err
+    assert seen == [True if after else None]
+
+
 def test_too_many_bad_steps_are_noticed_a_step_late(children, tmp_path):
     out = children.run("train", *DIGITS, "--fused-adamw", "--max-bad-steps", 3, "--max-steps", 20, "--results-dir",
                        tmp_path, status=2, prepare=Spoils(range(4, 20), float("nan")))
@@ -61,12 +85,18 @@ def test_a_step_reads_nothing(command, tmp_path, monkeypatch, flags, readers):
         plain = getattr(torch.Tensor, name)
         monkeypatch.setattr(torch.Tensor, name, lambda tensor, *args, plain=plain: (
             reads[-1].add(sys._getframe(1).f_code.co_name), plain(tensor, *args))[1])
-    monkeypatch.setattr(Later, "read", lambda later: later.value.equal(torch.tensor(True)))
+    start = Later.__init__
+    monkeypatch.setattr(Later, "__init__", lambda later, tensor: (setattr(later, "step", len(reads)),
+                                                                  start(later, tensor))[1])
+    waited = []
+    monkeypatch.setattr(Later, "read", lambda later: (waited.append(len(reads) - later.step),
+                                                      later.value.equal(torch.tensor(True)))[1])
     call = Update.__call__
     monkeypatch.setattr(Update, "__call__", lambda *args: (call(*args), reads.append(set())))
     status, _, err = command("train", *DIGITS, *flags, "--max-steps", 8, "--results-dir", tmp_path)
     assert status == 0, err
     assert len(reads) == 9 and set().union(*reads[2:7]) - OF_THE_HOST == readers
+    assert waited == ([] if readers else [1] * 8)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -81,7 +111,8 @@ def test_a_step_on_a_gpu_never_waits():
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     update = Update(model, optimizer, EMA(model, 0.99), StepGuard(accelerator, 10), step)
     images, labels = torch.randn(8, 4, 8, 8, device=device), torch.randint(0, 10, (8,), device=device)
-    monitor = SimpleNamespace(add=lambda losses, applied: None)
+    monitor = SimpleNamespace(sums=0, applied=0, _count=lambda: None)
+    monitor.add = functools.partial(Monitor.add, monitor)
     try:
         for i in range(6):
             torch.cuda.set_sync_debug_mode("error" if i > 2 else "default")
