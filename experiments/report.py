@@ -62,9 +62,11 @@ def section(found, folder):
            + "; ".join(f"{device}, torch {version}, commit {commit}, {day}"
                        for device, version, commit, day in found.get("made_by") or [made_of(found["made"])]))
     seeds = ", ".join(map(str, found["seeds"]))
+    several = len(found["seeds"]) > 1
+    spread = f"± and error bars: standard deviation over the seeds {seeds}" if several else f"One seed, {seeds}"
     picture = f"{os.path.basename(os.path.normpath(folder))}/{name}.png"
-    return (f"*{what}*: {trained}. {sampled}. {judged}. ± and error bars: standard deviation over the seeds {seeds}. "
-            f"{ran}.\n\n{markdown(study.table(found))}\n![{study.TITLE}, {what}]({picture})\n")
+    return (f"*{what}*: {trained}. {sampled}. {judged}. {spread}. {ran}.\n\n"
+            f"{markdown(study.table(found))}\n![{study.TITLE}, {what}]({picture})\n")
 
 
 def _sampler(steps):
