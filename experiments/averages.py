@@ -2,6 +2,7 @@
 
     python -m experiments.averages
 """
+import contextlib
 import os
 import sys
 from dataclasses import dataclass
@@ -10,11 +11,11 @@ from evaluation.records import write_record
 from runtime.errors import run_command
 
 from .figures import curve, finish, log_axes, new_figure
-from .many_averages import snapshot
+from .many_averages import snapshot, state_of
 from .pieces import Piece, plain
-from .spread import mean_spread, plus_minus, seen_lower
+from .spread import all_agree, best_elsewhere, lowest, plus_minus, seen_lower
 from .study import run_study
-from .trainings import multiply_adds
+from .trainings import multiply_adds, parameters
 
 TITLE = "Distance over the decay of the moving average"
 RAW = 0.3  # where an average over 1 / (1 - decay) = 1 step is drawn: beside the logarithmic axis
@@ -22,24 +23,31 @@ RAW = 0.3  # where an average over 1 / (1 - decay) = 1 step is drawn: beside the
 
 @dataclass(frozen=True)
 class AveragedTraining(Piece):
-    """One training with all averages; its request is that of `many_averages`."""
+    """One training with all averages; its request is that of `many_averages`, saved every so many steps. disk: bytes
+    that it keeps.
+    """
     folder: str
     name: str
     request: dict
+    save_every: int
     cost: float
+    disk: int
 
     @property
     def asked(self):
         return plain(self.request)
 
     def command(self):
-        write_record(self.path + ".request.json", self.request | dict(folder=os.path.abspath(self.path)))
+        write_record(self.path + ".request.json", self.request | dict(
+            folder=os.path.abspath(self.path), save_every=self.save_every))
         return ["-m", "experiments.many_averages", self.path + ".request.json"]
 
     def finish(self, seconds):
         write_record(self.path + ".json", dict(asked=self.asked, seconds=seconds))
+        with contextlib.suppress(FileNotFoundError):  # it is as large as all averages together, and has served
+            os.remove(state_of(self.path))
 
-    def checkpoint(self, after, decay, **asked):
+    def checkpoint(self, after, decay, **sampling):
         return snapshot(os.path.abspath(self.path), after, decay)
 
 
@@ -48,13 +56,14 @@ def _steps(scale):
 
 
 def _training(setup, seed):
-    scale, flags = setup.scale, setup.images.flags
-    size, patch = scale.one
-    request = dict(network=setup.network(size, patch), data_path=flags[flags.index("--data-path") + 1],
-                   num_workers=flags[flags.index("--num-workers") + 1], seed=seed, batch_size=scale.batch_size,
-                   lr=scale.lr, decays=scale.decays, snapshots=_steps(scale), fast=scale.fast)
-    return AveragedTraining(setup.folder, f"averages/{size}-{patch}-seed-{seed}", request,
-                            multiply_adds(setup.network(size, patch)) * scale.steps)
+    scale, (size, patch) = setup.scale, setup.scale.one
+    network = setup.network(size, patch)
+    request = dict(network=network, data_path=setup.images.name, num_workers=setup.images.num_workers, seed=seed,
+                   batch_size=scale.batch_size, lr=scale.lr, decays=scale.decays, snapshots=_steps(scale),
+                   fast=scale.fast)
+    kept = 4 * parameters(network) * len(scale.decays) * len(_steps(scale))
+    return AveragedTraining(setup.folder, f"averages/{size}-{patch}-seed-{seed}", request, scale.curve_every,
+                            multiply_adds(network) * scale.steps, kept)
 
 
 def scores(setup):
@@ -94,16 +103,18 @@ def draw(found, path):
 
 def claims(found):
     first, last = dict(map(tuple, found["rows"][0]["distance"])), dict(map(tuple, found["rows"][-1]["distance"]))
-    best = {name: min((decay for decay in row if decay), key=lambda decay: mean_spread(row[decay])[0])
-            for name, row in (("first", first), ("last", last))}
-    yield ("averaged weights are better than the weights themselves", "0.9999 throughout; no other is shown",
-           f"{plus_minus(last[best['last']])} with {best['last']:g}, {plus_minus(last[0])} without",
-           seen_lower(last[best["last"]], last[0]))
+    averaged = {decay: values for decay, values in last.items() if decay}
+    best = best_elsewhere(averaged)
+    yield ("averaged weights are better than the weights themselves", "0.9999 throughout",
+           f"{plus_minus(best)} with each seed's decay chosen by the others ({lowest(averaged):g} by all), "
+           f"{plus_minus(last[0])} without", seen_lower(best, last[0]))
     if len(found["rows"]) > 1:
+        decays = [[lowest({decay: values[seed:seed + 1] for decay, values in row.items() if decay})
+                   for seed in range(len(found["seeds"]))] for row in (first, last)]
         yield ("a longer training wants a longer average", "no comparison",
-               f"best decay {best['first']:g} after {found['rows'][0]['step']} steps, {best['last']:g} after "
-               f"{found['rows'][-1]['step']}",
-               "yes" if best["last"] > best["first"] else "no" if best["last"] < best["first"] else "not clear")
+               " against ".join(", ".join(f"{decay:g}" for decay in own) for own in decays) + " are the seeds' best "
+               f"decays after {found['rows'][0]['step']} against {found['rows'][-1]['step']} steps",
+               all_agree([after - before for before, after in zip(*decays)]))
 
 
 if __name__ == "__main__":

@@ -4,13 +4,12 @@
 """
 import sys
 
-import models
 from runtime.errors import run_command
 
 from .figures import curve, finish, log_axes, new_figure
 from .spread import mean_spread, plus_minus, seen_lower
 from .study import run_study
-from .trainings import curve_of, multiply_adds
+from .trainings import curve_of, multiply_adds, parameters
 
 TITLE = "Distance over training steps, by block type"
 # What the paper found (table 4): FID-50K of DiT-XL/2 after 400K steps without guidance. PixArt-alpha added the last.
@@ -28,11 +27,10 @@ def results(setup, scores):
     rows = []
     for name in PAPER:
         own = [scores[name, seed] for seed in setup.scale.seeds]
-        network = setup.network(size, patch) | (dict(conditioning=name) if name != "adaln-zero" else {})
+        network = setup.network(size, patch) | dict(conditioning=name)
         rows.append(dict(
-            type=name, parameters=sum(p.numel() for p in models.DiT(**network).parameters() if p.requires_grad),
-            multiply_adds=multiply_adds(network), curve=curve_of(own), distance=[score.found() for score in own],
-            agreement=[score.found("agreement") for score in own]))
+            type=name, parameters=parameters(network), multiply_adds=multiply_adds(network), curve=curve_of(own),
+            distance=[score.found() for score in own], agreement=[score.found("agreement") for score in own]))
     return dict(seeds=setup.scale.seeds, network=f"{size}/{patch}", rows=rows, **setup.judged(scores))
 
 

@@ -2,8 +2,9 @@
 
     python -m experiments.many_averages REQUEST.json     (the study starts it so)
 
-Seeds, data and losses are those of train.py, and so are the weights, and each average, to the last bit. Told to stop,
-it saves all, and a later start goes on.
+Seeds, data and losses are those of train.py, and so are the weights and each average: to the last bit, where neither
+has --fast, and no gradient is bad (there is no guard against such steps here). Told to stop, it saves all, and a later
+start goes on.
 """
 import os
 import sys
@@ -12,6 +13,7 @@ import torch
 
 from diffusion import create_diffusion
 from diffusion.timestep_sampler import UniformSampler
+from evaluation.classifier import refuse
 from evaluation.records import read_record
 from models import DiT
 from runtime import checkpoint, processes
@@ -34,13 +36,15 @@ def main():
 
 
 class AveragedRun:
-    """Weights, optimiser and averages of a request: folder, network (arguments of `DiT`), data_path, num_workers, seed,
-    batch_size, lr, decays, snapshots (steps after which each average is kept; the last one is the end), fast.
+    """Weights, optimiser and averages of a request: network (arguments of `DiT`), data_path, num_workers, seed,
+    batch_size, lr, decays, snapshots (steps after which each average is kept; the last one is the end), fast; and
+    folder, save_every (steps), which change nothing of it.
     """
 
     def __init__(self, accelerator, request):
         self.request, self.device = request, accelerator.device
-        self.state_path = os.path.join(request["folder"], "state.pt")
+        self.state_path = state_of(request["folder"])
+        self.lasting = {name: value for name, value in request.items() if name not in ("folder", "save_every")}
         dataset = open_data(request["data_path"], request["network"]["input_size"])
         codec = open_codec("none", dataset.channels, self.device)
         torch.manual_seed(seed_of(request["seed"], WEIGHTS))
@@ -56,7 +60,7 @@ class AveragedRun:
                                  speed=speed)
         self.batches = GlobalBatches(len(dataset), request["batch_size"], rows, request["seed"], self.first,
                                      max(request["snapshots"]), flips=dataset.flips)
-        self.loader = BatchLoader(dataset, self.batches, request["num_workers"], self.device, _refuse)
+        self.loader = BatchLoader(dataset, self.batches, request["num_workers"], self.device, refuse)
 
     def train(self, signals):
         """To the last snapshot. Ends by `Stopped`, with all saved, where one of `signals` asked for it."""
@@ -70,7 +74,7 @@ class AveragedRun:
             done = step + 1
             if done in self.request["snapshots"]:
                 self._keep(done)
-            if signals.received or done in self.request["snapshots"]:
+            if signals.received or done in self.request["snapshots"] or done % self.request["save_every"] == 0:
                 self._save(done)
             if signals.received and done < self.batches.last:
                 raise Stopped
@@ -86,29 +90,39 @@ class AveragedRun:
 
     def _save(self, step):
         checkpoint.save(self.state_path, dict(
-            step=step, model=self.model.state_dict(), opt=self.optimizer.state_dict(),
+            request=self.lasting, step=step, model=self.model.state_dict(), opt=self.optimizer.state_dict(),
             averages={str(decay): average.model.state_dict() for decay, average in self.averages.items()}))
 
     def _restore(self):
         if not os.path.exists(self.state_path):
             return 0
         stored = checkpoint.load(self.state_path)
-        if list(stored["averages"]) != [str(decay) for decay in self.averages]:
-            raise UserError(f"{self.state_path} is of other decays ({', '.join(stored['averages'])}): remove it")
+        self._check(stored.get("request", {}), stored["step"])
         self.model.load_state_dict(stored["model"])
         self.optimizer.load_state_dict(stored["opt"])
         for decay, average in self.averages.items():
             average.model.load_state_dict(stored["averages"][str(decay)])
         return stored["step"]
 
+    def _check(self, before, step):
+        """A `UserError` where the state is of another request; more snapshots may be asked for, of steps to come."""
+        changed = [name for name, value in self.lasting.items() if name != "snapshots" and before.get(name) != value]
+        kept, wanted = (set(request.get("snapshots", ())) for request in (before, self.lasting))
+        if wanted - kept and min(wanted - kept) <= step:
+            changed.append("snapshots")
+        if changed:
+            raise UserError(f"{self.state_path} is of a training with other {', '.join(changed)}: remove it, or take "
+                            "another --work")
+
+
+def state_of(folder):
+    """Where the training is kept to go on with."""
+    return os.path.join(folder, "state.pt")
+
 
 def snapshot(folder, step, decay):
     """Where the average of a decay is kept, as it was after so many steps."""
     return os.path.join(folder, f"{step:07d}-decay-{decay:g}.pt")
-
-
-def _refuse(bad):
-    raise UserError(f"an image cannot be read: {bad[0].path} ({bad[0].reason})")
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import time
 from dataclasses import dataclass
 
 from evaluation.records import try_read, write_record
+from runtime.checksum import of_file
 from runtime.errors import STOPPED, Stopped, UserError
 from runtime.signals import StopSignals
 
@@ -57,42 +58,67 @@ class Piece:
 
 @dataclass(frozen=True)
 class Command(Piece):
-    """A command of which nothing but its end is kept; a later call of it is no work."""
+    """A command that makes a file; a later call of it is no work.
+
+    output  that file
+    judge   the command whose output it reads, if any: where that becomes another file, this is to be done again
+    """
     folder: str
     name: str
     arguments: tuple
-    output: str  # the file that it leaves
+    output: str
     cost: float = 0
+    judge: Piece = None
 
     def command(self):
         return [str(argument) for argument in self.arguments]
 
     @property
     def asked(self):
-        return dict(arguments=self.arguments)
+        """Paths by their last names alone: the folder may be moved."""
+        names = [os.path.basename(name) if os.path.isabs(name) else name for name in self.command()]
+        return dict(arguments=names) | judged_by(self.judge)
 
     def is_done(self):
         return super().is_done() and os.path.exists(self.output)
 
     def finish(self, seconds):
-        write_record(self.path + ".json", dict(asked=self.asked, seconds=seconds))
+        if os.path.exists(self.output):
+            write_record(self.path + ".json", dict(asked=self.asked, seconds=seconds, sha256=of_file(self.output)))
+
+
+def judged_by(judge):
+    """What a piece asks for beside its own, so that nothing is compared across two classifiers; judge: a `Command`."""
+    return dict(classifier=judge.record().get("sha256")) if judge else {}
 
 
 @contextlib.contextmanager
-def alone_in(folder, say):
+def alone_in(folder, check, say):
     """A block for which nobody else works in a folder; it waits for that. Gives the lock, a file.
 
+    check  called while it waits; may raise
     The processes that are started inherit it: where the study was killed and they were not, its next start waits for
     them, so that no work is done twice.
     """
     os.makedirs(folder, exist_ok=True)
     with open(os.path.join(folder, "lock"), "a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            say(f"another study is at work in {folder}, or what a killed one has left; waiting for it")
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        is_told = False
+        while not _is_locked(lock):
+            if not is_told:
+                say(f"another study is at work in {folder}, or what a killed one has left; waiting for it")
+            is_told = True
+            check()
+            time.sleep(0.2)
         yield lock
+
+
+def _is_locked(file):
+    """Lock a file, if nobody else has; returns whether that was so."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 class Job:
@@ -128,12 +154,10 @@ class Job:
             file.write(f"{seconds:.1f}")
         return seconds
 
-    def stop(self):
-        """Tell it to save its work and end, and wait for that."""
-        if self.process.poll() is None:
-            self.process.terminate()
-            self.process.wait()
-            self._count_seconds()
+    def wait(self):
+        """Wait for its end, which it has been told."""
+        self.process.wait()
+        self._count_seconds()
 
 
 def start_process(command, log, threads, lock):
@@ -170,20 +194,32 @@ def run_pieces(pieces, workers, threads=1, deadline=None, say=print):
     """
     if all(piece.is_done() for piece in pieces):
         return
-    with alone_in(pieces[0].folder, say) as lock, StopSignals() as signals:
-        waiting = sorted((piece for piece in pieces if not piece.is_done()), key=lambda piece: -piece.cost)
-        count, running = len(waiting), []
-        try:
-            while waiting or running:
-                if signals.received or (deadline is not None and time.monotonic() > deadline):
-                    raise Stopped
-                while waiting and len(running) < workers:
-                    running.append(Job(waiting.pop(0), threads, lock))
-                time.sleep(0.05)
-                for job in [job for job in running if job.has_ended()]:
-                    running.remove(job)
-                    say(f"[{count - len(waiting) - len(running)}/{count}] {job.piece.name}: "
-                        f"{time.monotonic() - job.start:.0f} s")
-        finally:
-            for job in running:
-                job.stop()
+    with StopSignals() as signals:
+        def check():
+            if signals.received or (deadline is not None and time.monotonic() > deadline):
+                raise Stopped
+
+        with alone_in(pieces[0].folder, check, say) as lock:
+            _run(pieces, workers, threads, lock, check, say)
+
+
+def _run(pieces, workers, threads, lock, check, say):
+    """The same, alone; check: called again and again, raises `Stopped`."""
+    waiting = sorted((piece for piece in pieces if not piece.is_done()), key=lambda piece: -piece.cost)
+    count, running = len(waiting), []
+    try:
+        while waiting or running:
+            check()
+            while waiting and len(running) < workers:
+                running.append(Job(waiting.pop(0), threads, lock))
+            time.sleep(0.05)
+            for job in [job for job in running if job.has_ended()]:
+                running.remove(job)
+                say(f"[{count - len(waiting) - len(running)}/{count}] {job.piece.name}: "
+                    f"{time.monotonic() - job.start:.0f} s")
+    finally:  # all are told before any is waited for: each has as long to save as the others
+        told = [job for job in running if job.process.poll() is None]
+        for job in told:
+            job.process.terminate()
+        for job in told:
+            job.wait()

@@ -12,6 +12,8 @@ from runtime.errors import UserError, run_command
 from runtime.flags import HelpFormatter
 from runtime.whole_file import whole_file
 
+from .trainings import made_of
+
 STUDIES = ("block_types", "scaling", "sampling_steps", "guidance", "averages", "variance")
 MARKED = re.compile(r"(<!-- begin (\S+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
@@ -45,19 +47,32 @@ def markdown(rows):
 
 def section(found, folder):
     """What the page shows of a study's results: how they were made, the table, the picture."""
-    made, name, real, training = found["made"], name_of(found), found["real"], found["training"]
+    name, real, training, study = name_of(found), found["real"], found["training"], study_of(found)
     what = f"{found['data']}, scale {found['scale']}"
     trained = (f"{training['steps']:,} steps of {training['batch_size']} images, learning rate {training['lr']:g}, EMA "
                f"{training['ema_decay']:g}")
     judged = (f"Frechet distances ({found['features']}) of {found['samples']} samples to {found['held_out']} held-out "
               f"images; that of {real['images']} real training images is {real['distance']:.2f}")
-    ran = (f"{found['minutes']:g} minutes with {found['workers']} pieces at once, those that other studies share "
-           f"included; {made['device']}, torch {made['versions']['torch']}, commit {made['commit']}, "
-           f"{made['date'][:10]}")
+    sampled = getattr(study, "SAMPLED", "Samples without guidance, by {}").format(_sampler(found["sampling"]))
+    if "curve" in found["rows"][0]:
+        sampled += f"; while it trains, {found['curve_samples']} by {_sampler(found['curve_sampling'])}"
+    # Older results know the share of a worker, and the study's last start alone.
+    minutes = found["work_minutes"] if "work_minutes" in found else found["minutes"] * found["workers"]
+    ran = (f"{minutes:.0f} minutes of work, the times of all pieces added up, those that other studies share too: "
+           + "; ".join(f"{device}, torch {version}, commit {commit}, {day}"
+                       for device, version, commit, day in found.get("made_by") or [made_of(found["made"])]))
     seeds = ", ".join(map(str, found["seeds"]))
+    several = len(found["seeds"]) > 1
+    spread = f"± and error bars: standard deviation over the seeds {seeds}" if several else f"One seed, {seeds}"
     picture = f"{os.path.basename(os.path.normpath(folder))}/{name}.png"
-    return (f"*{what}*: {trained}. {judged}. ± and error bars: standard deviation over the seeds {seeds}. {ran}.\n\n"
-            f"{markdown(study_of(found).table(found))}\n![{study_of(found).TITLE}, {what}]({picture})\n")
+    return (f"*{what}*: {trained}. {sampled}. {judged}. {spread}. {ran}.\n\n"
+            f"{markdown(study.table(found))}\n![{study.TITLE}, {what}]({picture})\n")
+
+
+def _sampler(steps):
+    """--num-sampling-steps, in words."""
+    name, count = ("DDIM", steps.removeprefix("ddim")) if str(steps).startswith("ddim") else ("DDPM", steps)
+    return f"{name} in {count} steps"
 
 
 def summary(results):

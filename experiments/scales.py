@@ -8,25 +8,34 @@ import models
 class Images:
     """A data set that train.py knows, and what samples of it are judged by.
 
-    flags      of train.py
-    features   the space of distances, as evaluate.py's --features; "classifier": one that the studies train first
-    train      the images that are trained on, as evaluate.py names them
-    held_out   those that samples are compared with
+    name         as --data-path takes it
+    num_workers  processes that load images
+    features     the space of distances, as evaluate.py's --features; "classifier": one that the studies train first
     """
     name: str
     image_size: int
     channels: int
     num_classes: int
-    flags: tuple
+    num_workers: int
     features: str
-    train: str
-    held_out: str
+
+    @property
+    def held_out(self):
+        """The images that samples are compared with, as evaluate.py names them."""
+        return f"{self.name}-held-out"
+
+    @property
+    def data_flags(self):
+        return "--data-path", self.name, "--image-size", self.image_size, "--num-classes", self.num_classes
+
+    @property
+    def flags(self):
+        """Of train.py."""
+        return *self.data_flags, "--vae", "none", "--num-workers", self.num_workers
 
 
-DIGITS = Images("digits", 8, 1, 10, ("--data-path", "digits", "--image-size", 8, "--num-classes", 10, "--vae", "none",
-                                     "--num-workers", 0), "pixels", "digits", "digits-held-out")
-FRACTALS = Images("fractals", 32, 3, 100, ("--data-path", "fractals", "--image-size", 32, "--num-classes", 100, "--vae",
-                                           "none", "--num-workers", 8), "classifier", "fractals", "fractals-held-out")
+DIGITS = Images("digits", 8, 1, 10, 0, "pixels")
+FRACTALS = Images("fractals", 32, 3, 100, 8, "classifier")
 IMAGES = {images.name: images for images in (DIGITS, FRACTALS)}
 
 

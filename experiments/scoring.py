@@ -21,6 +21,7 @@ from evaluation.reference import open_reference
 from evaluation.sources import NpzImages, open_images
 from runtime import processes
 from runtime.data import spread
+from runtime.digits import DigitsClassifier
 from runtime.errors import Stopped, UserError, run_command
 from runtime.generate import SampleNoise, image_maker, to_uint8
 from runtime.npz import npz_array
@@ -42,7 +43,7 @@ def main():
     with StopSignals() as signals:
         if "scores" not in request:
             return measure_yardsticks(accelerator, request, images, space, reference)
-        agreement, trained = agreement_of(images, space), None
+        digits, trained = DigitsClassifier() if images.name == "digits" else None, None
         for score in request["scores"]:
             start = time.monotonic()
             if trained is None or trained.path != score["checkpoint"]:
@@ -50,8 +51,9 @@ def main():
                                        set(), accelerator.device)
             samples = make_samples(trained, score, request, signals)
             measured = measure(accelerator, samples, space, request["batch"])
-            found = scores.score(measured, reference, space)
-            found["agreement"] = agreement(samples.images, measured.features, npz_array(samples.path, "arr_1"))
+            labels = npz_array(samples.path, "arr_1")
+            found = scores.score(measured, reference, space, labels)
+            found["agreement"] = digits.agreement(samples.images, labels) if digits else found.pop("class_agreement")
             write_record(score["path"] + ".json", dict(
                 asked=score["asked"], scores=found, seconds=round(time.monotonic() - start, 1), made=trained.record()
                 | made_with(accelerator.device)))
@@ -62,8 +64,6 @@ def make_samples(trained, score, request, signals):
     """The set of samples that is asked for, which grows in parts; raises `Stopped` on a signal."""
     asked, device = score["asked"], trained.model.pos_embed.device
     speed = replace(fastest(device), compile=False) if request["fast"] else PLAIN
-    make = image_maker(trained.model, trained.codec, asked["steps"], asked.get("cfg_scale", 1.0),
-                       asked.get("cfg_channels"), asked.get("cfg_interval"), speed=speed)
 
     def check(step, x):
         if signals.received:
@@ -71,7 +71,9 @@ def make_samples(trained, score, request, signals):
 
     samples = SampleSet(os.path.join(score["path"], "set"))
     samples.open()
-    with with_variance(trained.model, asked.get("variance")):
+    with with_variance(trained.model, asked.get("variance")):  # before the maker: in bf16 it samples a copy
+        make = image_maker(trained.model, trained.codec, asked["steps"], asked.get("cfg_scale", 1.0),
+                           asked.get("cfg_channels"), asked.get("cfg_interval"), speed=speed)
         for first, end in samples.missing(asked["samples"], request["batch"]):
             labels = sample_labels("balanced", asked["seed"], range(first, end), trained.num_classes)
             noise = SampleNoise(asked["seed"], range(first, end), device)
@@ -107,17 +109,6 @@ def with_variance(model, variance=None):
         hook.remove()
 
 
-def agreement_of(images, space):
-    """A function of (images (N, H, W, 3) uint8, their features (N, D), labels (N,)): the share of the images that a
-    classifier takes for their labels.
-    """
-    if images.name == "digits":
-        from runtime.digits import DigitsClassifier
-        digits = DigitsClassifier()
-        return lambda pictures, features, labels: digits.agreement(pictures, labels)
-    return lambda pictures, features, labels: float((space.predicted(features).numpy() == labels).mean())
-
-
 class SomeOf:
     """Some images of a source, chosen by their numbers."""
 
@@ -135,7 +126,7 @@ class SomeOf:
 
 def measure_yardsticks(accelerator, request, images, space, reference):
     """What the best samples could reach: distances of real images, as many as there are samples."""
-    train = open_images(images.train)
+    train = open_images(images.name)
     rows = spread(len(train), min(request["asked"]["count"], len(train)))
     found = scores.score(measure(accelerator, SomeOf(train, rows), space, request["batch"]), reference, space)
     write_record(request["path"] + ".json", dict(

@@ -27,6 +27,32 @@ def seen_lower(low, high):
     return "yes" if mean > 0 else "no"
 
 
+def lowest(settings):
+    """Of {setting: values of the seeds} the setting with the lowest mean."""
+    return min(settings, key=lambda setting: statistics.fmean(settings[setting]))
+
+
+def best_elsewhere(settings):
+    """The values of the best of several settings, none flattered by having been chosen: of each seed that of the
+    setting which is best for the other seeds. (A single seed has none: it chooses for itself, and says nothing anyway.)
+
+    settings  {setting: values of the seeds}
+    """
+    count = len(next(iter(settings.values())))
+
+    def others(seed):
+        return {name: values[:seed] + values[seed + 1:] or values for name, values in settings.items()}
+
+    return [settings[lowest(others(seed))][seed] for seed in range(count)]
+
+
+def all_agree(differences):
+    """Of the seeds' differences: "yes" where there are several and all are positive, "no" where all are negative."""
+    if len(differences) < 2 or not (min(differences) > 0 or max(differences) < 0):
+        return "not clear"
+    return "yes" if differences[0] > 0 else "no"
+
+
 def all_of(verdicts):
     """Of several comparisons: "yes" where all hold, "no" where none does, else "not clear"."""
     found = set(verdicts)

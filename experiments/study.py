@@ -40,6 +40,7 @@ def run_study(study):
     """Run a study, a module of this package, from its command line. Each has
 
     TITLE             of its picture and table
+    SAMPLED           how its samples are made, where that is not the scale's way without guidance; {}: the scale's way
     scores(setup)     {key: Score}; what is trained follows from them
     results(setup, scores)  what was found, when all is done: a dictionary of plain values
     table(results)    rows of texts, the first of which are the headings
@@ -53,6 +54,9 @@ def run_study(study):
     deadline = time.monotonic() + 60 * flags.minutes if flags.minutes else None
     scores, say = study.scores(setup), functools.partial(print, flush=True)
     stages = setup.stages(name, list(scores.values()))
+    trainings = stages[-2]
+    kept = sum(piece.disk for piece in trainings) / 1e9
+    say(f"{len(trainings)} trainings, of which {kept:.3g} GB are kept in {setup.folder}")
     try:
         for pieces in stages:
             run_pieces(pieces, setup.workers, 1 if is_cpu else None, deadline, say)
@@ -61,8 +65,9 @@ def run_study(study):
         raise
     seconds = sum(piece.seconds() for pieces in stages for piece in pieces)
     found = dict(study=name, data=setup.images.name, scale=setup.scale.name, steps=setup.scale.steps,
-                 workers=setup.workers, minutes=round(seconds / 60 / setup.workers, 1), made=made_with(
-                     "cpu" if is_cpu else torch.accelerator.current_accelerator().type)) | study.results(setup, scores)
+                 work_minutes=round(seconds / 60, 1),
+                 made=made_with("cpu" if is_cpu else torch.accelerator.current_accelerator().type))
+    found |= study.results(setup, scores)
     write_record(os.path.join(flags.output, name_of(found) + ".json"), found)
     study.draw(found, os.path.join(flags.output, name_of(found) + ".png"))
     print("\n".join(" | ".join(row) for row in study.table(found)))
@@ -81,6 +86,9 @@ def open_setup(flags, workers):
         there = ", ".join(name for data, name in SCALES if data == flags.data)
         raise UserError(f"--scale {flags.scale}: for --data {flags.data} there are {there}")
     if flags.steps:
+        if flags.steps > scale.curve_every and flags.steps % scale.curve_every:
+            raise UserError(f"--steps {flags.steps}: --scale {flags.scale} measures every {scale.curve_every} steps; "
+                            "pass a multiple of that, or fewer")
         scale = replace(scale, name=f"{scale.name}-{flags.steps}-steps", steps=flags.steps,
                         curve_every=min(scale.curve_every, flags.steps))
     if flags.sizes:

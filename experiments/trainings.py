@@ -1,4 +1,5 @@
 """Trainings and scores as pieces of work, and how much a network computes."""
+import contextlib
 import functools
 import os
 from dataclasses import dataclass
@@ -11,8 +12,10 @@ from evaluation.records import try_read, write_record
 from runtime import checkpoint, costs
 from runtime.experiment import experiment_folders
 
-from .pieces import Command, Piece, plain
+from .pieces import Command, Piece, judged_by, plain
 from .scales import Images, Scale
+
+TRAINED_BYTES = 16  # of a parameter in a checkpoint: weights, average and Adam's two moments
 
 
 @dataclass(frozen=True)
@@ -22,6 +25,8 @@ class Training(Piece):
     flags    of train.py that say what is trained, as a tuple of names and values
     more     those that change nothing of it
     steps    optimiser steps
+    disk     bytes that it keeps
+    judge    the classifier in whose features the curve is measured, if it is one
     """
     folder: str
     name: str
@@ -29,17 +34,19 @@ class Training(Piece):
     more: tuple
     steps: int
     cost: float
+    disk: int = 0
+    judge: Command = None
 
     @property
     def asked(self):
-        return dict(train=[str(flag) for flag in self.flags], steps=self.steps)
+        return dict(train=[str(flag) for flag in self.flags], steps=self.steps) | judged_by(self.judge)
 
     def command(self):
         return [str(flag) for flag in ("train.py", *self.flags, *self.more, "--max-steps", self.steps, "--results-dir",
                                        self.path, "--resume", "auto")]
 
     def finish(self, seconds):
-        """Keep the distances over the steps, and where the checkpoint of the last step is."""
+        """Keep the distances over the steps, and where the checkpoint of the last step is; not that of the best."""
         (run,) = [folder for folder in experiment_folders(self.path) if checkpoint.newest(folder)]
         curve = {row["step"]: row["frechet_distance"] for row in read_rows(os.path.join(run, "evaluations.csv"))}
         made = try_read(os.path.join(run, "evaluations.json")).get("samples", {}).get("made", {})
@@ -47,6 +54,8 @@ class Training(Piece):
         if self.steps in curve:  # else the measurement was given up: the next start does it
             write_record(self.path + ".json", dict(asked=self.asked, seconds=seconds, curve=curve, made=made,
                                                    checkpoint=os.path.relpath(path, self.folder)))
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(os.path.join(run, "checkpoints", "best.pt"))
 
     def checkpoint(self, **asked):
         return os.path.abspath(os.path.join(self.folder, self.record()["checkpoint"]))
@@ -56,17 +65,23 @@ class Training(Piece):
 class Score(Piece):
     """Samples of a trained network and how good they are; made by `Scores`, several by one process.
 
-    asked     the training, and how its network is sampled: a dictionary
-    training  what has a checkpoint(**asked), the path of the weights, once it is done
+    sampling  how the network is sampled: a dictionary
+    training  what has a checkpoint(**sampling), the path of the weights, once it is done
+    judge     the classifier in whose features it is measured, if it is one
     """
     folder: str
     name: str
-    asked: dict
-    training: object
+    sampling: dict
+    training: Piece
     cost: float
+    judge: Command = None
+
+    @property
+    def asked(self):
+        return plain(dict(training=self.training.asked) | self.sampling | judged_by(self.judge))
 
     def checkpoint(self):
-        return self.training.checkpoint(**self.asked)
+        return self.training.checkpoint(**self.sampling)
 
     def found(self, name="frechet_distance"):
         """A number of a score that is there."""
@@ -103,34 +118,27 @@ class Scores(Piece):
 
 
 class Setup:
-    """A data set and a scale, and the folder where the work on them is kept: makes the pieces of all studies."""
+    """A data set and a scale, and the folder where the work on them is kept: makes the pieces of all studies.
+
+    The classifier and the reference are the data set's: all its scales are judged alike.
+    """
 
     def __init__(self, images: Images, scale: Scale, folder, workers=1):
         self.images, self.scale, self.workers = images, scale, workers
         self.folder = os.path.join(folder, f"{images.name}-{scale.name}")
-
-    @property
-    def features(self):
-        """As --features takes them."""
-        return self._absolute("classifier.pt") if self.images.features == "classifier" else self.images.features
-
-    def _absolute(self, name):
-        return os.path.abspath(os.path.join(self.folder, name))
-
-    def _classifier(self):
-        return [Command(self.folder, "classifier", ("train_classifier.py", *self.images.flags[:6], "--output",
-                                                    self.features), self.features)]
-
-    def _reference(self):
-        """The piece that measures the held-out images; all that trains or scores comes after it."""
-        output = self._settings()["reference"]
-        return Command(self.folder, "reference", (
-            "evaluate.py", "--make-reference", self.images.held_out, "--features", self.features, "--output", output),
-            output)
+        shared, classifier, self.judge = os.path.join(folder, images.name), images.features == "classifier", None
+        self.features = os.path.abspath(os.path.join(shared, "classifier.pt")) if classifier else images.features
+        if classifier:
+            self.judge = Command(shared, "classifier", ("train_classifier.py", *images.data_flags, "--output",
+                                                        self.features), self.features)
+        output = os.path.abspath(os.path.join(shared, "held-out.npz"))
+        self.reference = Command(shared, "reference", (
+            "evaluate.py", "--make-reference", images.held_out, "--features", self.features, "--output", output),
+            output, judge=self.judge)
 
     def _settings(self):
         """What the processes that score need to know."""
-        return dict(images=self.images.name, features=self.features, reference=self._absolute("held-out.npz"),
+        return dict(images=self.images.name, features=self.features, reference=self.reference.output,
                     batch=self.scale.sample_batch, fast=self.scale.fast)
 
     def network(self, size, patch):
@@ -150,10 +158,11 @@ class Setup:
         watching = ["--ckpt-every", scale.curve_every, "--keep-checkpoints", 1, "--log-every", scale.curve_every,
                     "--eval-every", scale.curve_every, "--eval-samples", scale.curve_samples, "--eval-sampling-steps",
                     scale.curve_sampling, "--eval-features", self.features, "--eval-reference",
-                    self._settings()["reference"]]
+                    self.reference.output]
+        network = self.network(size, patch) | dict(conditioning=conditioning)
         return Training(self.folder, f"trainings/{size}-{patch}-{conditioning}-seed-{seed}", tuple(flags),
                         (*watching, *(["--fast"] if scale.fast else [])), scale.steps,
-                        multiply_adds(self.network(size, patch)) * scale.steps)
+                        multiply_adds(network) * scale.steps, TRAINED_BYTES * parameters(network), self.judge)
 
     def score(self, training, **sampling):
         """A way to sample a training's network; all that is not given is the scale's.
@@ -163,16 +172,15 @@ class Setup:
         """
         sampling = dict(samples=self.scale.samples, steps=self.scale.sampling) | sampling
         name = "-".join(f"{key}-{_word(value)}" for key, value in sampling.items())
-        return Score(self.folder, f"scores/{os.path.basename(training.name)}/{name}",
-                     plain(dict(training=training.asked) | sampling), training,
-                     training.cost * _calls(sampling) * sampling["samples"])
+        return Score(self.folder, f"scores/{os.path.basename(training.name)}/{name}", sampling, training,
+                     training.cost * _calls(sampling) * sampling["samples"], self.judge)
 
     def stages(self, name, scores):
         """The pieces of a study with these scores, in lists: the pieces of each need those of the lists before."""
         trainings = {score.training.name: score.training for score in scores}
-        counts = sorted({score.asked["samples"] for score in scores})
-        judge = [self._classifier()] if self.images.features == "classifier" else []
-        return [*judge, [self._reference()], list(trainings.values()),
+        counts = sorted({score.sampling["samples"] for score in scores})
+        judge = [[self.judge]] if self.judge else []
+        return [*judge, [self.reference], list(trainings.values()),
                 [*self._shared(name, scores), *(self.yardsticks(count) for count in counts)]]
 
     def _shared(self, name, scores):
@@ -186,16 +194,16 @@ class Setup:
 
     def judged(self, scores):
         """How samples were judged, for the results of a study: what its scores have in common."""
-        scale, (count,) = self.scale, {score.asked["samples"] for score in scores.values()}
+        scale, (count,) = self.scale, {score.sampling["samples"] for score in scores.values()}
         real = self.yardsticks(count).record()
         training = {name: getattr(scale, name) for name in ("steps", "batch_size", "lr", "ema_decay")}
         return dict(features=self.images.features, samples=count, sampling=scale.sampling, training=training,
                     curve_samples=scale.curve_samples, curve_sampling=scale.curve_sampling, real=real["real"],
-                    held_out=real["held_out"])
+                    held_out=real["held_out"], made_by=made_by(scores.values()))
 
     def yardsticks(self, count):
         """The piece that measures real images as if they were samples."""
-        return Yardsticks(self.folder, f"yardsticks-{count}", count, self._settings())
+        return Yardsticks(self.folder, f"yardsticks-{count}", count, self._settings(), judge=self.judge)
 
 
 @dataclass(frozen=True)
@@ -206,10 +214,11 @@ class Yardsticks(Piece):
     count: int
     settings: dict
     cost: float = 0
+    judge: Command = None
 
     @property
     def asked(self):
-        return dict(count=self.count)
+        return dict(count=self.count) | judged_by(self.judge)
 
     def command(self):
         write_record(self.path + ".request.json", self.settings | dict(path=self.path, asked=self.asked))
@@ -224,6 +233,18 @@ def curve_of(scores):
     curves = [score.training.record()["curve"] for score in scores]
     steps = sorted(int(step) for step in set.intersection(*map(set, curves)))
     return [[step, [curve[str(step)] for curve in curves]] for step in steps]
+
+
+def made_by(scores):
+    """[[device, version of torch, commit, day]] of scores and their trainings, each once."""
+    pieces = [*{score.training.path: score.training for score in scores}.values(), *scores]
+    made = [made for piece in pieces if (made := piece.record().get("made"))]
+    return sorted([*of] for of in {made_of(record) for record in made})
+
+
+def made_of(made):
+    """What is told of a record of `runtime.provenance`: device, version of torch, commit, day."""
+    return made["device"], made["versions"]["torch"], made["commit"] or "unknown", made["date"][:10]
 
 
 def _cost(scores):
@@ -245,7 +266,17 @@ def multiply_adds(network):
     return _multiply_adds(tuple(network.items()))
 
 
+def parameters(network):
+    """How many are trained."""
+    return costs.parameters(_on_meta(tuple(network.items())))
+
+
 @functools.cache
 def _multiply_adds(network):
+    return int(costs.multiply_adds(_on_meta(network)))
+
+
+@functools.cache
+def _on_meta(network):
     with torch.device("meta"):
-        return int(costs.multiply_adds(models.DiT(**dict(network))))
+        return models.DiT(**dict(network))

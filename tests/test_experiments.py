@@ -1,6 +1,8 @@
 """The paper's studies: pieces that are done once, tables and pictures of what was found, what is called a finding."""
 import contextlib
+import fcntl
 import importlib
+import itertools
 import json
 import math
 import os
@@ -10,6 +12,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -19,7 +22,7 @@ from PIL import Image
 
 from diffusion import create_diffusion
 from evaluation.records import read_record
-from experiments import many_averages, pieces, report, scoring, spread, study
+from experiments import guidance, many_averages, pieces, report, scoring, spread, study
 from experiments.pieces import Command, run_pieces
 from experiments.scales import DIGITS, IMAGES, SCALES
 from experiments.scoring import with_variance
@@ -28,6 +31,7 @@ from models import DiT, DiT_models
 from runtime import checkpoint
 from runtime.errors import Stopped, UserError
 from runtime.latents import PixelCodec
+from runtime.speed import Speed
 
 TOY = SCALES["digits", "toy"]
 # The paper's table 4: 10^9 multiply-adds, and FID-50K; patches of 8, 4, 2 of each size.
@@ -89,6 +93,8 @@ def test_every_study_from_its_command_to_the_page(in_this_process, tmp_path, cap
     text = page.read_text()
     assert "old" not in text and text.count("by hand") == len(report.STUDIES)
     assert text == report.written(text, tmp_path / "found")
+    assert not list(tmp_path.glob("work/**/best.pt")) + list(tmp_path.glob("work/**/state.pt"))
+    assert "by DDIM in 2 steps; while it trains, 8 by DDIM in 2 steps" in text
     assert "| adaln-single |" in text and "**not clear** |" in text and "(found/guidance-digits-toy.png)" in text
 
     started.clear()
@@ -130,11 +136,18 @@ def test_averages_are_those_of_train(in_this_process, tmp_path):
     for stage in setup.stages("x", [setup.score(training, seed=0)])[:2]:
         run_pieces(stage, 1, say=lambda line: None)
     request = dict(folder=str(tmp_path / "averages"), network=setup.network("1x16", 4), data_path="digits",
-                   num_workers=0, seed=3, batch_size=8, lr=TOY.lr, decays=[0, 0.5], fast=False)
-    for last in (3, 4):  # the second start goes on
+                   num_workers=0, seed=3, batch_size=8, lr=TOY.lr, decays=[0, 0.5], fast=False, save_every=2)
+
+    def start(**changes):
         path = tmp_path / "request.json"
-        path.write_text(json.dumps(request | dict(snapshots=[last])))
+        path.write_text(json.dumps(request | changes))
         in_this_process([None, "-m", "experiments.many_averages", str(path)], tmp_path / "log", 1, None)
+
+    start(snapshots=[3])
+    for name, changed in (("lr", 1.0), ("decays", [0, 0.9]), ("snapshots", [2, 4])):
+        with pytest.raises(UserError, match=f"state.pt is of a training with other {name}: remove it"):
+            start(**dict(snapshots=[3, 4]) | {name: changed})
+    start(snapshots=[3, 4], save_every=1)  # goes on
     stored = checkpoint.load(training.checkpoint())
     for decay, name in ((0.5, "ema"), (0, "model")):
         mine = checkpoint.load(many_averages.snapshot(request["folder"], 4, decay))
@@ -189,6 +202,15 @@ def test_killed_and_started_again(tmp_path):
     assert (tmp_path / "short.starts").read_text() == "x" and (tmp_path / "long.starts").read_text() == "xxx"
 
 
+def test_waiting_for_another_study_ends_at_the_deadline(tmp_path):
+    with open(tmp_path / "lock", "a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        said = []
+        with pytest.raises(Stopped):
+            run_pieces([Command(str(tmp_path), "x", ("a",), "b")], 1, deadline=time.monotonic(), say=said.append)
+    assert "another study is at work" in said[0] and not (tmp_path / "x.log").exists()
+
+
 def test_a_piece_that_fails_is_told(tmp_path):
     """Its name, its last words, and where the rest is."""
     def fail(command, log, threads, lock):
@@ -202,11 +224,16 @@ def test_a_piece_that_fails_is_told(tmp_path):
             run_pieces([Command(str(tmp_path), "x", ("a",), "b")], 1)
 
 
-def test_fixed_variances_are_those_of_the_process():
-    """A network with a learned variance, told to use a fixed one, is sampled as the process with that one is."""
+def small_network(std=1.0):
     torch.manual_seed(0)
     model = DiT(input_size=8, patch_size=4, in_channels=1, hidden_size=16, depth=1, num_heads=2, num_classes=10).eval()
-    torch.nn.init.normal_(model.final_layer.linear.weight)
+    torch.nn.init.normal_(model.final_layer.linear.weight, std=std)
+    return model
+
+
+def test_fixed_variances_are_those_of_the_process():
+    """A network with a learned variance, told to use a fixed one, is sampled as the process with that one is."""
+    model = small_network()
     noise, y = torch.randn(3, 1, 8, 8), dict(y=torch.arange(3))
 
     def sampled(network, **process):
@@ -223,12 +250,21 @@ def test_fixed_variances_are_those_of_the_process():
     assert torch.equal(sampled(model), learned)
 
 
+@pytest.mark.parametrize("precision", ["tf32", "bf16"])
+def test_a_variance_is_fixed_however_it_is_computed(tmp_path, monkeypatch, precision):
+    """In bf16 it is a copy of the network that is sampled."""
+    monkeypatch.setattr(scoring, "fastest", lambda device: Speed(precision))
+    trained = SimpleNamespace(model=small_network(std=0.3), codec=PixelCodec(1), num_classes=10)
+    sets, signals = [], SimpleNamespace(received=None)
+    for variance in ("learned", "fixed_small", "fixed_large"):
+        score = dict(path=str(tmp_path / variance), asked=dict(samples=4, steps=4, seed=1, variance=variance))
+        sets.append(scoring.make_samples(trained, score, dict(batch=4, fast=True), signals).images)
+    assert all((one != other).any() for one, other in itertools.combinations(sets, 2))
+
+
 def test_a_set_of_samples_goes_on(tmp_path):
     """Told to stop at some step of the second batch, the next start makes what is missing, and the set is the same."""
-    torch.manual_seed(0)
-    model = DiT(input_size=8, patch_size=4, in_channels=1, hidden_size=16, depth=1, num_heads=2, num_classes=10).eval()
-    torch.nn.init.normal_(model.final_layer.linear.weight, std=0.1)
-    trained = SimpleNamespace(model=model, codec=PixelCodec(1), num_classes=10)
+    trained = SimpleNamespace(model=small_network(std=0.1), codec=PixelCodec(1), num_classes=10)
     asked = dict(samples=7, steps=4, seed=1, cfg_scale=2.0, variance="fixed_small")
 
     class Told:
@@ -272,6 +308,47 @@ def test_what_is_called_seen():
     assert spread.all_of(["yes", "yes"]) == "yes" and spread.all_of(["yes", "no"]) == "not clear"
 
 
+def test_settings_are_chosen_by_other_seeds():
+    """So that the best of several that differ by chance alone is no finding; a single seed says nothing."""
+    settings = {"a": [1.0, 3.0, 3.0], "b": [3.0, 1.0, 3.0], "c": [3.0, 3.0, 1.0]}
+    assert spread.lowest(settings) == "a" and min(spread.best_elsewhere(settings)) == 3.0
+    assert spread.best_elsewhere({"a": [1.0, 1.1], "b": [2.0, 2.1]}) == [1.0, 1.1]
+    assert spread.best_elsewhere({"a": [1.0], "b": [2.0]}) == [1.0]
+    assert [spread.all_agree(own) for own in ([1, 2], [-1, -2], [1, 0], [1, -1], [1])] == [
+        "yes", "no", "not clear", "not clear", "not clear"]
+
+
+@pytest.mark.parametrize("distances, here, verdict", [((5, 4, 3), "no rise seen up to 2", "not clear"),
+                                                     ((5, 3, 4), "4.10 ± 0.10 at 2", "yes")])
+def test_what_too_much_guidance_does(distances, here, verdict):
+    rows = [dict(guided="all timesteps", scale=scale, agreement=[0.5] * 3, distance=[
+        distance + 0.1 * seed for seed in range(3)]) for scale, distance in zip((1, 1.5, 2), distances)]
+    claim = next(row for row in guidance.claims(dict(rows=rows)) if row[0].startswith("too much"))
+    assert claim[2:] == (here, verdict)
+
+
+def test_nothing_is_compared_across_two_classifiers(tmp_path):
+    """The folder may be moved; another classifier makes what was measured with the old one undone, at all scales."""
+    setups = [Setup(IMAGES["fractals"], replace(SCALES["fractals", "miniature"], name=name), tmp_path / "a")
+              for name in ("one", "two")]
+    assert setups[0].judge == setups[1].judge and setups[0].reference == setups[1].reference
+
+    def finished(classifier, folder):
+        setup = Setup(IMAGES["fractals"], SCALES["fractals", "miniature"], tmp_path / folder)
+        for piece, content in ((setup.judge, classifier), (setup.reference, "numbers")):
+            os.makedirs(os.path.dirname(piece.path), exist_ok=True)
+            Path(piece.output).write_text(content)
+            piece.finish(1.0)
+        score = setup.score(setup.training("2x32", 8, 0), seed=0)
+        return [piece.asked for piece in (setup.reference, score.training, score, setup.yardsticks(9))]
+
+    first = finished("a classifier", "a")
+    (tmp_path / "a").rename(tmp_path / "b")
+    moved = Setup(IMAGES["fractals"], SCALES["fractals", "miniature"], tmp_path / "b")
+    assert moved.judge.is_done() and moved.reference.is_done() and finished("a classifier", "b") == first
+    assert all(old != new for old, new in zip(first, finished("another", "b")))
+
+
 def test_multiply_adds_are_the_papers():
     paper = IMAGES["fractals"], SCALES["fractals", "paper"]
     network = Setup(*paper, "x").network("S", 2) | dict(in_channels=4, num_classes=1000)
@@ -285,6 +362,7 @@ def test_multiply_adds_are_the_papers():
 def test_mistakes():
     """In sentences, before any work."""
     for flags, sentence in ((["--scale", "paper"], r"--scale paper: for --data digits there are miniature, toy"),
+                            (["--steps", "400"], r"--steps 400: --scale miniature measures every 300 steps; "),
                             (["--sizes", "9x9"], r"--sizes 9x9: --scale miniature has 2x32, ")):
         with pytest.MonkeyPatch.context() as patch, pytest.raises(UserError, match=sentence):
             patch.setattr(sys, "argv", ["scaling.py", *flags])
