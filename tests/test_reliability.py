@@ -185,7 +185,8 @@ def test_twenty_kills_at_random(children, tmp_path):
     chance, kills = random.Random(0), 0
     while kills < 20:
         (child,) = children.start("train", *LONG, "--results-dir", killed, "--resume", "auto")
-        wait_for(lambda child=child: "Beginning epoch" in child.log.read_text() or "step=" in child.log.read_text()
+        signs = ("Beginning epoch", "step=") if kills else ("step=0000006",)  # a start without a checkpoint is another run
+        wait_for(lambda child=child, signs=signs: any(sign in child.log.read_text() for sign in signs)
                  or not child.is_alive())
         time.sleep(chance.random() * 0.15)
         assert child.is_alive(), child.log.read_text()
