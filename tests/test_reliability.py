@@ -185,7 +185,7 @@ def test_twenty_kills_at_random(children, tmp_path):
     chance, kills = random.Random(0), 0
     while kills < 20:
         (child,) = children.start("train", *LONG, "--results-dir", killed, "--resume", "auto")
-        signs = ("Beginning epoch", "step=") if kills else ("step=0000006",)  # a start without a checkpoint is another run
+        signs = ("Beginning epoch", "step=") if kills else ("step=0000006",)  # the first checkpoint is there
         wait_for(lambda child=child, signs=signs: any(sign in child.log.read_text() for sign in signs)
                  or not child.is_alive())
         time.sleep(chance.random() * 0.15)
