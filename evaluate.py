@@ -105,6 +105,9 @@ def check(flags, given):
     if flags.samples and asked == "reference" and not is_checkpoint(flags.samples) and making:
         name = sorted(making)[0].replace("_", "-")
         raise UserError(f"--{name} says how a checkpoint's images are made; those of {flags.samples} are there already")
+    making = given & MAKING - {"global_seed", "model", "num_classes", "vae"}
+    if asked == "nll" and making:
+        raise UserError(f"--{sorted(making)[0].replace('_', '-')} says how images are made, and --nll makes none")
     if asked == "nll" and not is_checkpoint(flags.samples):
         raise UserError(f"--nll is of a checkpoint (.pt, .safetensors); {flags.samples} is none")
     if asked == "make_reference" and not flags.output:

@@ -497,6 +497,8 @@ def test_a_record_says_what_was_used(run, sets):
     (["x.pt", "--nll", "digits", "--output", "x.png"], "--output x.png: its name must end in .json"),
     (["--make-reference", "x.npz", "--output", "./x.npz"], "would overwrite what is to be measured"),
     (["x.npz", "--reference", "digits", "--cfg-scale", "2"], "--cfg-scale says how a checkpoint's images are made"),
+    (["x.npz", "--reference", "digits", "--cfg-interval", "0", "9"], "--cfg-interval says how a checkpoint's images"),
+    (["x.pt", "--nll", "digits", "--precision", "bf16"], "--precision says how images are made, and --nll makes none"),
     (["x.npz", "--reference", "digits", "--output", "/nowhere/x.json"], "--output /nowhere/x.json: there is no folder"),
     (["x.npz", "--reference", "digits", "--features", "pixels"], "there is neither a file nor a folder x.npz"),
     (["digits", "--reference", "nothing.npz", "--features", "pixels"], "neither a file nor a folder nothing.npz"),
