@@ -6,11 +6,6 @@ import time
 import torch
 
 
-def windows(function, device, warm_up, count, calls):
-    """Seconds a call of one function: see `compare`."""
-    return compare({"": lambda: function}, device, warm_up, count, calls)[""]
-
-
 def compare(makers, device, warm_up, count, calls):
     """Seconds a call of several functions: median, lowest and highest of `count` windows of so many calls each, after
     `warm_up` calls; and how many times as fast as the first each is.
