@@ -13,29 +13,30 @@ depends on.
 import argparse
 import os
 
-from evaluation import likelihood, records, scores
-from evaluation.features import open_features
-from evaluation.measure import measure
-from evaluation.reference import PRECISION_IMAGES, open_reference, save_reference
-from evaluation.sources import GeneratedImages, open_images
-from runtime import data, pretrained, processes
-from runtime.errors import UserError, run_command
-from runtime.flags import (
+from common import distributed
+from common.cli import (
     HelpFormatter,
-    add_feature_flags,
-    add_model_flags,
-    add_sampling_flags,
-    add_speed_flags,
+    add_compute_flags,
+    build_compute_config,
     minutes,
     non_negative_int,
-    parse,
+    parse_args,
     positive_int,
-    sampling_of,
-    speed_of,
 )
-from runtime.generate import image_maker
-from runtime.provenance import made_with
-from runtime.trained_model import load_trained
+from common.errors import UserError, run_command
+from common.provenance import collect_environment
+from data import build_dataset
+from data.builtin import BUILTIN_DATASETS, parse_builtin_name
+from evaluation.feature_statistics import compute_statistics
+from evaluation.features import add_feature_flags, load_feature_space
+from evaluation.image_sources import GeneratedImages, open_image_source
+from evaluation.nll import bits_per_dimension, plot_nll, summarize_nll
+from evaluation.records import diff_records, free_path, read_record, write_record
+from evaluation.reference import PRECISION_IMAGES, open_reference, save_reference
+from evaluation.scores import check_comparable, compute_scores, distance_name, format_scores
+from sampling.cli import add_model_flags, add_sampling_flags, sampling_options
+from sampling.load_model import PUBLISHED_CHECKPOINTS, load_model
+from sampling.pipeline import build_pipeline
 
 
 def build_parser():
@@ -52,7 +53,7 @@ def build_parser():
     add_feature_flags(parser)
     add_model_flags(parser, vae="ema", ckpt=False)
     add_sampling_flags(parser, cfg_scale=1.5)
-    add_speed_flags(parser)
+    add_compute_flags(parser)
     group = parser.add_argument_group("set")
     group.add_argument("--num-fid-samples", type=positive_int, default=50000, help="images made of a checkpoint")
     group.add_argument("--nll-images", type=positive_int, default=1000, help="images of --nll; 1000 passes each")
@@ -62,25 +63,25 @@ def build_parser():
     group.add_argument("--global-seed", type=non_negative_int, default=0, help="of labels and noise")
     group.add_argument("--tf32", action=argparse.BooleanOptionalAction, default=True,
                        help="TF32 matrix products in the model (never in the features)")
-    group.add_argument("--timeout", type=minutes, default=processes.PATIENCE, metavar="MINUTES",
+    group.add_argument("--timeout", type=minutes, default=distributed.DEFAULT_TIMEOUT, metavar="MINUTES",
                        help="how long a process waits for the others")
     return parser
 
 
 def main():
-    flags, given = parse(build_parser())
+    flags, given = parse_args(build_parser())
     check(flags, given)
     if flags.diff:
         return show_differences(*flags.diff)
-    accelerator = processes.start(flags.tf32 and flags.precision != "fp32", flags.timeout)
-    with processes.waiting("the evaluation", flags.timeout):
+    distributed.init(flags.tf32 and flags.precision != "fp32", flags.timeout)
+    with distributed.collective_timeout("the evaluation", flags.timeout):
         if flags.make_reference:
-            make_reference(accelerator, flags, given)
+            make_reference(flags, given)
         elif flags.nll:
-            evaluate_likelihood(accelerator, flags, given)
+            evaluate_likelihood(flags, given)
         else:
-            evaluate(accelerator, flags, given)
-    accelerator.end_training()
+            evaluate(flags, given)
+    distributed.shutdown()
 
 
 # What says how a checkpoint's images are made: without a meaning for images that are there already.
@@ -100,7 +101,7 @@ def check(flags, given):
         raise UserError(f"--{asked.replace('_', '-')} " + (
             "needs SAMPLES: an .npz, a folder, or a checkpoint" if flags.samples is None
             else f"takes no SAMPLES, here are {flags.samples}"))
-    fractals = "fractals" in (data.embedded(flags.samples)[0], data.embedded(flags.reference)[0])
+    fractals = "fractals" in (parse_builtin_name(flags.samples)[0], parse_builtin_name(flags.reference)[0])
     making = given & MAKING - ({"num_classes"} if fractals else set())
     if flags.samples and asked == "reference" and not is_checkpoint(flags.samples) and making:
         name = sorted(making)[0].replace("_", "-")
@@ -129,43 +130,43 @@ def check_output(flags):
         raise UserError(f"--output {flags.output}: there is no folder {folder}")
 
 
-def evaluate(accelerator, flags, given):
+def evaluate(flags, given):
     """Samples against a reference: prints the scores, and writes their record."""
-    with processes.together(accelerator):
-        features = open_features(flags.features, accelerator.device, flags.inception)
-        images, image_size, num_classes = open_samples(flags, given, accelerator)
-    reference, reference_record = open_reference(accelerator, flags.reference, features, flags.per_proc_batch_size,
+    with distributed.raise_on_all_ranks():
+        features = load_feature_space(flags.features, distributed.device(), flags.inception)
+        images, image_size, num_classes = open_samples(flags, given)
+    reference, reference_record = open_reference(flags.reference, features, flags.per_proc_batch_size,
                                                  image_size, num_classes)
-    with processes.together(accelerator):
-        scores.check_first(images, reference, features)
-    samples = measure(accelerator, images, features, flags.per_proc_batch_size, title="samples")
+    with distributed.raise_on_all_ranks():
+        check_comparable(images, reference, features)
+    samples = compute_statistics(images, features, flags.per_proc_batch_size, title="samples")
 
     def report():
-        found = scores.score(samples, reference, features, images.class_labels())
-        for line in scores.lines(found, features, samples, reference):
+        found = compute_scores(samples, reference, features, images.class_labels())
+        for line in format_scores(found, features, samples, reference):
             print(line)
-        record = dict(scores=found, name=scores.distance_name(features, samples.count), features=features.record(),
+        record = dict(scores=found, name=distance_name(features, samples.count), features=features.record(),
                       samples=images.record() | (dict(pixels_sha256=samples.pixels) if samples.pixels else {}),
-                      reference=reference_record, evaluated=made_with(accelerator.device) | dict(tf32=False))
-        path = flags.output or records.free_path(stem_of(flags.samples) + ".scores", ".json")
-        records.write_record(path, record)
+                      reference=reference_record, evaluated=collect_environment(distributed.device()) | dict(tf32=False))
+        path = flags.output or free_path(stem_of(flags.samples) + ".scores", ".json")
+        write_record(path, record)
         print(f"wrote {path}")
 
-    processes.on_main(accelerator, report)
+    distributed.run_on_rank0_and_broadcast(report)
 
 
-def open_samples(flags, given, accelerator):
+def open_samples(flags, given):
     """The images that SAMPLES names, their size in pixels, and of how many classes they are, if that is known."""
     if not is_checkpoint(flags.samples):
-        images = open_images(flags.samples, **typed(flags, given))
+        images = open_image_source(flags.samples, **typed(flags, given))
         return images, images.batch(0, 1).shape[2], typed(flags, given)["num_classes"]
-    trained = load_trained(flags.samples, flags.model, flags.image_size, flags.num_classes, flags.vae, given,
-                           accelerator.device)
-    accelerator.print(trained.description())
-    make = image_maker(trained.model, trained.codec, **sampling_of(flags),
-                       speed=speed_of(flags, given, accelerator.device, accelerator.print))
+    trained = load_model(flags.samples, flags.model, flags.image_size, flags.num_classes, flags.vae, given,
+                           distributed.device())
+    distributed.print_rank0(trained.description())
+    make = build_pipeline(trained.model, trained.autoencoder, **sampling_options(flags),
+                       compute=build_compute_config(flags, distributed.device(), distributed.print_rank0))
     images = GeneratedImages(make, trained.num_classes, flags.num_fid_samples, flags.global_seed, flags.labels,
-                             trained.record() | made_with(accelerator.device))
+                             trained.record() | collect_environment(distributed.device()))
     return images, trained.image_size, trained.num_classes
 
 
@@ -175,7 +176,7 @@ def typed(flags, given):
 
 
 def is_checkpoint(name):
-    return name in pretrained.PUBLISHED or name.endswith((".pt", ".pth", ".safetensors"))
+    return name in PUBLISHED_CHECKPOINTS or name.endswith((".pt", ".pth", ".safetensors"))
 
 
 def stem_of(samples):
@@ -183,59 +184,59 @@ def stem_of(samples):
     return os.path.splitext(samples)[0] if os.path.isfile(samples) else os.path.normpath(samples)
 
 
-def make_reference(accelerator, flags, given):
+def make_reference(flags, given):
     """Measure the images of --make-reference and write what can be compared with."""
-    with processes.together(accelerator):
-        features = open_features(flags.features, accelerator.device, flags.inception)
-        images = open_images(flags.make_reference, **typed(flags, given))
-    found = measure(accelerator, images, features, flags.per_proc_batch_size, PRECISION_IMAGES, title="reference")
+    with distributed.raise_on_all_ranks():
+        features = load_feature_space(flags.features, distributed.device(), flags.inception)
+        images = open_image_source(flags.make_reference, **typed(flags, given))
+    found = compute_statistics(images, features, flags.per_proc_batch_size, PRECISION_IMAGES, title="reference")
 
     def save():
         source = images.record() | (dict(pixels_sha256=found.pixels) if found.pixels else {})
-        save_reference(flags.output, found, features, source | made_with(accelerator.device) | dict(tf32=False))
+        save_reference(flags.output, found, features, source | collect_environment(distributed.device()) | dict(tf32=False))
         print(f"wrote {flags.output}: {found.count} images, {len(found.pool[0])} features "
               f"({features.record()['space']})")
 
-    processes.on_main(accelerator, save)
+    distributed.run_on_rank0_and_broadcast(save)
 
 
-def evaluate_likelihood(accelerator, flags, given):
+def evaluate_likelihood(flags, given):
     """Bits per dimension of a checkpoint: prints them, and writes their record and a plot."""
-    with processes.together(accelerator):
-        trained = load_trained(flags.samples, flags.model, flags.image_size, flags.num_classes, flags.vae, given,
-                               accelerator.device)
+    with distributed.raise_on_all_ranks():
+        trained = load_model(flags.samples, flags.model, flags.image_size, flags.num_classes, flags.vae, given,
+                               distributed.device())
         dataset = open_labelled(flags.nll, trained.image_size, trained.num_classes)
-    accelerator.print(trained.description())
-    found = likelihood.bits_per_dimension(accelerator, trained, dataset, flags.nll_images, flags.per_proc_batch_size,
+    distributed.print_rank0(trained.description())
+    found = bits_per_dimension(trained, dataset, flags.nll_images, flags.per_proc_batch_size,
                                           flags.global_seed)
 
     def report():
-        print(likelihood.summary(found))
-        path = flags.output or records.free_path(stem_of(flags.samples) + ".nll", ".json")
-        records.write_record(path, dict(likelihood=found, data=dict(path=flags.nll, images=len(dataset)),
+        print(summarize_nll(found))
+        path = flags.output or free_path(stem_of(flags.samples) + ".nll", ".json")
+        write_record(path, dict(likelihood=found, data=dict(path=flags.nll, images=len(dataset)),
                                         model=trained.record(), seed=flags.global_seed,
-                                        evaluated=made_with(accelerator.device)))
+                                        evaluated=collect_environment(distributed.device())))
         plot = os.path.splitext(path)[0] + ".png"
-        likelihood.plot(found, plot)
+        plot_nll(found, plot)
         print(f"wrote {path} and {plot}")
 
-    processes.on_main(accelerator, report)
+    distributed.run_on_rank0_and_broadcast(report)
 
 
 def open_labelled(path, image_size, num_classes):
     """The data set of --nll."""
-    digits_size = data.EMBEDDED["digits"]["image_size"]
-    if data.embedded(path)[0] == "digits" and image_size != digits_size:
+    digits_size = BUILTIN_DATASETS["digits"]["image_size"]
+    if parse_builtin_name(path)[0] == "digits" and image_size != digits_size:
         raise UserError(f"--nll {path}: the digits are {digits_size} pixels wide, the model is for {image_size}")
     try:
-        return data.open_data(path, image_size, num_classes=num_classes)
+        return build_dataset(path, image_size, num_classes=num_classes)
     except UserError as error:
         raise UserError(str(error).replace("--data-path", "--nll")) from None
 
 
 def show_differences(one, two):
     """Print every field in which two records differ, those of the scores first."""
-    found = list(records.differences(records.read_record(one), records.read_record(two)))
+    found = list(diff_records(read_record(one), read_record(two)))
     for path, first, second in found:
         print(f"{path}: {first} | {second}")
     if not found:

@@ -11,22 +11,23 @@ import os
 import torch
 from PIL import Image
 
-from runtime import processes
-from runtime.classes import parse_labels
-from runtime.errors import UserError, run_command
-from runtime.flags import (
+from common import distributed
+from common.cli import (
     HelpFormatter,
-    add_model_flags,
-    add_sampling_flags,
-    add_speed_flags,
+    add_compute_flags,
+    build_compute_config,
     non_negative_int,
-    parse,
+    parse_args,
     positive_int,
-    sampling_of,
-    speed_of,
 )
-from runtime.generate import GlobalNoise, PathRecorder, image_maker, save_grid
-from runtime.trained_model import load_trained
+from common.errors import UserError, run_command
+from data.image_io import save_image_grid
+from sampling.class_labels import parse_class_labels
+from sampling.cli import add_model_flags, add_sampling_flags, sampling_options
+from sampling.load_model import load_model
+from sampling.noise import GlobalRNG
+from sampling.pipeline import build_pipeline
+from sampling.trajectory import TrajectoryRecorder
 
 # The classes of the published picture: golden retriever, otter, red panda, geyser, macaw, valley, balloon, Arctic fox
 IMAGENET_LABELS = [207, 360, 387, 974, 88, 979, 417, 279]
@@ -36,7 +37,7 @@ def build_parser():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     add_model_flags(parser, vae="mse")
     add_sampling_flags(parser, cfg_scale=4.0)
-    add_speed_flags(parser)
+    add_compute_flags(parser)
     group = parser.add_argument_group("picture")
     group.add_argument("--seed", type=non_negative_int, default=0, help="of the noise")
     group.add_argument("--class-labels", nargs="+", metavar="LABEL",
@@ -49,28 +50,28 @@ def build_parser():
 
 
 def main():
-    flags, given = parse(build_parser())
+    flags, given = parse_args(build_parser())
     check_output(flags.output, flags.trajectory)
-    device = processes.start(tf32=flags.precision != "fp32").device
-    trained = load_trained(flags.ckpt, flags.model, flags.image_size, flags.num_classes, flags.vae, given, device)
+    device = distributed.init(tf32=flags.precision != "fp32")
+    trained = load_model(flags.ckpt, flags.model, flags.image_size, flags.num_classes, flags.vae, given, device)
     print(trained.description())
-    make = image_maker(trained.model, trained.codec, **sampling_of(flags),
-                       speed=speed_of(flags, given, device, print))
+    make = build_pipeline(trained.model, trained.autoencoder, **sampling_options(flags),
+                       compute=build_compute_config(flags, device, print))
     if flags.class_labels:
-        chosen = parse_labels(flags.class_labels, trained.class_names, trained.num_classes)
+        chosen = parse_class_labels(flags.class_labels, trained.class_names, trained.num_classes)
     else:
         chosen = IMAGENET_LABELS if trained.num_classes == 1000 else list(range(min(10, trained.num_classes)))
     labels = torch.tensor(chosen, device=device).repeat_interleave(flags.samples_per_label)
     columns = flags.columns or (flags.samples_per_label if flags.samples_per_label > 1 else 4)
 
-    path = PathRecorder(make.diffusion.num_timesteps) if flags.trajectory else None
-    images = make(labels, GlobalNoise(flags.seed, device), on_step=path, progress=True)
+    path = TrajectoryRecorder(make.diffusion.num_timesteps) if flags.trajectory else None
+    images = make(labels, GlobalRNG(flags.seed, device), on_step=path, progress=True)
     record = make.record() | dict(seed=flags.seed, class_labels=chosen, checkpoint=trained.description())
-    save_grid(images, columns, flags.output, record)
+    save_image_grid(images, columns, flags.output, record)
     print(f"wrote {flags.output}: {json.dumps(make.record() | dict(seed=flags.seed))}")
     if path:
         gif = os.path.splitext(flags.output)[0] + ".gif"
-        path.save(trained.codec, columns, gif)
+        path.save(trained.autoencoder, columns, gif)
         print(f"wrote {gif}")
 
 

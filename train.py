@@ -18,43 +18,53 @@ from dataclasses import dataclass
 import torch
 
 import models
-from diffusion import create_diffusion
-from diffusion.timestep_sampler import create_named_schedule_sampler
-from evaluation.during_training import open_evaluator
-from evaluation.sources import GeneratedImages
-from runtime import data, experiment, latent_cache, latents, processes, sharding
-from runtime.ema import EMA
-from runtime.errors import Stopped, UserError, run_command
-from runtime.flags import (
+from autoencoder.checks import NUM_CHECK_IMAGES, check_autoencoder
+from autoencoder.vae import latent_size, load_autoencoder
+from common import distributed
+from common.cli import (
     HelpFormatter,
-    add_speed_flags,
+    add_compute_flags,
+    build_compute_config,
     decay,
     fraction,
     guidance_scale,
     minutes,
     non_negative_int,
-    parse,
+    parse_args,
     positive_float,
     positive_int,
     sampling_steps,
-    speed_of,
 )
-from runtime.generate import image_maker, preview
-from runtime.provenance import made_with
-from runtime.randomness import WEIGHTS, BatchRandomness, seed_of
-from runtime.saving import Saver
-from runtime.signals import StopSignals
-from runtime.step_guard import StepGuard
-from runtime.training_state import TrainingState
-from runtime.training_step import TrainingStep, gradient_norm
-from runtime.update import Update
+from common.errors import Stopped, UserError, run_command
+from common.provenance import collect_environment
+from common.seeding import WEIGHTS, BatchRNG, derive_seed
+from common.signals import StopSignals
+from data import build_dataset
+from data.builtin import BUILTIN_DATASETS
+from data.corrupt_images import CorruptImageLog
+from data.latent_cache.reader import LatentCache
+from data.loader import PrefetchLoader
+from data.sampler import StepBatchSampler, local_batch_slice
+from diffusion import create_diffusion
+from diffusion.timestep_sampler import create_named_schedule_sampler
+from evaluation.image_sources import GeneratedImages
+from evaluation.periodic import build_evaluator
+from sampling.pipeline import build_pipeline, sample_preview
+from training.checkpoint_manager import CheckpointManager, open_run_dir
+from training.ema import EMA
+from training.fsdp import FSDP_MODES, init_mesh, shard_model
+from training.logger import MetricLogger, open_log
+from training.nan_guard import NonFiniteGuard
+from training.run_dir import list_run_dirs
+from training.train_state import TrainState
+from training.train_step import TrainingStep, Update, clip_grad_norm
 
 # What --data-path digits means for the flags that are not typed: its format, and a small model with what suits it.
-DIGITS = data.EMBEDDED["digits"] | dict(vae="none", num_workers=0)
+DIGITS = BUILTIN_DATASETS["digits"] | dict(vae="none", num_workers=0)
 DIGITS_MODEL = dict(model="DiT-S/2", depth=4, hidden_size=96, num_heads=4, global_batch_size=64, lr=4e-3,
                     ema_decay=0.997, epochs=136, ckpt_every=1000)
 # The fractals take the paper's models and recipe: pixels of 32 x 32 make the tokens of latents of 32 x 32.
-FRACTALS = data.EMBEDDED["fractals"] | dict(vae="none")
+FRACTALS = BUILTIN_DATASETS["fractals"] | dict(vae="none")
 
 
 def build_parser():
@@ -92,12 +102,12 @@ def build_parser():
     group.add_argument("--max-grad-norm", type=positive_float, help="clip the gradient to this norm")
     group.add_argument("--schedule-sampler", choices=["uniform", "loss-second-moment"], default="uniform",
                        help="which timesteps: all alike, or more of those with a large loss")
-    group = add_speed_flags(parser)
+    group = add_compute_flags(parser)
     group.add_argument("--fused-adamw", action=argparse.BooleanOptionalAction, default=False,
                        help="the optimiser's step in one kernel")
     group.add_argument("--grad-checkpointing", type=fraction, nargs="?", const=1.0, default=0.0, metavar="SHARE",
                        help="compute activations of this share of the blocks twice, to save memory; alone: all")
-    group.add_argument("--fsdp", choices=sharding.WHERE, nargs="?", const="all", metavar="node",
+    group.add_argument("--fsdp", choices=FSDP_MODES, nargs="?", const="all", metavar="node",
                        help="share weights, moments and EMA between all processes; node: between those of a node, all "
                             "nodes the same")
     group = parser.add_argument_group("results")
@@ -122,14 +132,14 @@ def build_parser():
                        help="end after so many steps in a row whose loss or gradient is not finite; none is applied")
     group.add_argument("--max-loss-spike", type=positive_float, metavar="FACTOR",
                        help="nor is a step with a loss of more than so many times its average")
-    group.add_argument("--timeout", type=minutes, default=processes.PATIENCE, metavar="MINUTES",
+    group.add_argument("--timeout", type=minutes, default=distributed.DEFAULT_TIMEOUT, metavar="MINUTES",
                        help="how long a process waits for the others")
     return parser
 
 
 def main():
-    flags, given = parse(build_parser())
-    if flags.data_path in data.EMBEDDED:
+    flags, given = parse_args(build_parser())
+    if flags.data_path in BUILTIN_DATASETS:
         defaults = FRACTALS if flags.data_path == "fractals" else DIGITS if "model" in given else DIGITS | DIGITS_MODEL
         typed = given | {"epochs"} if "max_steps" in given else given
         vars(flags).update({name: value for name, value in defaults.items() if name not in typed})
@@ -142,110 +152,109 @@ def main():
     if os.path.isdir(flags.vae):
         flags.vae = os.path.abspath(flags.vae)  # checkpoints keep it, and are sampled from elsewhere
     with StopSignals() as signals:
-        with processes.waiting("the start", flags.timeout):
-            accelerator = processes.start(flags.precision != "fp32", flags.timeout)
-            run = prepare(accelerator, flags, given)
+        with distributed.collective_timeout("the start", flags.timeout):
+            distributed.init(flags.precision != "fp32", flags.timeout)
+            run = prepare(flags, given)
         train(run, flags, signals)
-    accelerator.end_training()
+    distributed.shutdown()
 
 
 @dataclass
 class Run:
     """What a training run consists of. `prepare` makes it, `train` uses it up."""
 
-    accelerator: object
     dataset: object
-    codec: object
+    autoencoder: object
     model: torch.nn.Module
     network: torch.nn.Module  # the model itself, or behind DDP where several processes do not share it
     optimizer: torch.optim.Optimizer
-    guard: StepGuard
-    state: TrainingState
-    saver: Saver
-    batches: data.GlobalBatches
+    guard: NonFiniteGuard
+    state: TrainState
+    saver: CheckpointManager
+    batches: StepBatchSampler
     step: object
-    evaluator: object  # an `Evaluator`, or None
+    evaluator: object  # an `PeriodicEvaluator`, or None
     folder: str
     logger: object
 
 
-def prepare(accelerator, flags, given):
+def prepare(flags, given):
     """Everything that can go wrong before the first step: a `Run`, or a `UserError` on all processes."""
-    device, log = accelerator.device, []
-    with processes.together(accelerator):
-        speed = speed_of(flags, given, device, log.append)
-        rows = data.own_rows(accelerator, flags.global_batch_size, flags.grad_accum_steps)
-        dataset, codec = open_dataset(flags, given, device)
-        model = build_model(flags, codec)
+    device, log = distributed.device(), []
+    with distributed.raise_on_all_ranks():
+        compute = build_compute_config(flags, device, log.append)
+        rows = local_batch_slice(flags.global_batch_size, flags.grad_accum_steps)
+        dataset, autoencoder = open_dataset(flags, given, device)
+        model = build_model(flags, autoencoder)
     if flags.cuda_graphs and (flags.fsdp or flags.grad_accum_steps > 1):
         raise UserError("--cuda-graphs: a graph needs its weights and gradients where they were; --fsdp and "
                         "--grad-accum-steps move them")
-    mesh = sharding.open_mesh(accelerator, flags.fsdp, flags.timeout) if flags.fsdp else None
-    network, ema = distributed(accelerator, model, flags.ema_decay, mesh, speed)
+    mesh = init_mesh(flags.fsdp, flags.timeout) if flags.fsdp else None
+    network, ema = distribute(model, flags.ema_decay, mesh, compute)
     optimizer = torch.optim.AdamW(model.parameters(), lr=flags.lr, weight_decay=0, fused=flags.fused_adamw or None)
     diffusion = create_diffusion(timestep_respacing="")
     schedule_sampler = create_named_schedule_sampler(flags.schedule_sampler, diffusion)
-    guard = StepGuard(accelerator, flags.max_bad_steps, flags.max_loss_spike)
-    state = TrainingState(model, optimizer, schedule_sampler, guard, ema, vars(flags), dict(
+    guard = NonFiniteGuard(flags.max_bad_steps, flags.max_loss_spike)
+    state = TrainState(model, optimizer, schedule_sampler, guard, ema, vars(flags), dict(
         image_channels=dataset.channels, class_names=dataset.class_names, num_images=len(dataset),
-        latents=codec.record()))
+        latents=autoencoder.record()))
 
     evaluator = None
     if flags.eval_every:
-        evaluator = open_evaluation(accelerator, flags, ema.sampled, codec, dataset, rows, speed)
-    folder, resumed, warnings = processes.on_main(accelerator, lambda: experiment.open_folder(
+        evaluator = open_evaluation(flags, ema.sampled, autoencoder, dataset, rows, compute)
+    folder, resumed, warnings = distributed.run_on_rank0_and_broadcast(lambda: open_run_dir(
         flags.results_dir, flags.model, flags.resume))
     model.checkpointed = flags.grad_checkpointing
-    speed.set_up(model, by_block=accelerator.num_processes > 1)  # after the EMA was copied of it
-    with processes.together(accelerator):
+    compute.set_up(model, by_block=distributed.world_size() > 1)  # after the EMA was copied of it
+    with distributed.raise_on_all_ranks():
         first_step, changes = state.restore(resumed, flags.override) if resumed else (0, [])
     warnings += [f"WARNING: {change} (--override)" for change in changes]
     steps_per_epoch = len(dataset) // flags.global_batch_size
     last_step = min(flags.epochs * steps_per_epoch, flags.max_steps or math.inf)
-    with processes.together(accelerator):
-        saver = Saver(accelerator, state, folder, flags.keep_checkpoints, flags.keep_every, resumed, flags.async_save)
-        logger = guard.logger = experiment.open_log(folder, accelerator.is_main_process)
-        if accelerator.is_main_process:
-            for line in (*opening_lines(flags, folder, accelerator, model, dataset, resumed, first_step, last_step),
-                         *log, *warnings, *latents.first_look(codec, dataset.examples(latents.LOOKED_AT), device)):
+    with distributed.raise_on_all_ranks():
+        saver = CheckpointManager(state, folder, flags.keep_checkpoints, flags.keep_every, resumed, flags.async_save)
+        logger = guard.logger = open_log(folder, distributed.is_rank0())
+        if distributed.is_rank0():
+            for line in (*opening_lines(flags, folder, model, dataset, resumed, first_step, last_step),
+                         *log, *warnings, *check_autoencoder(autoencoder, dataset.examples(NUM_CHECK_IMAGES), device)):
                 logger.info(line)
-    batches = data.GlobalBatches(len(dataset), flags.global_batch_size, rows, flags.global_seed, first_step, last_step,
+    batches = StepBatchSampler(len(dataset), flags.global_batch_size, rows, flags.global_seed, first_step, last_step,
                                  flips=flags.flip)
-    random = BatchRandomness(flags.global_seed, flags.global_batch_size, rows, device)
-    step = TrainingStep(accelerator, network, codec, diffusion, schedule_sampler, random, parts=flags.grad_accum_steps,
-                        speed=speed)
+    random = BatchRNG(flags.global_seed, flags.global_batch_size, rows, device)
+    step = TrainingStep(network, autoencoder, diffusion, schedule_sampler, random, parts=flags.grad_accum_steps,
+                        compute=compute)
     if evaluator:
         evaluator.begin(folder, first_step, logger.info)
-    return Run(accelerator, dataset, codec, model, network, optimizer, guard, state, saver, batches, step, evaluator,
+    return Run(dataset, autoencoder, model, network, optimizer, guard, state, saver, batches, step, evaluator,
                folder, logger)
 
 
 def train(run, flags, signals):
     """The training loop. Ends by `Stopped` where one of `signals` asked for it, on any process."""
-    accelerator, batches, logger = run.accelerator, run.batches, run.logger
-    warn = logger.info if accelerator.is_main_process else functools.partial(print, file=sys.stderr, flush=True)
-    bad_images = data.BadImages(flags.max_bad_images, os.path.join(run.folder, "bad_images.txt"), warn)
-    watch = processes.Watch(accelerator)
+    batches, logger = run.batches, run.logger
+    warn = logger.info if distributed.is_rank0() else functools.partial(print, file=sys.stderr, flush=True)
+    bad_images = CorruptImageLog(flags.max_bad_images, os.path.join(run.folder, "bad_images.txt"), warn)
+    watch = distributed.AsyncFlagReducer()
     update = Update(run.model, run.optimizer, run.state.ema, run.guard, run.step)
     run.network.train()
-    with (processes.waiting("training", flags.timeout),
-          experiment.Monitor(accelerator, logger, run.folder, batches.first, batches.last,
+    with (distributed.collective_timeout("training", flags.timeout),
+          MetricLogger(logger, run.folder, batches.first, batches.last,
                              flags.global_batch_size) as monitor):
-        with processes.together(accelerator):
-            loader = data.BatchLoader(run.dataset, batches, flags.num_workers, accelerator.device, bad_images.add)
+        with distributed.raise_on_all_ranks():
+            loader = PrefetchLoader(run.dataset, batches, flags.num_workers, distributed.device(), bad_images.add)
         if run.evaluator and batches.first and batches.first % flags.eval_every == 0 and run.evaluator.lacks(
                 batches.first):  # the run ended between saving this step and measuring it
             evaluate(run, batches.first, monitor, signals, is_saved=True)
         for step, (images, labels) in enumerate(loader, start=batches.first):
             if step % batches.steps_per_epoch == 0 and batches.steps_per_epoch >= flags.log_every:
                 logger.info(f"Beginning epoch {step // batches.steps_per_epoch}...")
-            with processes.waiting(f"the gradients of step {step + 1}", flags.timeout):
+            with distributed.collective_timeout(f"the gradients of step {step + 1}", flags.timeout):
                 losses = run.step.backward(step, images, labels)
-            grad_norm = gradient_norm(run.model, flags.max_grad_norm)
+            grad_norm = clip_grad_norm(run.model, flags.max_grad_norm)
             update(step, losses, grad_norm, batches.items, monitor)
 
             done = step + 1
-            with processes.waiting(f"the agreement on step {done}", flags.timeout):
+            with distributed.collective_timeout(f"the agreement on step {done}", flags.timeout):
                 stop, fault, write_failed = watch.exchange(signals.received, loader.fault, run.saver.has_failed())
                 last = done == batches.last or stop or fault or run.guard.exhausted
                 if done % flags.log_every == 0 or last:
@@ -255,15 +264,15 @@ def train(run, flags, signals):
                 path = run.saver.save(done)
                 logger.info(f"{'Saving' if flags.async_save else 'Saved'} checkpoint to {path}")
             if flags.sample_every and done % flags.sample_every == 0:
-                with monitor.paused(), processes.together(accelerator), run.state.ema.whole() as ema:
-                    if accelerator.is_main_process:
-                        monitor.show_images(done, *preview(ema, run.codec, run.dataset.class_names))
+                with monitor.paused(), distributed.raise_on_all_ranks(), run.state.ema.whole() as ema:
+                    if distributed.is_rank0():
+                        monitor.show_images(done, *sample_preview(ema, run.autoencoder, run.dataset.class_names))
             if run.evaluator and done % flags.eval_every == 0 and not (stop or fault or run.guard.exhausted):
                 evaluate(run, done, monitor, signals, is_saved)
             if last:
                 run.saver.finish()
                 run.guard.check(path)
-                with processes.together(accelerator):
+                with distributed.raise_on_all_ranks():
                     loader.check()
                 if stop and done < batches.last:
                     logger.info(f"Stopped by {signals.received or 'another process'} after {done} steps; --resume auto "
@@ -287,16 +296,16 @@ def evaluate(run, step, monitor, signals, is_saved):
             monitor.show_scores(step, found)
 
 
-def open_evaluation(accelerator, flags, model, codec, dataset, rows, speed):
+def open_evaluation(flags, model, autoencoder, dataset, rows, compute):
     """What measures samples of `model`, the EMA, as the --eval flags say. To be called by all processes."""
     try:
-        with processes.together(accelerator):
-            make = image_maker(model, codec, flags.eval_sampling_steps, flags.eval_cfg_scale, speed=speed)
+        with distributed.raise_on_all_ranks():
+            make = build_pipeline(model, autoencoder, flags.eval_sampling_steps, flags.eval_cfg_scale, compute=compute)
         made_of = dict(model=flags.model, weights="ema", ema_decay=flags.ema_decay, image_size=flags.image_size,
-                       vae=flags.vae) | made_with(accelerator.device)
+                       vae=flags.vae) | collect_environment(distributed.device())
         images = GeneratedImages(make, len(dataset.class_names), flags.eval_samples, flags.global_seed, made_of=made_of)
         batch_size = (rows.stop - rows.start) // flags.grad_accum_steps
-        return open_evaluator(accelerator, flags.eval_features, flags.eval_reference, images, batch_size,
+        return build_evaluator(flags.eval_features, flags.eval_reference, images, batch_size,
                               flags.image_size)
     except UserError as error:  # the parts name the flags of sample.py and evaluate.py
         names = r"--(?:num-)?(features|reference|cfg-scale|sampling-steps)\b"
@@ -309,16 +318,16 @@ def open_dataset(flags, given, device):
     Flags that were not typed follow from the data. raise: `UserError` where those that were do not fit it.
     """
     if flags.features_path:
-        cache = latent_cache.LatentCache(flags.features_path)
-        codec = cache.codec(*(getattr(flags, name) if name in given else None for name in ("vae", "image_size")),
+        cache = LatentCache(flags.features_path)
+        autoencoder = cache.autoencoder(*(getattr(flags, name) if name in given else None for name in ("vae", "image_size")),
                             device=device, decodes=bool(flags.sample_every or flags.eval_every))
-        flags.vae, flags.image_size = codec.name, cache.image_size
+        flags.vae, flags.image_size = autoencoder.name, cache.image_size
         dataset = cache.in_memory(device) if flags.features_in_memory else cache
     elif flags.features_in_memory:
         raise UserError("--features-in-memory needs --features-path: only a latent cache is kept on the device")
     else:
-        dataset = data.open_data(flags.data_path, flags.image_size, flags.max_bad_images, flags.num_classes)
-        codec = latents.open_codec(flags.vae, dataset.channels, device)
+        dataset = build_dataset(flags.data_path, flags.image_size, flags.max_bad_images, flags.num_classes)
+        autoencoder = load_autoencoder(flags.vae, dataset.channels, device)
     source = flags.features_path or flags.data_path
     if flags.flip and flags.features_path and not dataset.flips:
         raise UserError(f"--flip: the cache {source} was made without mirror images (--no-flip)")
@@ -328,37 +337,37 @@ def open_dataset(flags, given, device):
     if len(dataset) < flags.global_batch_size:
         raise UserError(f"--global-batch-size {flags.global_batch_size}: {source} has {len(dataset)} images, "
                         "not enough for one batch")
-    return dataset, codec
+    return dataset, autoencoder
 
 
-def build_model(flags, codec):
+def build_model(flags, autoencoder):
     """The DiT of --model, with whatever sizes were given beside it; the same initial weights on every process."""
     sizes = {name: getattr(flags, name) for name in ("depth", "hidden_size", "num_heads", "patch_size")}
-    torch.manual_seed(seed_of(flags.global_seed, WEIGHTS))
+    torch.manual_seed(derive_seed(flags.global_seed, WEIGHTS))
     try:
         return models.DiT_models[flags.model](
-            input_size=latents.latent_size(codec, flags.image_size), in_channels=codec.channels,
+            input_size=latent_size(autoencoder, flags.image_size), in_channels=autoencoder.channels,
             num_classes=flags.num_classes, class_dropout_prob=flags.class_dropout_prob, conditioning=flags.conditioning,
             **{name: value for name, value in sizes.items() if value is not None})
     except ValueError as error:
         raise UserError(f"--model {flags.model} at --image-size {flags.image_size}: {error}") from None
 
 
-def distributed(accelerator, model, ema_decay, mesh, speed):
+def distribute(model, ema_decay, mesh, compute):
     """What computes the gradients over all processes, and the `EMA`; sharded over `mesh`, if any."""
     if mesh is None:
-        network = accelerator.prepare(model.to(accelerator.device))
+        network = distributed.data_parallel(model)
         return network, EMA(model, ema_decay)
     ema = EMA(model, ema_decay)  # before the model is sharded, which cannot be copied then
     ema.shard(mesh)
-    return sharding.shard(model, mesh, speed.precision), ema
+    return shard_model(model, mesh, compute.precision), ema
 
 
-def opening_lines(flags, folder, accelerator, model, dataset, resumed, first_step, last_step):
+def opening_lines(flags, folder, model, dataset, resumed, first_step, last_step):
     """What log.txt begins with."""
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     yield f"Experiment directory created at {folder}" if not resumed else f"Experiment directory: {folder}"
-    yield f"{accelerator.num_processes} process(es) on {accelerator.device.type}, " + ", ".join(
+    yield f"{distributed.world_size()} process(es) on {distributed.device().type}, " + ", ".join(
         f"{name}={value}" for name, value in vars(flags).items())
     yield f"DiT Parameters: {parameters:,}"
     yield (f"Dataset contains {len(dataset):,} images in {len(dataset.class_names)} classes "
@@ -369,7 +378,7 @@ def opening_lines(flags, folder, accelerator, model, dataset, resumed, first_ste
     if resumed:
         yield f"Resuming from {resumed} at step {first_step}"
     elif flags.resume:
-        others = [os.path.basename(path) for path in experiment.experiment_folders(flags.results_dir) if path != folder]
+        others = [os.path.basename(path) for path in list_run_dirs(flags.results_dir) if path != folder]
         yield (f"WARNING: --resume auto: no checkpoint of {flags.model} in {flags.results_dir}, starting from the "
                "beginning" + (f" (of others: {', '.join(others[-3:])})" if others else ""))
     limit = "--max-steps" if last_step == flags.max_steps else f"--epochs {flags.epochs}"

@@ -1,7 +1,8 @@
 """The way from the published recipe to --fast, one flag of speed after another."""
+
 import functools
 
-from . import train
+from benchmarks.train import line, measure
 
-measure = functools.partial(train.measure, each=True)
-line = train.line
+measure = functools.partial(measure, each=True)
+line = line

@@ -1,17 +1,17 @@
 """Speed of guided sampling: as published code computes it, ours, and ours with one flag of speed after another."""
+
 import functools
 
 import torch
 
+from autoencoder.vae import IdentityAutoencoder
+from benchmarks.diffusion_overhead import PlainFormulas
+from benchmarks.timing import compare
+from benchmarks.train import variants
+from common.compute import DEFAULT_COMPUTE
 from models import DiT_models
-from runtime.generate import SampleNoise, image_maker
-from runtime.latents import PixelCodec
-from runtime.speed import PLAIN
-
-from .process import PlainFormulas
-from .train import line as train_line
-from .train import variants
-from .windows import compare
+from sampling.noise import PerSampleRNG
+from sampling.pipeline import build_pipeline
 
 
 @torch.no_grad()
@@ -33,7 +33,7 @@ def measure(device, model="DiT-S/4", batch=32, image_size=256, steps=5, warm_up=
     """
     size = image_size // 8
     labels = torch.arange(batch, device=device)
-    chosen = {name: speed for name, speed, _ in variants(device, training=False)}
+    chosen = {name: compute for name, compute, _ in variants(device, training=False)}
     samples = {}
 
     def maker(name):
@@ -42,7 +42,7 @@ def measure(device, model="DiT-S/4", batch=32, image_size=256, steps=5, warm_up=
             network = DiT_models[model](input_size=size).to(device).eval()
             for weight in network.parameters():  # nothing that is zero at the start may hide a difference
                 torch.nn.init.normal_(weight, std=0.02)
-            images = image_maker(network, PixelCodec(4), steps, cfg_scale=4.0, speed=chosen.get(name, PLAIN))
+            images = build_pipeline(network, IdentityAutoencoder(4), steps, cfg_scale=4.0, compute=chosen.get(name, DEFAULT_COMPUTE))
             run = functools.partial(images if name in chosen else functools.partial(published_sampling, images), labels)
             samples[name] = run(noise_of(labels)).cpu()
             return lambda: run(noise_of(labels))
@@ -59,9 +59,9 @@ def measure(device, model="DiT-S/4", batch=32, image_size=256, steps=5, warm_up=
 
 
 def noise_of(labels):
-    return SampleNoise(0, range(len(labels)), labels.device)
+    return PerSampleRNG(0, range(len(labels)), labels.device)
 
 
 def line(name, row):
     difference = f"   samples differ by {row['difference']:.1e} of the largest" if "difference" in row else ""
-    return train_line(name, row).replace(" a step ", " a batch ") + difference
+    return line(name, row).replace(" a step ", " a batch ") + difference

@@ -1,25 +1,22 @@
 """Speed of training steps on random latents: the published recipe, ours without flags, and ours with --fast.
 """
+
 from dataclasses import replace
-from types import SimpleNamespace
 
 import torch
 
+from autoencoder.vae import IdentityAutoencoder
+from benchmarks.diffusion_overhead import PlainFormulas
+from benchmarks.timing import compare
+from common.compute import DEFAULT_COMPUTE, fastest_config
+from common.flops import count_multiply_adds, peak_flops, training_step_flops
+from common.seeding import BatchRNG
 from diffusion import create_diffusion
 from diffusion.timestep_sampler import create_named_schedule_sampler
 from models import DiT_models
-from runtime.chips import peak
-from runtime.costs import multiply_adds, step_flops
-from runtime.ema import EMA
-from runtime.latents import PixelCodec
-from runtime.randomness import BatchRandomness
-from runtime.speed import PLAIN, fastest
-from runtime.step_guard import StepGuard
-from runtime.training_step import TrainingStep, gradient_norm
-from runtime.update import Update
-
-from .process import PlainFormulas
-from .windows import compare
+from training.ema import EMA
+from training.nan_guard import NonFiniteGuard
+from training.train_step import TrainingStep, Update, clip_grad_norm
 
 
 class PublishedStep:
@@ -49,36 +46,35 @@ class PublishedStep:
 class OurStep:
     """A training step as train.py computes it, on one process."""
 
-    def __init__(self, model, device, batch, speed=PLAIN, fused=False):
+    def __init__(self, model, device, batch, compute=DEFAULT_COMPUTE, fused=False):
         self.model, self.step, self.losses = model, 0, []
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0, fused=fused or None)
         ema = EMA(model, 0.9999)
-        speed.set_up(model)
+        compute.set_up(model)
         diffusion = create_diffusion("")
-        accelerator = SimpleNamespace(unwrap_model=lambda network: network, num_processes=1, process_index=0)
-        self.gradients = TrainingStep(accelerator, model, PixelCodec(model.in_channels), diffusion,
+        self.gradients = TrainingStep(model, IdentityAutoencoder(model.in_channels), diffusion,
                                       create_named_schedule_sampler("uniform", diffusion),
-                                      BatchRandomness(0, batch, slice(0, batch), device), parts=1, speed=speed)
-        self.update = Update(model, optimizer, ema, StepGuard(accelerator, max_bad_steps=10), self.gradients)
+                                      BatchRNG(0, batch, slice(0, batch), device), parts=1, compute=compute)
+        self.update = Update(model, optimizer, ema, NonFiniteGuard(max_bad_steps=10), self.gradients)
 
     def __call__(self, latents, labels):
         losses = self.gradients.backward(self.step, latents, labels)
-        self.update(self.step, losses, gradient_norm(self.model, None), lambda step: [range(len(labels))], self)
+        self.update(self.step, losses, clip_grad_norm(self.model, None), lambda step: [range(len(labels))], self)
         self.step += 1
 
     def add(self, losses, applied=True):
-        """What a `Monitor` does with a step: keep its loss on the device."""
+        """What a `MetricLogger` does with a step: keep its loss on the device."""
         self.losses.append(losses["loss"])
 
 
 def variants(device, training=True):
     """(name, speed, fused) one flag after the other, from none to --fast."""
-    best, speed = fastest(device), PLAIN
-    rows = [("no flags", speed, False)]
+    best, compute = fastest_config(device), DEFAULT_COMPUTE
+    rows = [("no flags", compute, False)]
     for flag, change in (("--precision", "precision"), ("--compile", "compile"), ("--attention", "attention")):
-        if (value := getattr(best, change)) != getattr(PLAIN, change):
-            speed = replace(speed, **{change: value})
-            rows.append((f"+ {flag}" + (f" {value}" if value is not True else ""), speed, False))
+        if (value := getattr(best, change)) != getattr(DEFAULT_COMPUTE, change):
+            compute = replace(compute, **{change: value})
+            rows.append((f"+ {flag}" + (f" {value}" if value is not True else ""), compute, False))
     if training:
         rows.append(("+ --fused-adamw", best, True))
     name, *last = rows[-1]
@@ -98,8 +94,8 @@ def measure(device, model="DiT-S/4", batch=32, image_size=256, warm_up=3, count=
     torch.manual_seed(0)
     latents = torch.randn(batch, 4, size, size, device=device)
     labels = torch.randint(0, 1000, (batch,), device=device)
-    chosen = {name: (speed, fused) for name, speed, fused in variants(device)
-              if each or speed == PLAIN or name.endswith(": --fast")}
+    chosen = {name: (compute, fused) for name, compute, fused in variants(device)
+              if each or compute == DEFAULT_COMPUTE or name.endswith(": --fast")}
     steps = {}
 
     def maker(name):
@@ -114,12 +110,12 @@ def measure(device, model="DiT-S/4", batch=32, image_size=256, warm_up=3, count=
 
     rows = compare({name: maker(name) for name in ("published recipe", *chosen)}, device, warm_up, count, calls)
     with torch.device("meta"):
-        cost = step_flops(multiply_adds(DiT_models[model](input_size=size)), batch)
+        cost = training_step_flops(count_multiply_adds(DiT_models[model](input_size=size)), batch)
     for name, row in rows.items():
         if "seconds" not in row:
             continue
         row["images_per_second"] = batch / row["seconds"]
-        if rate := peak(device, chosen[name][0].precision if name in chosen else "tf32"):
+        if rate := peak_flops(device, chosen[name][0].precision if name in chosen else "tf32"):
             row["mfu"] = cost / row["seconds"] / rate
         if name in chosen and "seconds" in rows["no flags"]:
             pairs = zip(steps[name], steps["no flags"])

@@ -3,6 +3,7 @@
 Its features are what `evaluate.py --features FILE` takes, and its classes are what samples are held against. Distances
 in its space are never called FID.
 """
+
 import copy
 import json
 import math
@@ -12,13 +13,13 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from runtime.data import BatchLoader, GlobalBatches
-from runtime.errors import UserError
-from runtime.generate import to_uint8
-from runtime.randomness import WEIGHTS, seed_of
-from runtime.whole_file import whole_file
-
-from .features import ModuleFeatures, full_precision
+from common.errors import UserError
+from common.files import atomic_write
+from common.seeding import WEIGHTS, derive_seed
+from data.image_io import to_uint8
+from data.loader import PrefetchLoader
+from data.sampler import StepBatchSampler
+from evaluation.features import ModuleFeatures, full_precision
 
 
 class Residual(nn.Module):
@@ -60,19 +61,19 @@ class Classifier(nn.Module):
 
 def train_classifier(dataset, device="cpu", steps=500, batch_size=128, lr=2e-3, width=32, seed=0, num_workers=0,
                      log=lambda step, loss: None):
-    """A `Classifier` of an `ImageData`, trained by AdamW with a learning rate that rises and falls, in evaluation mode.
+    """A `Classifier` of an `LabeledImageDataset`, trained by AdamW with a learning rate that rises and falls, in evaluation mode.
 
     It is a function of the data, the numbers here, and the device. log is called with (step, loss) after each step.
     raise  UserError for too large a batch, and for an image that cannot be read
     """
     if batch_size > len(dataset):
         raise UserError(f"--batch-size {batch_size}: there are {len(dataset)} images, not enough for one batch")
-    torch.manual_seed(seed_of(seed, WEIGHTS))
+    torch.manual_seed(derive_seed(seed, WEIGHTS))
     device, classifier = torch.device(device), Classifier(len(dataset.class_names), width)
     classifier.to(device).train()
     optimizer = torch.optim.AdamW(classifier.parameters(), lr=lr, weight_decay=0.01)
-    batches = GlobalBatches(len(dataset), batch_size, slice(0, batch_size), seed, 0, steps, flips=False)
-    for step, (images, labels) in enumerate(BatchLoader(dataset, batches, num_workers, device, on_bad=refuse)):
+    batches = StepBatchSampler(len(dataset), batch_size, slice(0, batch_size), seed, 0, steps, flips=False)
+    for step, (images, labels) in enumerate(PrefetchLoader(dataset, batches, num_workers, device, on_bad=refuse)):
         for group in optimizer.param_groups:  # a tenth of the steps up, then down along a cosine
             group["lr"] = lr * min(10 * (step + 1) / steps, 0.5 + 0.5 * math.cos(math.pi * step / steps))
         loss = F.cross_entropy(classifier.class_logits(classifier(as_bytes(images))), labels)
@@ -118,5 +119,5 @@ def save_classifier(classifier, path, data, class_names, accuracy):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # of torch, as in `ModuleFeatures`
         script = torch.jit.script(copy.deepcopy(classifier).cpu())
-        with whole_file(path) as file:
+        with atomic_write(path) as file:
             torch.jit.save(script, file, _extra_files={ModuleFeatures.ABOUT: about})

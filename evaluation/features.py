@@ -1,4 +1,5 @@
 """Feature spaces in which sets of images are compared."""
+
 import contextlib
 import io
 import json
@@ -8,14 +9,15 @@ from typing import NamedTuple
 
 import torch
 
-from runtime import checkpoint, checksum, pretrained
-from runtime.errors import UserError
+from common.checkpoint_io import load_checkpoint
+from common.download import download
+from common.errors import UserError
+from common.files import sha256_file
 
 # The weights of the TensorFlow graph of 2015-12-05 that FID is defined by, as torch-fidelity converted them.
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
 INCEPTION_URL = "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/"
 INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
-
 LARGEST_PIXELS = 32 * 32 * 3  # numbers an image of the pixel space: a covariance of 3072 x 3072
 
 
@@ -57,8 +59,8 @@ class InceptionFeatures(FeatureSpace):
     def __init__(self, device, weights=None):
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
         path = weights or downloaded_inception()
-        state = checkpoint.load(path)
-        self.sha256 = checksum.of_file(path)
+        state = load_checkpoint(path)
+        self.sha256 = sha256_file(path)
         self.device = device
         # torch-fidelity unpickles its file in a way that could run code; what it gets here are tensors, saved again.
         raw = io.BytesIO()
@@ -102,7 +104,7 @@ class InceptionFeatures(FeatureSpace):
 def downloaded_inception():
     """The path of the usual weights. raise: UserError where they are not there and cannot be fetched."""
     try:
-        return pretrained.download(INCEPTION_FILE, base_url=INCEPTION_URL, sha256=INCEPTION_SHA256)
+        return download(INCEPTION_FILE, base_url=INCEPTION_URL, sha256=INCEPTION_SHA256)
     except UserError as error:
         raise UserError(f"{error} (its SHA-256 is {INCEPTION_SHA256}). For images up to 32 x 32 there is --features "
                         "pixels, which needs no weights") from None
@@ -142,7 +144,7 @@ class ModuleFeatures(FeatureSpace):
         except (RuntimeError, ValueError) as error:
             reason = (str(error).strip().splitlines() or [""])[0]
             raise UserError(f"--features {path}: this is no TorchScript module ({reason})") from None
-        self.device, self.sha256, self.name = device, checksum.of_file(path), os.path.basename(path)
+        self.device, self.sha256, self.name = device, sha256_file(path), os.path.basename(path)
         self.about = json.loads(extra[self.ABOUT] or "null")
         if self.about:
             self.predicted, self.num_classes = self._predicted, len(self.about["class_names"])
@@ -177,7 +179,7 @@ class ModuleFeatures(FeatureSpace):
         return Features(pool.float())
 
 
-def open_features(name, device, inception=None):
+def load_feature_space(name, device, inception=None):
     """The feature space that --features names: inception, pixels, or the path of a TorchScript module.
 
     inception  path of Inception's weights, or None
@@ -207,3 +209,12 @@ def full_precision():
     finally:
         torch.set_float32_matmul_precision(before[0])
         torch.backends.cudnn.allow_tf32 = before[1]
+
+
+def add_feature_flags(parser):
+    """In which feature space sets of images are compared."""
+    group = parser.add_argument_group("features")
+    group.add_argument("--features", default="inception",
+                       help="inception (FID and the rest), pixels (up to 32 x 32), or a TorchScript module's file")
+    group.add_argument("--inception", metavar="FILE", help="weights of Inception; default: downloaded once")
+    return group

@@ -1,8 +1,9 @@
 """Distances and scores, as ADM's evaluation suite defines them; the arithmetic is torch-fidelity's."""
+
 import numpy as np
 import torch
 
-from runtime.errors import UserError
+from common.errors import UserError
 
 SPLIT = 5000  # images in each part of the Inception Score
 NEIGHBOURS = 3  # k of precision and recall

@@ -1,12 +1,12 @@
 """Pictures of runs, fit to be printed: labelled axes, readable in grey."""
+
 import os
 import re
 
-from runtime.errors import UserError
-from runtime.whole_file import whole_file
-
-from . import records
-from .during_training import read_rows
+from common.errors import UserError
+from common.files import atomic_write
+from evaluation.periodic import read_score_table
+from evaluation.records import try_read
 
 LOSS_LINE = re.compile(r"\(step=(\d+)\) Train Loss: ([\d.]+)")
 SCORES = {"fid": "FID", "frechet_distance": "Frechet distance"}
@@ -53,8 +53,8 @@ def losses_in(folder):
 def distances_in(folder):
     """What was measured, in a line, and [(step, distance)] of a run's evaluations.csv; (None, []) where there is none.
     """
-    rows = read_rows(os.path.join(folder, "evaluations.csv"))
-    space = records.try_read(os.path.join(folder, "evaluations.json")).get("features", {}).get("space", "?")
+    rows = read_score_table(os.path.join(folder, "evaluations.csv"))
+    space = try_read(os.path.join(folder, "evaluations.json")).get("features", {}).get("space", "?")
     for name, title in SCORES.items():
         if found := sorted((row["step"], row[name]) for row in rows if name in row):
             counts = sorted({row["images"] for row in rows if "images" in row})
@@ -80,5 +80,5 @@ def save_figure(figure, path):
     kind = os.path.splitext(path)[1][1:].lower() or "png"
     if kind not in figure.canvas.get_supported_filetypes():
         raise UserError(f"cannot write {path}: no picture format has the ending .{kind}; take .png or .pdf")
-    with whole_file(path, sync=False) as file:
+    with atomic_write(path, sync=False) as file:
         figure.savefig(file, format=kind, dpi=160)

@@ -1,15 +1,16 @@
 """The record beside every score: what was measured, with what, against what; and what differs between two of them."""
+
 import json
 import math
 import os
 
-from runtime.errors import UserError
-from runtime.whole_file import whole_file
+from common.errors import UserError
+from common.files import atomic_write
 
 
 def write_record(path, record):
     """Write a record as JSON."""
-    with whole_file(path) as file:
+    with atomic_write(path) as file:
         file.write((json.dumps(record, indent=2) + "\n").encode())
 
 
@@ -45,14 +46,14 @@ def try_read(path):
 NO_DIFFERENCE = ("date", "command")  # two measurements never agree in these, and nothing depends on them
 
 
-def differences(one, two, path=""):
+def diff_records(one, two, path=""):
     """(field, value of one, value of two) of all that differs; a missing field is None."""
     if isinstance(one, dict) or isinstance(two, dict):
         one, two = ({} if value is None else value for value in (one, two))
     if isinstance(one, dict) and isinstance(two, dict):
         for name in [*one, *(name for name in two if name not in one)]:
             if name not in NO_DIFFERENCE:
-                yield from differences(one.get(name), two.get(name), f"{path}.{name}" if path else name)
+                yield from diff_records(one.get(name), two.get(name), f"{path}.{name}" if path else name)
     elif isinstance(one, float) and isinstance(two, float) and math.isclose(one, two, rel_tol=1e-8):
         return  # rounding
     elif one != two:

@@ -1,40 +1,39 @@
 """What samples are compared with: statistics files of ADM and of our own, or images."""
+
 import json
 import os
 
 import numpy as np
 import torch
 
-from runtime import checksum, processes
-from runtime.errors import UserError
-from runtime.npz import npz_array, npz_names
-from runtime.whole_file import whole_file
-
-from .measure import Measured, measure
-from .sources import NpzImages, open_images
+from common import distributed
+from common.errors import UserError
+from common.files import atomic_write, list_npz_arrays, read_npz_array, sha256_file
+from evaluation.feature_statistics import FeatureStatistics, compute_statistics
+from evaluation.image_sources import NpzImages, open_image_source
 
 PRECISION_IMAGES = 10_000  # of a reference, for precision and recall: as many as ADM's references hold
 
 
-def open_reference(accelerator, path, features, batch_size, image_size=None, num_classes=None):
-    """(`Measured`, record) of what --reference names: ADM's .npz (`mu`, `sigma`, `mu_s`, `sigma_s`, `arr_0`), an .npz
+def open_reference(path, features, batch_size, image_size=None, num_classes=None):
+    """(`FeatureStatistics`, record) of what --reference names: ADM's .npz (`mu`, `sigma`, `mu_s`, `sigma_s`, `arr_0`), an .npz
     of images, a folder, an embedded data set (`digits-held-out`), or a file of `save_reference`.
 
-    image_size, num_classes  as `open_images` takes them
+    image_size, num_classes  as `open_image_source` takes them
     raise  UserError for a file that is damaged, or of another feature space. To be called by all processes.
     """
-    with processes.together(accelerator):
-        names = npz_names(path) if os.path.isfile(path) else set()
+    with distributed.raise_on_all_ranks():
+        names = list_npz_arrays(path) if os.path.isfile(path) else set()
         images = None
         if "mu" not in names:
-            images = open_images(path, image_size, num_classes)
+            images = open_image_source(path, image_size, num_classes)
         else:
             reference, record = _read(path, names, features)
             if reference.features is None and "arr_0" in names:
                 images = NpzImages(path)  # ADM's: beside statistics of the training set, for precision and recall
     if images is None:
         return reference, record
-    found = measure(accelerator, images, features, batch_size, keep=PRECISION_IMAGES, title="reference")
+    found = compute_statistics(images, features, batch_size, keep=PRECISION_IMAGES, title="reference")
     if "mu" in names:
         reference.features, reference.size = found.features, found.size
         return reference, record
@@ -42,9 +41,9 @@ def open_reference(accelerator, path, features, batch_size, image_size=None, num
 
 
 def _read(path, names, features):
-    """(`Measured`, record) of a file of statistics."""
-    record = dict(path=os.path.abspath(path), sha256=checksum.of_file(path)) | _own_record(path, names, features)
-    reference = Measured(record.get("images"), _statistics(path, "mu", "sigma"),
+    """(`FeatureStatistics`, record) of a file of statistics."""
+    record = dict(path=os.path.abspath(path), sha256=sha256_file(path)) | _own_record(path, names, features)
+    reference = FeatureStatistics(record.get("images"), _statistics(path, "mu", "sigma"),
                          _statistics(path, "mu_s", "sigma_s") if "mu_s" in names else None,
                          size=record.pop("size", None))
     if "features" in names:
@@ -64,7 +63,7 @@ def _own_record(path, names, features):
                             f"{features.record()['space']}")
         return {}
     try:
-        record = json.loads(npz_array(path, "record").tobytes())
+        record = json.loads(read_npz_array(path, "record").tobytes())
         space, source = record["features"], record["source"]
     except (ValueError, LookupError, TypeError, RecursionError):
         raise UserError(f"--reference {path}: its record cannot be read") from None
@@ -87,7 +86,7 @@ def _statistics(path, mean_name, covariance_name):
 
 
 def _finite(path, name):
-    array = np.asarray(npz_array(path, name))
+    array = np.asarray(read_npz_array(path, name))
     if array.dtype.kind != "f" or not np.isfinite(array).all():
         raise UserError(f"--reference {path}: {name} does not consist of finite numbers")
     return array
@@ -98,12 +97,12 @@ def _short(space):
 
 
 def save_reference(path, reference, features, source):
-    """Write a `Measured` set as a reference: ADM's arrays, the features for precision and recall, and a record.
+    """Write a `FeatureStatistics` set as a reference: ADM's arrays, the features for precision and recall, and a record.
 
     source  what the images are, a plain dictionary
     """
     spatial = {} if reference.spatial is None else dict(mu_s=reference.spatial[0], sigma_s=reference.spatial[1])
     record = json.dumps(dict(features=features.record(), images=reference.count, size=reference.size, source=source))
-    with whole_file(path) as file:
+    with atomic_write(path) as file:
         np.savez(file, mu=reference.pool[0], sigma=reference.pool[1], features=reference.features.numpy(),
                  record=np.frombuffer(record.encode(), dtype=np.uint8), **spatial)

@@ -1,21 +1,21 @@
 """The scores of a set of samples, by their names."""
+
 import math
 
-from runtime.errors import UserError
+from common.errors import UserError
+from evaluation.feature_statistics import FeatureStatistics
+from evaluation.metrics import NEIGHBOURS, SPLIT, frechet_distance, inception_score, precision_recall
 
-from .measure import Measured
-from .metrics import NEIGHBOURS, SPLIT, frechet_distance, inception_score, precision_recall
 
-
-def score(samples, reference, features, labels=None):
-    """All scores that a feature space has, of one `Measured` set against another; for the main process.
+def compute_scores(samples, reference, features, labels=None):
+    """All scores that a feature space has, of one `FeatureStatistics` set against another; for the main process.
 
     labels  (N,) the classes that the samples are to show, or None
     return  dictionary: fid, sfid, inception_score, inception_score_std, precision, recall in the standard Inception
             space; else frechet_distance, precision, recall, and class_agreement (the share of samples that are taken
             for what they are to show) in that of a classifier. What the reference does not allow is left out.
     """
-    check_alike(samples, reference)
+    check_same_dimensions(samples, reference)
     names = ("fid", "sfid") if features.is_standard else ("frechet_distance", "spatial_frechet_distance")
     found = {names[0]: frechet_distance(samples.pool, reference.pool)}
     if samples.spatial is not None and reference.spatial is not None:
@@ -34,8 +34,8 @@ def score(samples, reference, features, labels=None):
     return found
 
 
-def check_alike(samples, reference):
-    """A `UserError` where the features of two `Measured` sets have not the same size."""
+def check_same_dimensions(samples, reference):
+    """A `UserError` where the features of two `FeatureStatistics` sets have not the same size."""
     for name in ("pool", "spatial"):
         one, other = getattr(samples, name), getattr(reference, name)
         if one is not None and other is not None and one[0].shape != other[0].shape:
@@ -43,8 +43,8 @@ def check_alike(samples, reference):
                             "images of another size, or another feature space?")
 
 
-def check_first(images, reference, features):
-    """Before the work, not after it: a `UserError` where these images cannot be compared with a `Measured` reference.
+def check_comparable(images, reference, features):
+    """Before the work, not after it: a `UserError` where these images cannot be compared with a `FeatureStatistics` reference.
     """
     if reference.features is not None and len(images) <= NEIGHBOURS:
         raise UserError(f"{len(images)} samples are too few: precision and recall need more than {NEIGHBOURS}")
@@ -55,10 +55,10 @@ def check_first(images, reference, features):
     # To the features noise is as good as samples that are still to be made.
     few = images.noise_like(2) if hasattr(images, "noise_like") else images.batch(0, min(2, len(images)))
     rows = {name: found for name, found in features(few)._asdict().items() if found is not None}
-    check_alike(Measured(len(few), **{name: (found[0], None) for name, found in rows.items()}), reference)
+    check_same_dimensions(FeatureStatistics(len(few), **{name: (found[0], None) for name, found in rows.items()}), reference)
 
 
-def main_score(features):
+def primary_score(features):
     """The name of the distance that sets are ranked by: the lower, the better."""
     return "fid" if features.is_standard else "frechet_distance"
 
@@ -70,9 +70,9 @@ def distance_name(features, count):
     return f"Frechet distance ({features.record()['space']}, {count} images)"
 
 
-def lines(scores, features, samples, reference):
+def format_scores(scores, features, samples, reference):
     """The scores as lines for people, with warnings where they mean little."""
-    yield f"{distance_name(features, samples.count)}: {scores[main_score(features)]:.4f}"
+    yield f"{distance_name(features, samples.count)}: {scores[primary_score(features)]:.4f}"
     for name, title in (("sfid", "sFID"), ("spatial_frechet_distance", "of the spatial features")):
         if name in scores:
             yield f"{title}: {scores[name]:.4f}"
@@ -85,11 +85,11 @@ def lines(scores, features, samples, reference):
     if "class_agreement" in scores:
         yield (f"class agreement: {scores['class_agreement']:.1%} (of real images not trained on: "
                f"{features.record()['accuracy']:.1%})")
-    yield from warnings(samples.count, samples.size, reference)
+    yield from score_warnings(samples.count, samples.size, reference)
 
 
-def warnings(count, size, reference):
-    """Sentences on why a distance of so many samples of this size to a `Measured` reference may mislead."""
+def score_warnings(count, size, reference):
+    """Sentences on why a distance of so many samples of this size to a `FeatureStatistics` reference may mislead."""
     dimensions = len(reference.pool[0])
     for number, what in ((count, "samples"), (reference.count, "images of the reference")):
         if number and number <= dimensions:

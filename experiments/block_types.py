@@ -2,14 +2,14 @@
 
     python -m experiments.block_types
 """
+
 import sys
 
-from runtime.errors import run_command
-
-from .figures import curve, finish, log_axes, new_figure
-from .spread import mean_spread, plus_minus, seen_lower
-from .study import run_study
-from .trainings import curve_of, multiply_adds, parameters
+from common.errors import run_command
+from experiments.figures import curve, finish, log_axes, new_figure
+from experiments.job_types import curve_of, multiply_adds, parameters
+from experiments.runner import run_study
+from experiments.statistics import format_mean_std, mean_std, verdict_lower
 
 TITLE = "Distance over training steps, by block type"
 # What the paper found (table 4): FID-50K of DiT-XL/2 after 400K steps without guidance. PixArt-alpha added the last.
@@ -39,7 +39,7 @@ def table(found):
            "the paper: DiT-XL/2, FID-50K")
     for row in found["rows"]:
         yield (row["type"], f"{row['parameters']:,}", f"{row['multiply_adds'] / 1e6:.3f} M",
-               plus_minus(row["distance"]), f"{mean_spread(row['agreement'])[0]:.1%}",
+               format_mean_std(row["distance"]), f"{mean_std(row['agreement'])[0]:.1%}",
                f"{PAPER[row['type']] or '(PixArt-alpha)'}")
 
 
@@ -58,8 +58,8 @@ def claims(found):
     distance = {row["type"]: row["distance"] for row in found["rows"]}
     for other in ("adaln", "cross-attention", "in-context"):
         yield (f"adaLN-Zero ends lower than {other}", f"FID {PAPER['adaln-zero']} against {PAPER[other]}",
-               f"{plus_minus(distance['adaln-zero'])} against {plus_minus(distance[other])}",
-               seen_lower(distance["adaln-zero"], distance[other]))
+               f"{format_mean_std(distance['adaln-zero'])} against {format_mean_std(distance[other])}",
+               verdict_lower(distance["adaln-zero"], distance[other]))
 
 
 if __name__ == "__main__":

@@ -1,12 +1,11 @@
 """How the studies' pictures look: labelled, with error bars, told apart by markers and lines also in grey."""
+
 from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
 
 from evaluation.plots import new_figure, save_figure
-
-from .spread import mean_spread
+from experiments.statistics import mean_std
 
 __all__ = ["curve", "finish", "log_axes", "new_figure", "save_figure"]
-
 # From dark to light, so that the order is seen in grey too.
 COLORS = ("#000000", "#3b3a8c", "#1f7a8c", "#2e9e6b", "#c77b30", "#b0a030")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
@@ -16,7 +15,7 @@ LINES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (8, 2)))
 
 def curve(axis, points, label, number, line=True):
     """Draw {x: values of the seeds} as means with error bars of one standard deviation; `number` chooses the style."""
-    means = [mean_spread(values) for values in points.values()]
+    means = [mean_std(values) for values in points.values()]
     errors = [spread or 0 for _, spread in means]
     axis.errorbar(list(points), [mean for mean, _ in means], yerr=errors if any(errors) else None, label=label,
                   color=COLORS[number % len(COLORS)], marker=MARKERS[number % len(MARKERS)],

@@ -4,13 +4,13 @@
 
 The network is that of `block_types` with adaLN-Zero. Where images have one channel there are no channels to choose.
 """
+
 import sys
 
-from runtime.errors import run_command
-
-from .figures import curve, finish, log_axes, new_figure
-from .spread import best_elsewhere, lowest, mean_spread, plus_minus, seen_lower
-from .study import run_study
+from common.errors import run_command
+from experiments.figures import curve, finish, log_axes, new_figure
+from experiments.runner import run_study
+from experiments.statistics import argmin_mean, cross_validated_best, format_mean_std, mean_std, verdict_lower
 
 TITLE = "Distance and class agreement over the guidance scale"
 SAMPLED = "Samples guided as the table says, by {}"  # how the samples are made
@@ -49,8 +49,8 @@ def results(setup, scores):
 def table(found):
     yield "guided", "scale", f"distance ({found['samples']} samples)", "agreement with the class", "precision", "recall"
     for row in found["rows"]:
-        yield (row["guided"], f"{row['scale']:g}", plus_minus(row["distance"]),
-               f"{mean_spread(row['agreement'])[0]:.1%}", plus_minus(row["precision"]), plus_minus(row["recall"]))
+        yield (row["guided"], f"{row['scale']:g}", format_mean_std(row["distance"]),
+               f"{mean_std(row['agreement'])[0]:.1%}", format_mean_std(row["precision"]), format_mean_std(row["recall"]))
 
 
 def draw(found, path):
@@ -59,7 +59,7 @@ def draw(found, path):
         rows = [row for row in found["rows"] if row["guided"] == title]
         curve(axes[0], {row["scale"]: row["distance"] for row in rows}, title, number)
         curve(axes[1], {row["scale"]: [100 * value for value in row["agreement"]] for row in rows}, title, number)
-        curve(axes[2], {mean_spread(row["recall"])[0]: row["precision"] for row in rows}, title, number)
+        curve(axes[2], {mean_std(row["recall"])[0]: row["precision"] for row in rows}, title, number)
     log_axes(axes[0])
     axes[0].set(xlabel="guidance scale",
                 ylabel=f"Frechet distance ({found['features']}, {found['samples']} samples)")
@@ -73,24 +73,24 @@ def claims(found):
     plain = {scale: row for (title, scale), row in rows.items() if title == "all timesteps"}
     none, most = plain[1], plain[max(plain)]
     guided = {scale: row["distance"] for scale, row in plain.items() if scale > 1}
-    best, distance = lowest(guided), best_elsewhere(guided)
+    best, distance = argmin_mean(guided), cross_validated_best(guided)
     yield ("guidance lowers the distance", "9.62 without, 3.22 at 1.25, 2.27 at 1.5 (FID-50K, XL/2 after 7M steps)",
-           f"{plus_minus(none['distance'])} without, {plus_minus(distance)} with each seed's scale chosen by the "
-           f"others ({best:g} by all)", seen_lower(distance, none["distance"]))
+           f"{format_mean_std(none['distance'])} without, {format_mean_std(distance)} with each seed's scale chosen by the "
+           f"others ({best:g} by all)", verdict_lower(distance, none["distance"]))
     rises = best < max(plain)
     yield ("too much of it raises the distance again", "scales near 1.5 are used for FID, 4 for pictures",
-           f"{plus_minus(most['distance'])} at {max(plain):g}" if rises else f"no rise seen up to {max(plain):g}",
-           seen_lower(distance, most["distance"]) if rises else "not clear")
-    agreement = [mean_spread(row["agreement"])[0] for row in (none, most)]
+           f"{format_mean_std(most['distance'])} at {max(plain):g}" if rises else f"no rise seen up to {max(plain):g}",
+           verdict_lower(distance, most["distance"]) if rises else "not clear")
+    agreement = [mean_std(row["agreement"])[0] for row in (none, most)]
     yield ("more samples show the class that was asked for", "why guidance is there; no number of this kind",
            f"{agreement[0]:.1%} without, {agreement[1]:.1%} at {max(plain):g}",
-           seen_lower(none["agreement"], most["agreement"]))
+           verdict_lower(none["agreement"], most["agreement"]))
     within = {key: row["distance"] for key, row in rows.items() if key[0].startswith("timesteps")}
     if within:
-        (title, scale), some = lowest(within), best_elsewhere(within)
+        (title, scale), some = argmin_mean(within), cross_validated_best(within)
         yield ("guidance in an interval of timesteps ends lower than in all", "later work (Kynkaanniemi et al., 2024)",
-               f"{plus_minus(some)} with each seed's interval and scale chosen by the others ({title} at {scale:g} by "
-               f"all), {plus_minus(distance)} in all", seen_lower(some, distance))
+               f"{format_mean_std(some)} with each seed's interval and scale chosen by the others ({title} at {scale:g} by "
+               f"all), {format_mean_std(distance)} in all", verdict_lower(some, distance))
 
 
 if __name__ == "__main__":

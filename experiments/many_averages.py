@@ -6,32 +6,36 @@ Seeds, data and losses are those of train.py, and so are the weights and each av
 has --fast, and no gradient is bad (there is no guard against such steps here). Told to stop, it saves all, and a later
 start goes on.
 """
+
 import os
 import sys
 
 import torch
 
+from autoencoder.vae import load_autoencoder
+from common import distributed
+from common.checkpoint_io import load_checkpoint, save_checkpoint
+from common.compute import DEFAULT_COMPUTE, fastest_config
+from common.errors import Stopped, UserError, run_command
+from common.seeding import WEIGHTS, BatchRNG, derive_seed
+from common.signals import StopSignals
+from data import build_dataset
+from data.loader import PrefetchLoader
+from data.sampler import StepBatchSampler
 from diffusion import create_diffusion
 from diffusion.timestep_sampler import UniformSampler
 from evaluation.classifier import refuse
 from evaluation.records import read_record
 from models import DiT
-from runtime import checkpoint, processes
-from runtime.data import BatchLoader, GlobalBatches, open_data
-from runtime.ema import EMA
-from runtime.errors import Stopped, UserError, run_command
-from runtime.latents import open_codec
-from runtime.randomness import WEIGHTS, BatchRandomness, seed_of
-from runtime.signals import StopSignals
-from runtime.speed import PLAIN, fastest
-from runtime.training_step import TrainingStep
+from training.ema import EMA
+from training.train_step import TrainingStep
 
 
 def main():
     request = read_record(sys.argv[1])
-    accelerator = processes.start()
+    distributed.init()
     with StopSignals() as signals:
-        run = AveragedRun(accelerator, request)
+        run = AveragedRun(request)
         run.train(signals)
 
 
@@ -41,26 +45,26 @@ class AveragedRun:
     folder, save_every (steps), which change nothing of it.
     """
 
-    def __init__(self, accelerator, request):
-        self.request, self.device = request, accelerator.device
+    def __init__(self, request):
+        self.request, self.device = request, distributed.device()
         self.state_path = state_of(request["folder"])
         self.lasting = {name: value for name, value in request.items() if name not in ("folder", "save_every")}
-        dataset = open_data(request["data_path"], request["network"]["input_size"])
-        codec = open_codec("none", dataset.channels, self.device)
-        torch.manual_seed(seed_of(request["seed"], WEIGHTS))
+        dataset = build_dataset(request["data_path"], request["network"]["input_size"])
+        autoencoder = load_autoencoder("none", dataset.channels, self.device)
+        torch.manual_seed(derive_seed(request["seed"], WEIGHTS))
         self.model = DiT(**request["network"]).to(self.device)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=request["lr"], weight_decay=0)
         self.averages = {decay: EMA(self.model, decay) for decay in request["decays"]}
         self.first = self._restore()
-        speed = fastest(self.device) if request["fast"] else PLAIN
-        speed.set_up(self.model)
+        compute = fastest_config(self.device) if request["fast"] else DEFAULT_COMPUTE
+        compute.set_up(self.model)
         rows, diffusion = slice(0, request["batch_size"]), create_diffusion("")
-        random = BatchRandomness(request["seed"], request["batch_size"], rows, self.device)
-        self.step = TrainingStep(accelerator, self.model, codec, diffusion, UniformSampler(diffusion), random, parts=1,
-                                 speed=speed)
-        self.batches = GlobalBatches(len(dataset), request["batch_size"], rows, request["seed"], self.first,
+        random = BatchRNG(request["seed"], request["batch_size"], rows, self.device)
+        self.step = TrainingStep(self.model, autoencoder, diffusion, UniformSampler(diffusion), random, parts=1,
+                                 compute=compute)
+        self.batches = StepBatchSampler(len(dataset), request["batch_size"], rows, request["seed"], self.first,
                                      max(request["snapshots"]), flips=dataset.flips)
-        self.loader = BatchLoader(dataset, self.batches, request["num_workers"], self.device, refuse)
+        self.loader = PrefetchLoader(dataset, self.batches, request["num_workers"], self.device, refuse)
 
     def train(self, signals):
         """To the last snapshot. Ends by `Stopped`, with all saved, where one of `signals` asked for it."""
@@ -82,21 +86,21 @@ class AveragedRun:
     def _keep(self, step):
         """Each average as a checkpoint to sample from."""
         for decay, average in self.averages.items():
-            checkpoint.save(snapshot(self.request["folder"], step, decay), dict(
+            save_checkpoint(snapshot(self.request["folder"], step, decay), dict(
                 ema=average.model.state_dict(), step=step, config=dict(
                     model=self.model.config, image_channels=self.model.in_channels), args=dict(
                     model="DiT-S/2", image_size=self.request["network"]["input_size"], ema_decay=decay, vae="none",
                     num_classes=self.model.config["num_classes"])))
 
     def _save(self, step):
-        checkpoint.save(self.state_path, dict(
+        save_checkpoint(self.state_path, dict(
             request=self.lasting, step=step, model=self.model.state_dict(), opt=self.optimizer.state_dict(),
             averages={str(decay): average.model.state_dict() for decay, average in self.averages.items()}))
 
     def _restore(self):
         if not os.path.exists(self.state_path):
             return 0
-        stored = checkpoint.load(self.state_path)
+        stored = load_checkpoint(self.state_path)
         self._check(stored.get("request", {}), stored["step"])
         self.model.load_state_dict(stored["model"])
         self.optimizer.load_state_dict(stored["opt"])

@@ -2,17 +2,17 @@
 
     python -m experiments.report
 """
+
 import argparse
 import importlib
 import os
 import re
 
+from common.cli import HelpFormatter
+from common.errors import UserError, run_command
+from common.files import atomic_write
 from evaluation.records import read_record
-from runtime.errors import UserError, run_command
-from runtime.flags import HelpFormatter
-from runtime.whole_file import whole_file
-
-from .trainings import made_of
+from experiments.job_types import summarize_environment
 
 STUDIES = ("block_types", "scaling", "sampling_steps", "guidance", "averages", "variance")
 MARKED = re.compile(r"(<!-- begin (\S+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
@@ -60,7 +60,7 @@ def section(found, folder):
     minutes = found["work_minutes"] if "work_minutes" in found else found["minutes"] * found["workers"]
     ran = (f"{minutes:.0f} minutes of work, the times of all pieces added up, those that other studies share too: "
            + "; ".join(f"{device}, torch {version}, commit {commit}, {day}"
-                       for device, version, commit, day in found.get("made_by") or [made_of(found["made"])]))
+                       for device, version, commit, day in found.get("made_by") or [summarize_environment(found["made"])]))
     seeds = ", ".join(map(str, found["seeds"]))
     several = len(found["seeds"]) > 1
     spread = f"± and error bars: standard deviation over the seeds {seeds}" if several else f"One seed, {seeds}"
@@ -100,7 +100,7 @@ def write_page(page, folder):
         text = file.read()
     places = {match[2] for match in MARKED.finditer(text)}
     new = written(text, folder)
-    with whole_file(page) as file:
+    with atomic_write(page) as file:
         file.write(new.encode())
     if lost := [name_of(found) for found in all_results(folder) if name_of(found) not in places]:
         print(f"{page} has no place for {', '.join(lost)}: put <!-- begin {lost[0]} --> and <!-- end --> there")

@@ -2,15 +2,15 @@
 
     python -m experiments.sampling_steps
 """
+
 import itertools
 import sys
 
-from runtime.errors import run_command
-
-from .figures import curve, finish, log_axes, new_figure
-from .spread import mean_spread, plus_minus, share_of
-from .study import run_study
-from .trainings import multiply_adds
+from common.errors import run_command
+from experiments.figures import curve, finish, log_axes, new_figure
+from experiments.job_types import multiply_adds
+from experiments.runner import run_study
+from experiments.statistics import format_mean_std, mean_std, verdict_of_share
 
 TITLE = "Distance against the compute of sampling"
 SAMPLED = "Samples without guidance, by DDPM in the steps of the table"
@@ -39,7 +39,7 @@ def table(found):
     yield ("network", "multiply-adds", *(f"{steps} steps" for steps in counts))
     for row in found["rows"]:
         yield (f"{row['size']}/{row['patch']}", f"{row['multiply_adds'] / 1e6:.2f} M",
-               *(plus_minus(values) for _, values in row["distance"]))
+               *(format_mean_std(values) for _, values in row["distance"]))
 
 
 def draw(found, path):
@@ -66,11 +66,11 @@ def claims(found):
         cheaper = [values for steps, values in large["distance"]
                    if steps * large["multiply_adds"] <= most * small["multiply_adds"]]
         if cheaper:
-            wins.append(mean_spread(cheaper[-1])[0] < mean_spread(distance)[0])
+            wins.append(mean_std(cheaper[-1])[0] < mean_std(distance)[0])
     if wins:
         yield ("a smaller network with most steps stays behind a larger one with no more compute for an image",
                "as we remember it: L/2 with 1000 steps (80.7 Tflops) 25.9, XL/2 with 128 (15.2 Tflops) 23.7",
-               f"so in {sum(wins)} of {len(wins)} pairs of the same patch size", share_of(wins))
+               f"so in {sum(wins)} of {len(wins)} pairs of the same patch size", verdict_of_share(wins))
 
 
 if __name__ == "__main__":

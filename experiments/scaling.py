@@ -2,16 +2,16 @@
 
     python -m experiments.scaling
 """
+
 import itertools
 import math
 import sys
 
-from runtime.errors import run_command
-
-from .figures import COLORS, MARKERS, curve, finish, log_axes, new_figure
-from .spread import correlation, correlation_interval, mean_spread, plus_minus, share_of
-from .study import run_study
-from .trainings import curve_of, multiply_adds
+from common.errors import run_command
+from experiments.figures import COLORS, MARKERS, curve, finish, log_axes, new_figure
+from experiments.job_types import curve_of, multiply_adds
+from experiments.runner import run_study
+from experiments.statistics import correlation, correlation_interval, format_mean_std, mean_std, verdict_of_share
 
 TITLE = "Distance over training steps, and against multiply-adds"
 PAPER_CORRELATION = -0.93
@@ -30,7 +30,7 @@ def results(setup, scores):
         own = [scores[size, patch, seed] for seed in setup.scale.grid_seeds]
         rows.append(dict(size=size, patch=patch, multiply_adds=multiply_adds(setup.network(size, patch)),
                          curve=curve_of(own), distance=[score.found() for score in own]))
-    x, y = [math.log10(row["multiply_adds"]) for row in rows], [mean_spread(row["distance"])[0] for row in rows]
+    x, y = [math.log10(row["multiply_adds"]) for row in rows], [mean_std(row["distance"])[0] for row in rows]
     r = correlation(x, y)
     return dict(seeds=setup.scale.grid_seeds, rows=rows, correlation=r, correlation_with_log_distance=correlation(
         x, [math.log(value) for value in y]), interval=correlation_interval(r, len(rows)), **setup.judged(scores))
@@ -41,7 +41,7 @@ def table(found):
     rows = {(row["size"], row["patch"]): row for row in found["rows"]}
     yield ("depth x width", *(f"patch {patch}: multiply-adds, distance of {found['samples']}" for patch in patches))
     for size in sizes:
-        yield (size, *(f"{rows[size, patch]['multiply_adds'] / 1e6:.2f} M, {plus_minus(rows[size, patch]['distance'])}"
+        yield (size, *(f"{rows[size, patch]['multiply_adds'] / 1e6:.2f} M, {format_mean_std(rows[size, patch]['distance'])}"
                        for patch in patches))
 
 
@@ -55,7 +55,7 @@ def draw(found, path):
             curve(axes[0], dict(row["curve"]), f"{row['size']}/{row['patch']}", number)
         if row["size"] == sizes[-1]:
             curve(axes[1], dict(row["curve"]), f"{row['size']}/{row['patch']}", dash)
-        mean, spread = mean_spread(row["distance"])
+        mean, spread = mean_std(row["distance"])
         axes[2].errorbar(row["multiply_adds"] / 1e6, mean, yerr=spread, color=COLORS[number], marker=MARKERS[number],
                          linestyle="none", capsize=2, elinewidth=0.8, markersize=6, markerfacecolor=(
                              COLORS[number], "white", "0.75")[dash % 3])
@@ -83,7 +83,7 @@ def claims(found):
            f"{PAPER_CORRELATION}", f"{found['correlation']:.2f}, with 95% in {low:.2f} .. {high:.2f} "
            f"({len(found['rows'])} networks; with log distance {found['correlation_with_log_distance']:.2f})",
            "yes" if high < 0 else "no" if low > 0 else "not clear")
-    distance = {(row["size"], row["patch"]): mean_spread(row["distance"])[0] for row in found["rows"]}
+    distance = {(row["size"], row["patch"]): mean_std(row["distance"])[0] for row in found["rows"]}
     sizes, patches = (list(dict.fromkeys(row[name] for row in found["rows"])) for name in ("size", "patch"))
     larger = [distance[b, patch] < distance[a, patch] for a, b in itertools.pairwise(sizes) for patch in patches]
     finer = [distance[size, b] < distance[size, a] for a, b in itertools.pairwise(patches) for size in sizes]
@@ -92,7 +92,7 @@ def claims(found):
             ("smaller patches end lower, at every depth and width", "8 of 8", finer)):
         if comparisons:
             yield (claim, f"{paper} neighbours in table 4", f"{sum(comparisons)} of {len(comparisons)} neighbours",
-                   share_of(comparisons))
+                   verdict_of_share(comparisons))
 
 
 if __name__ == "__main__":

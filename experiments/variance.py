@@ -5,13 +5,13 @@
 The same networks throughout, those of `block_types` with adaLN-Zero: only the noise that a sampling step adds differs.
 DDIM, which adds none, beside them.
 """
+
 import sys
 
-from runtime.errors import run_command
-
-from .figures import curve, finish, log_axes, new_figure
-from .spread import all_of, mean_spread, plus_minus, seen_lower
-from .study import run_study
+from common.errors import run_command
+from experiments.figures import curve, finish, log_axes, new_figure
+from experiments.runner import run_study
+from experiments.statistics import format_mean_std, mean_std, verdict_lower, verdict_of_all
 
 TITLE = "Distance over sampling steps, by the variance of a step"
 SAMPLED = "Samples without guidance, by DDPM with these variances, or DDIM, in the steps of the table"
@@ -43,7 +43,7 @@ def table(found):
     yield "variance", *(f"{steps} steps" for steps in counts)
     for row in found["rows"]:
         values = dict(map(tuple, row["distance"]))
-        yield NAMES[row["variance"]], *(plus_minus(values[steps]) if steps in values else "" for steps in counts)
+        yield NAMES[row["variance"]], *(format_mean_std(values[steps]) if steps in values else "" for steps in counts)
 
 
 def draw(found, path):
@@ -63,11 +63,11 @@ def claims(found):
     distance = {row["variance"]: dict(map(tuple, row["distance"])) for row in found["rows"]}
     few = [steps for steps in distance["learned"] if steps <= FEW]
     for name in ("fixed_large", "fixed_small"):
-        numbers = "; ".join(f"{mean_spread(distance['learned'][steps])[0]:.2f} against "
-                            f"{mean_spread(distance[name][steps])[0]:.2f} in {steps}" for steps in few)
+        numbers = "; ".join(f"{mean_std(distance['learned'][steps])[0]:.2f} against "
+                            f"{mean_std(distance[name][steps])[0]:.2f} in {steps}" for steps in few)
         yield (f"in few steps the learned variance is better than the {NAMES[name]} one",
                "no comparison; as we remember Improved DDPM: so", numbers,
-               all_of(seen_lower(distance["learned"][steps], distance[name][steps]) for steps in few))
+               verdict_of_all(verdict_lower(distance["learned"][steps], distance[name][steps]) for steps in few))
 
 
 if __name__ == "__main__":

@@ -1,1 +1,0 @@
-"""What touches files, devices and processes: data, latents, checkpoints, generation. Knows nothing of the commands."""

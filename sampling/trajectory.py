@@ -1,0 +1,26 @@
+"""The path from noise to image, as an animation."""
+import torch
+
+from common.errors import UserError
+from data.image_io import make_image_grid, to_pil
+
+
+class TrajectoryRecorder:
+    """Keeps x_t at about `frames` moments of a sampling run (an `on_step` of `SamplingPipeline`), to show as an animation."""
+
+    def __init__(self, num_steps, frames=50):
+        self.kept = {round(i) - 1 for i in torch.linspace(0, num_steps, min(frames, num_steps) + 1).tolist()}
+        self.latents = []
+
+    def __call__(self, step, x):
+        if step in self.kept:
+            self.latents.append(x)
+
+    def save(self, autoencoder, columns, path, milliseconds=60):
+        """Decode the kept latents and write an animated GIF that rests on its last frame."""
+        frames = [to_pil(make_image_grid(autoencoder.decode(x), columns)) for x in self.latents]
+        try:
+            frames[0].save(path, save_all=True, append_images=frames[1:], loop=0,
+                           duration=[milliseconds] * (len(frames) - 1) + [2000])
+        except OSError as error:
+            raise UserError(f"cannot write the animation {path}: {error}") from None

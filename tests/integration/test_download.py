@@ -1,0 +1,246 @@
+"""Checkpoints by name: fetched whole and once, or not at all. The mirror is a server of this test's own."""
+import hashlib
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import download as command
+from common.download import download
+from common.errors import UserError
+from sampling.load_model import PUBLISHED_CHECKPOINTS, find_checkpoint, find_model, published_checkpoint_name
+
+ROOT = pathlib.Path(__file__).parents[2]
+BODY = bytes(range(256)) * 5000  # more than one block
+HASH = hashlib.sha256(BODY).hexdigest()
+
+
+class Mirror:
+    """Serves `files` (name: bytes) at `url`, and keeps a list of what was asked for.
+
+    announce  how many bytes more than it sends the server promises
+    chunked   send in pieces of unannounced length, and hang up before the last
+    arrived   set when a request has come
+    go_on     the server waits for it before it answers
+    """
+
+    def __init__(self):
+        self.files, self.requests, self.announce, self.chunked = {"a.pt": BODY}, [], 0, False
+        self.arrived, self.go_on = threading.Event(), threading.Event()
+        self.go_on.set()
+        mirror = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self):
+                mirror.answer(self)
+
+            def log_message(self, *arguments):
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}/models/"
+        threading.Thread(target=self.server.serve_forever, kwargs=dict(poll_interval=0.01)).start()
+
+    def answer(self, request):
+        name = request.path.removeprefix("/models/")
+        self.requests.append(name)
+        self.arrived.set()
+        self.go_on.wait(60)
+        if name not in self.files:
+            return request.send_error(404)
+        body = self.files[name]
+        if self.chunked:
+            request.protocol_version = "HTTP/1.1"
+        request.send_response(200)
+        if self.chunked:
+            request.send_header("Transfer-Encoding", "chunked")
+            body = b"%x\r\n%s\r\n" % (len(body), body)
+            request.close_connection = True
+        else:
+            request.send_header("Content-Length", str(len(body) + self.announce))
+        request.end_headers()
+        request.wfile.write(body)
+
+
+@pytest.fixture
+def mirror(monkeypatch):
+    monkeypatch.setenv("no_proxy", "*")
+    mirror = Mirror()
+    yield mirror
+    mirror.go_on.set()
+    mirror.server.shutdown()
+    mirror.server.server_close()
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return tmp_path / "pretrained_models"
+
+
+def kept(folder):
+    """What a download left behind, but for the lock."""
+    return sorted(name for name in os.listdir(folder) if not name.endswith(".lock"))
+
+
+# ---------------------------------------------------------------- download
+
+def test_fetched_once(mirror, folder):
+    for _ in range(2):
+        path = download("a.pt", str(folder), mirror.url)
+        assert path == str(folder / "a.pt")
+        assert (folder / "a.pt").read_bytes() == BODY
+    assert mirror.requests == ["a.pt"]
+    assert kept(folder) == ["a.pt", "a.pt.sha256"]
+    assert (folder / "a.pt.sha256").read_text().split() == [HASH]
+
+
+def test_a_wrong_hash_is_not_kept(mirror, folder):
+    with pytest.raises(UserError, match=rf"(?s){mirror.url}a\.pt.*{HASH}.*{'0' * 64}"):
+        download("a.pt", str(folder), mirror.url, "0" * 64)
+    assert kept(folder) == []
+    download("a.pt", str(folder), mirror.url, HASH)
+    assert kept(folder) == ["a.pt", "a.pt.sha256"]
+
+
+def test_a_file_that_is_there_must_have_the_hash(mirror, folder):
+    download("a.pt", str(folder), mirror.url)
+    assert download("a.pt", str(folder), mirror.url, HASH) == str(folder / "a.pt")
+    with pytest.raises(UserError, match=r"a\.pt does not have the SHA-256"):
+        download("a.pt", str(folder), mirror.url, "0" * 64)
+    assert (folder / "a.pt").read_bytes() == BODY
+
+
+def test_another_file_than_last_time(mirror, folder):
+    """The recorded hash outlives the file."""
+    download("a.pt", str(folder), mirror.url)
+    os.remove(folder / "a.pt")
+    mirror.files["a.pt"] = BODY + b"!"
+    with pytest.raises(UserError, match=rf"{HASH}.*a\.pt\.sha256"):
+        download("a.pt", str(folder), mirror.url)
+    assert kept(folder) == ["a.pt.sha256"]
+    mirror.files["a.pt"] = BODY
+    download("a.pt", str(folder), mirror.url)
+    assert (folder / "a.pt").read_bytes() == BODY
+
+
+@pytest.mark.parametrize("fault", [dict(announce=1), dict(announce=5_000_000), dict(chunked=True)],
+                         ids=["one byte short", "cut off", "cut off between chunks"])
+def test_a_truncated_download_is_not_kept(mirror, folder, fault):
+    vars(mirror).update(fault)
+    with pytest.raises(UserError, match=r"cannot fetch .*a\.pt"):
+        download("a.pt", str(folder), mirror.url)
+    assert kept(folder) == []
+    vars(mirror).update(announce=0, chunked=False)
+    download("a.pt", str(folder), mirror.url)
+    assert (folder / "a.pt").read_bytes() == BODY
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def test_no_such_file_or_server(mirror, folder):
+    for name, url in (("b.pt", mirror.url), ("a.pt", f"http://127.0.0.1:{free_port()}/")):
+        with pytest.raises(UserError) as caught:
+            download(name, str(folder), url)
+        assert url + name in str(caught.value)
+        assert f"put it at {folder / name}" in str(caught.value)
+    assert kept(folder) == []
+
+
+@pytest.mark.parametrize("url", ["mirror.example/DiT/", "http://127.0.0.1:port/"])
+def test_an_address_that_is_none(folder, url):
+    with pytest.raises(UserError, match=url):
+        download("a.pt", str(folder), url)
+
+
+def test_a_folder_that_is_none(mirror, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="file"):
+        download("a.pt", str(tmp_path / "file"), mirror.url)
+
+
+def test_two_processes_fetch_once(mirror, folder):
+    """The second comes while the first is in the middle, and finds its file."""
+    mirror.go_on.clear()
+    code = "import sys; from common.download import download; print(download(*sys.argv[1:]))"
+    first = subprocess.Popen([sys.executable, "-c", code, "a.pt", folder, mirror.url], cwd=ROOT,
+                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert mirror.arrived.wait(60)
+    threading.Timer(0.3, mirror.go_on.set).start()
+    assert download("a.pt", str(folder), mirror.url) == str(folder / "a.pt")
+    out, err = first.communicate(timeout=60)
+    assert first.returncode == 0 and out.strip() == str(folder / "a.pt"), err
+    assert mirror.requests == ["a.pt"]
+    assert (folder / "a.pt").read_bytes() == BODY
+
+
+# ---------------------------------------------------------------- finding
+
+def test_published_names():
+    assert [published_checkpoint_name("DiT-XL/2", size, 1000) for size in (512, 256)] == list(PUBLISHED_CHECKPOINTS)
+    for wrong in (("DiT-XL/4", 256, 1000), ("DiT-XL/2", 128, 1000), ("DiT-XL/2", 256, 10)):
+        with pytest.raises(UserError, match="--ckpt"):
+            published_checkpoint_name(*wrong)
+
+
+def test_published_names_are_looked_for_here_then_in_the_folder(folder, tmp_path, monkeypatch):
+    """Nothing is fetched for either: there is no network."""
+    monkeypatch.chdir(tmp_path)
+    folder.mkdir()
+    name = PUBLISHED_CHECKPOINTS[0]
+    torch.save({"w": torch.ones(1)}, folder / name)
+    assert find_checkpoint(name) == os.path.join("pretrained_models", name)
+    assert find_model(name)["w"] == 1
+    torch.save({"w": torch.zeros(1)}, tmp_path / name)
+    assert find_model(name)["w"] == 0
+
+
+def test_find_model_says_which_weights(tmp_path, capsys):
+    ones, zeros = {"w": torch.ones(1)}, {"w": torch.zeros(1)}
+    torch.save(dict(model=zeros, ema={"module.w": ones["w"]}, args={}), tmp_path / "trained.pt")
+    torch.save(ones, tmp_path / "bare.pt")
+    save_file(ones, tmp_path / "bare.safetensors")
+    for name, which in (("trained.pt", "ema"), ("bare.pt", "bare"), ("bare.safetensors", "bare")):
+        weights = command.find_model(str(tmp_path / name))
+        assert weights.keys() == {"w"} and weights["w"] == 1
+        assert capsys.readouterr().out == f"{tmp_path / name}: {which} weights\n"
+    with pytest.raises(UserError, match=r"none\.pt"):
+        command.find_model(str(tmp_path / "none.pt"))
+
+
+# ---------------------------------------------------------------- the command
+
+def run(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["download.py", *map(str, arguments)])
+    command.main()
+
+
+def test_command(mirror, folder, tmp_path, monkeypatch, capsys):
+    """Without names it fetches the published ones, to pretrained_models/."""
+    monkeypatch.chdir(tmp_path)
+    mirror.files |= dict.fromkeys(PUBLISHED_CHECKPOINTS, b"weights")
+    run(monkeypatch, "--base-url", mirror.url)
+    assert sorted(mirror.requests) == sorted(PUBLISHED_CHECKPOINTS)
+    assert [(folder / name).read_bytes() for name in PUBLISHED_CHECKPOINTS] == [b"weights"] * 2
+    assert capsys.readouterr().out.split() == [os.path.join("pretrained_models", name) for name in PUBLISHED_CHECKPOINTS]
+    run(monkeypatch, "a.pt", "--base-url", mirror.url, "--folder", tmp_path / "other", "--sha256", HASH)
+    assert (tmp_path / "other" / "a.pt").read_bytes() == BODY
+    with pytest.raises(UserError, match="SHA-256"):
+        run(monkeypatch, "a.pt", "--base-url", mirror.url, "--folder", folder, "--sha256", "0" * 64)
+
+
+@pytest.mark.parametrize("names", [[], ["a.pt", "b.pt"]])
+def test_command_takes_a_hash_for_one_name_only(mirror, folder, monkeypatch, names):
+    with pytest.raises(UserError, match="--sha256"):
+        run(monkeypatch, *names, "--base-url", mirror.url, "--folder", folder, "--sha256", HASH)
+    assert mirror.requests == []

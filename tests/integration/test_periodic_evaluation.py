@@ -1,0 +1,266 @@
+"""train.py --eval-every: what is measured while a run trains, and that the run does not notice."""
+import csv
+import json
+import logging
+import os
+import re
+import signal
+import time
+
+import numpy as np
+import pytest
+from accelerate import Accelerator
+from PIL import Image
+
+from common.checkpoint_io import load_checkpoint
+from common.errors import EXIT_RESTARTABLE, UserError
+from evaluation.image_sources import GeneratedImages
+from helpers import DIGITS, call, differences, folder_of, scalars, stored
+from training.checkpoint_manager import CheckpointManager
+from training.logger import MetricLogger
+
+RUN = [*DIGITS, "--lr", 0.01, "--ema-decay", 0.5, "--max-steps", 9, "--log-every", 3]
+EVAL = ["--eval-features", "pixels", "--eval-samples", 12, "--eval-sampling-steps", "ddim3"]
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory):
+    path = tmp_path_factory.mktemp("reference") / "held-out.npz"
+    call("evaluate", "--make-reference", "digits-held-out", "--features", "pixels", "--output", path)
+    return path
+
+
+def rows_of(results):
+    with open(folder_of(results) / "evaluations.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_run_that_is_evaluated(children, reference, tmp_path, processes):
+    """The trajectory is that of a run that is not, bit for bit; scores go to the log, TensorBoard and a CSV."""
+    children.run("train", *RUN, "--results-dir", tmp_path / "quiet", processes=processes)
+    out = children.run("train", *RUN, *EVAL, "--eval-every", 2, "--eval-reference", reference, "--ckpt-every", 4,
+                       "--results-dir", tmp_path / "watched", processes=processes)
+    assert differences(stored(tmp_path / "quiet", 9), stored(tmp_path / "watched", 9)) == []
+    rows = rows_of(tmp_path / "watched")
+    assert [row["step"] for row in rows] == ["2", "4", "6", "8"] and {row["images"] for row in rows} == {"12"}
+    distances = {int(row["step"]): float(row["frechet_distance"]) for row in rows}
+    assert scalars(tmp_path / "watched", "eval/frechet_distance") == pytest.approx(distances)
+    assert all(f"(step={step:07d}) frechet_distance: {distance:.4f}" in out for step, distance in distances.items())
+    assert "Evaluation: Frechet distance (pixels, 12 images) of EMA samples (ddim, 3 steps, guidance 1)" in out
+    assert "each time 36 images pass the network" in out and "WARNING: 12 samples in 192 dimensions" in out
+    record = json.loads((folder_of(tmp_path / "watched") / "evaluations.json").read_text())
+    assert record["samples"]["made"].items() >= dict(weights="ema", ema_decay=0.5, sampler="ddim", seed=0).items()
+    assert record["reference"]["source"]["path"] == "digits-held-out"
+
+    best = load_checkpoint(str(folder_of(tmp_path / "watched") / "checkpoints" / "best.pt"))
+    assert best["step"] == min(distances, key=distances.get)
+    if best["step"] % 4 == 0:
+        assert differences(best, stored(tmp_path / "watched", best["step"])) == []
+
+
+def test_scores_are_those_of_evaluate(command, reference, tmp_path):
+    """The same samples as of the checkpoint, by evaluate.py."""
+    status, _, err = command("train", *RUN, *EVAL, "--eval-every", 9, "--eval-reference", reference, "--results-dir",
+                             tmp_path)
+    assert status == 0, err
+    best = folder_of(tmp_path) / "checkpoints" / "best.pt"
+    assert best.samefile(best.with_name("0000009.pt"))  # another name costs nothing
+    status, _, err = command("evaluate", best, "--reference", reference, "--features", "pixels", "--cfg-scale", 1,
+                             "--num-fid-samples", 12, "--num-sampling-steps", "ddim3", "--per-proc-batch-size", 8,
+                             "--output", tmp_path / "record.json")
+    assert status == 0, err
+    found = json.loads((tmp_path / "record.json").read_text())["scores"]
+    (row,) = rows_of(tmp_path)
+    assert found == pytest.approx({name: float(row[name]) for name in found}, rel=1e-7)
+
+
+def test_a_run_that_is_resumed(command, reference, tmp_path):
+    """Rows of steps that are done again are replaced; a row that was cut off is missing, and no error."""
+    flags = [*RUN, *EVAL, "--eval-every", 2, "--eval-reference", reference, "--results-dir", tmp_path]
+    assert command("train", *flags, "--ckpt-every", 5)[0] == 0
+    first = rows_of(tmp_path)
+    os.truncate(folder_of(tmp_path) / "checkpoints" / "0000009.pt", 100)
+    os.truncate(folder_of(tmp_path) / "evaluations.csv", (folder_of(tmp_path) / "evaluations.csv").stat().st_size - 9)
+    status, out, err = command("train", *flags, "--ckpt-every", 5, "--resume", "auto")
+    assert status == 0 and "at step 5" in out, err
+    again = rows_of(tmp_path)
+    assert [row["step"] for row in again] == ["2", "4", "6", "8"]
+    assert [row["frechet_distance"] for row in again] == [row["frechet_distance"] for row in first]
+
+
+class DiesWhileKeepingTheBest:
+    """SIGKILL before the n-th best.pt is written."""
+
+    def __init__(self, call):
+        self.call = call
+
+    def __call__(self, rank):
+        keep_best, count = CheckpointManager.keep_best, [0]
+
+        def dies(*args):
+            count[0] += 1
+            if count[0] == self.call:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return keep_best(*args)
+
+        CheckpointManager.keep_best = dies
+
+
+@pytest.mark.parametrize("every", [2, 3])
+def test_a_kill_while_the_best_is_kept(children, reference, tmp_path, every):
+    """The run that goes on ends with the tables and the best checkpoint of one that was left alone: also where the
+    killed evaluation was of a step that had just been saved (3 is, 2 is not)."""
+    flags = [*RUN, *EVAL, "--eval-every", every, "--eval-reference", reference, "--ckpt-every", 3]
+    children.run("train", *flags, "--results-dir", tmp_path / "alone")
+    children.run("train", *flags, "--results-dir", tmp_path / "killed", prepare=DiesWhileKeepingTheBest(2),
+                 status=-signal.SIGKILL)
+    children.run("train", *flags, "--results-dir", tmp_path / "killed", "--resume", "auto")
+    scores = [[(row["step"], row["frechet_distance"]) for row in rows_of(tmp_path / name)]
+              for name in ("alone", "killed")]
+    assert scores[0] == scores[1] and len(scores[0]) == 9 // every
+    best = [load_checkpoint(str(folder_of(tmp_path / name) / "checkpoints" / "best.pt"))
+            for name in ("alone", "killed")]
+    assert best[0]["step"] == best[1]["step"] and differences(*best) == []
+
+
+def test_a_run_that_is_measured_otherwise(command, reference, tmp_path):
+    """Scores that cannot be compared are not: other settings begin new tables, and the first is the best so far."""
+    flags = [*RUN, *EVAL, "--eval-every", 4, "--results-dir", tmp_path]
+    assert command("train", *flags, "--max-steps", 5, "--eval-reference", reference)[0] == 0
+    status, out, err = command("train", *flags, "--eval-reference", "digits", "--resume", "auto")
+    assert status == 0 and "WARNING: evaluations are not made as before" in out and out.count("the best so far") == 1
+    assert [row["step"] for row in rows_of(tmp_path)] == ["8"]
+    assert (folder_of(tmp_path) / "evaluations-before.csv").read_text().splitlines()[1].startswith("4,")
+    status, out, err = command("train", *flags, "--max-steps", 12, "--eval-reference", "digits", "--resume", "auto")
+    assert status == 0 and "not made as before" not in out and len(rows_of(tmp_path)) == 2, err
+
+
+class FailsOnOne:
+    """The n-th batch of samples fails on one process."""
+
+    def __init__(self, rank, error):
+        self.rank, self.error, self.count = rank, error, 0
+
+    def __call__(self, rank):
+        batch = GeneratedImages.batch
+
+        def fails(*args):
+            self.count += 1
+            if rank == self.rank and self.count == 2:
+                raise self.error("no memory for this")
+            return batch(*args)
+
+        GeneratedImages.batch = fails
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("error", [MemoryError, UserError])
+def test_an_evaluation_that_fails(children, reference, tmp_path, processes, error):
+    """Is told, and training goes on as if nothing had been."""
+    flags = [*EVAL, "--eval-samples", 64, "--eval-every", 4, "--eval-reference", reference]
+    children.run("train", *RUN, "--results-dir", tmp_path / "quiet", processes=processes)
+    out = children.run("train", *RUN, *flags, "--results-dir", tmp_path / "watched", processes=processes,
+                       prepare=FailsOnOne(processes - 1, error))
+    assert (out.count("the evaluation failed; training goes on") == 1 and "no memory for this" in out) or processes == 2
+    assert [row["step"] for row in rows_of(tmp_path / "watched")] == ["8"]
+    assert differences(stored(tmp_path / "quiet", 9), stored(tmp_path / "watched", 9)) == []
+
+
+class ToldWhileSampling:
+    """One process gets SIGTERM while it makes the first samples."""
+
+    def __init__(self, rank):
+        self.rank = rank
+
+    def __call__(self, rank):
+        batch = GeneratedImages.batch
+
+        def told(*args):
+            if rank == self.rank:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return batch(*args)
+
+        GeneratedImages.batch = told
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_signal_during_an_evaluation(children, reference, tmp_path, processes):
+    """The evaluation is given up by all within two batches, the run saves and stops."""
+    out = children.run("train", *RUN, *EVAL, "--eval-samples", 8 * 5000, "--eval-every", 4, "--eval-reference",
+                       reference, "--results-dir", tmp_path, processes=processes,
+                       prepare=ToldWhileSampling(processes - 1), status=EXIT_RESTARTABLE)
+    assert "(step=0000004) the evaluation was given up" in out and "frechet_distance:" not in out
+    assert not (folder_of(tmp_path) / "evaluations.csv").exists() and "--resume auto goes on" in out
+
+
+def test_a_table_that_cannot_be_written(command, reference, tmp_path):
+    """Training goes on."""
+    flags = [*RUN, *EVAL, "--eval-every", 4, "--eval-reference", reference, "--results-dir", tmp_path]
+    assert command("train", *RUN, "--max-steps", 1, "--results-dir", tmp_path)[0] == 0
+    (folder_of(tmp_path) / "evaluations.csv").mkdir()
+    status, out, err = command("train", *flags, "--resume", "auto")
+    assert status == 0 and re.search(r"WARNING: cannot write \S+evaluations.csv.*training goes on", out), err
+    assert out.count("frechet_distance:") == 2
+
+
+@pytest.mark.parametrize("flags, sentence", [
+    (["--eval-every", 5], "--eval-every 5 needs --eval-reference"),
+    (["--eval-reference", "digits"], "--eval-reference digits needs --eval-every"),
+    (["--eval-every", 5, "--eval-reference", "nothing", "--eval-features", "pixels"], "neither a file nor a folder"),
+    (["--eval-every", 5, "--eval-reference", "digits", "--eval-features", "nothing"], "--eval-features nothing: nei"),
+    (["--eval-every", 5, "--eval-reference", "digits", "--eval-features", "pixels", "--eval-sampling-steps", 5000],
+     "--eval-sampling-steps 5000"),
+    (["--eval-every", 5, "--eval-reference", "digits", "--eval-features", "pixels", "--eval-samples", 3],
+     "3 samples are too few: precision and recall need more than 3"),
+])
+def test_mistakes_are_told_before_the_first_step(command, tmp_path, flags, sentence):
+    status, out, err = command("train", *RUN, *flags, "--results-dir", tmp_path)
+    assert status == 2 and sentence in err and "Traceback" not in err and "step=" not in out
+    assert not list(tmp_path.glob("000-*"))  # no empty folder is left behind
+
+
+def test_a_reference_of_another_size_is_told_before_the_first_step(command, tmp_path):
+    np.savez(tmp_path / "large.npz", arr_0=np.zeros((9, 16, 16, 3), dtype=np.uint8))
+    status, out, err = command("train", *RUN, *EVAL, "--eval-every", 2, "--eval-reference", tmp_path / "large.npz",
+                               "--results-dir", tmp_path)
+    assert status == 2 and "has 768 numbers an image, the samples have 192" in err and "step=" not in out
+
+
+def test_a_pause_is_no_training(tmp_path):
+    """The time of an evaluation does not count in the speed."""
+    monitor = MetricLogger(Accelerator(cpu=True), logging.getLogger("dit"), str(tmp_path), 0, 9, 8)
+    with monitor:
+        start = monitor.start
+        with monitor.paused():
+            time.sleep(0.05)
+        assert 0.05 <= monitor.start - start < 5
+
+
+# ---------------------------------------------------------------- plot_run.py
+
+def test_runs_are_drawn(command, reference, tmp_path):
+    """Loss and distance of one run, in its folder; of several, in one picture; without evaluations, the loss alone."""
+    command("train", *RUN, *EVAL, "--eval-every", 4, "--eval-reference", reference, "--results-dir", tmp_path)
+    command("train", *RUN, "--results-dir", tmp_path)
+    one, two = folder_of(tmp_path), folder_of(tmp_path, 1)
+    sizes = []
+    for flags, path in (([one], one / "training.png"), ([two], two / "training.png"),
+                        ([one, two, "--output", tmp_path / "both.png"], tmp_path / "both.png")):
+        status, _, err = command("tools.plot_run", *flags)
+        assert status == 0, err
+        with Image.open(path) as picture:
+            sizes.append(picture.size)
+    assert sizes[0] == sizes[2] and sizes[0][0] == 2 * sizes[1][0]
+    (tmp_path / "folder.png").mkdir()
+    command("train", *RUN, *EVAL, "--eval-every", 4, "--eval-samples", 20, "--eval-reference", reference,
+            "--results-dir", tmp_path)  # 20 samples beside 12: not on one axis
+    command("tools.plot_run", one, folder_of(tmp_path, 2), "--output", tmp_path / "three.png")
+    with Image.open(tmp_path / "three.png") as picture:
+        assert picture.width > 2.5 * sizes[1][0]
+    for flags, sentence in (([one, two], "several runs need --output"), ([tmp_path], "is no run of train.py"),
+                            ([one, "--output", tmp_path / "x.what"], "no picture format has the ending .what"),
+                            ([one, "--output", tmp_path / "folder.png"], "cannot write"),
+                            ([one, "--output", tmp_path / "no" / "x.png"], "there is no folder")):
+        status, _, err = command("tools.plot_run", *flags)
+        assert status == 2 and sentence in err, err

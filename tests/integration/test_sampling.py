@@ -1,0 +1,236 @@
+"""sample.py and sample_ddp.py: the published pictures from the published seeds, and sets that do not depend on luck."""
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.utils import save_image
+
+import models
+from diffusion import create_diffusion
+from helpers import ROOT, TINY, pixels, random_weights, run_process
+
+FEW = ["--num-sampling-steps", 4]
+
+
+@pytest.fixture(scope="session")
+def digits_checkpoint(tmp_path_factory):
+    """A checkpoint of train.py, its EMA weights replaced by ones that show something."""
+    results = tmp_path_factory.mktemp("digits")
+    run_process("train.py", "--data-path", "digits", *TINY, "--max-steps", 1, "--results-dir", results)
+    (path,) = results.glob("*/checkpoints/0000001.pt")
+    stored = torch.load(path, weights_only=True)
+    stored["ema"] = random_weights(models.DiT(**stored["config"]["model"])).state_dict()
+    torch.save(stored, path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def latent_checkpoint(image_folder, vae_folder, tmp_path_factory):
+    """The same for a model of VAE latents."""
+    results = tmp_path_factory.mktemp("latents")
+    run_process("train.py", "--data-path", image_folder, "--image-size", 32, "--num-classes", 3, "--vae", vae_folder,
+                *TINY, "--global-batch-size", 4, "--max-steps", 1, "--num-workers", 0, "--results-dir", results)
+    (path,) = results.glob("*/checkpoints/0000001.pt")
+    stored = torch.load(path, weights_only=True)
+    stored["ema"] = random_weights(models.DiT(**stored["config"]["model"])).state_dict()
+    torch.save(stored, path)
+    return path
+
+
+def ema_model(path):
+    stored = torch.load(path, weights_only=True)
+    model = models.DiT(**stored["config"]["model"])
+    model.load_state_dict(stored["ema"])
+    return model.eval()
+
+
+def published_latents(model, labels, cfg_scale, steps, seed):
+    """What the published sampling code does: everything doubled, one generator, noise drawn for the doubled batch."""
+    torch.manual_seed(seed)
+    null = model.y_embedder.num_classes
+    z = torch.randn(len(labels), model.in_channels, *model.x_embedder.input_size)
+    y = torch.tensor([*labels, *[null] * len(labels)])
+    samples = create_diffusion(str(steps)).p_sample_loop(
+        model.forward_with_cfg, (2 * len(labels), *z.shape[1:]), torch.cat([z, z]), clip_denoised=False,
+        model_kwargs=dict(y=y, cfg_scale=cfg_scale))
+    return samples[: len(labels)]
+
+
+@pytest.mark.parametrize("cfg_scale", [4.0, 1.0])
+def test_a_seed_gives_the_published_picture(command, latent_checkpoint, vae_folder, tmp_path, cfg_scale):
+    """Also at guidance 1, where the null half of the batch is not computed but its noise is drawn."""
+    from diffusers import AutoencoderKL
+    status, out, _ = command("sample", "--ckpt", latent_checkpoint, "--class-labels", 2, 0, 1, "--seed", 3, *FEW,
+                             "--cfg-scale", cfg_scale, "--columns", 3, "--output", tmp_path / "ours.png")
+    assert status == 0 and "ema weights" in out
+    model, vae = ema_model(latent_checkpoint), AutoencoderKL.from_pretrained(vae_folder)
+    with torch.no_grad():
+        images = vae.decode(published_latents(model, [2, 0, 1], cfg_scale, 4, 3) / 0.5).sample
+    images = images.repeat_interleave(2, 2).repeat_interleave(2, 3)  # 32-pixel tiles are enlarged to 64
+    save_image(images, tmp_path / "want.png", nrow=3, normalize=True, value_range=(-1, 1))
+    ours, want = pixels(tmp_path / "ours.png"), pixels(tmp_path / "want.png")
+    assert ours.shape == want.shape and np.abs(ours - want).max() <= 1
+    assert want.std() > 10  # not a uniform picture
+
+
+def test_a_checkpoint_needs_no_other_flag(digits_checkpoint, tmp_path):
+    run_process("sample.py", "--ckpt", digits_checkpoint, *FEW, cwd=tmp_path)
+    assert pixels(tmp_path / "sample.png").shape == (3 * 66 + 2, 4 * 66 + 2, 3)  # ten classes, four a row
+
+
+def test_rows_of_classes_and_the_way_there(command, digits_checkpoint, tmp_path):
+    status, *_ = command("sample", "--ckpt", digits_checkpoint, "--class-labels", "7", "1", *FEW,
+                         "--samples-per-label", 3, "--trajectory", "--output", tmp_path / "grid.png")
+    assert status == 0
+    grid = pixels(tmp_path / "grid.png")
+    assert grid.shape == (2 * 66 + 2, 3 * 66 + 2, 3)
+    with Image.open(tmp_path / "grid.gif") as animation:
+        assert 2 <= animation.n_frames <= 5  # x_T and four steps; Pillow merges frames that look the same
+        animation.seek(animation.n_frames - 1)
+        assert np.abs(np.asarray(animation.convert("RGB")).astype(int) - grid).mean() < 3
+
+
+def test_samplers_and_guidance_change_the_picture(command, digits_checkpoint, tmp_path):
+    variants = {"ddpm": [], "ddim": ["--sampler", "ddim"], "eta": ["--sampler", "ddim", "--eta", 1],
+                "ddim4": ["--num-sampling-steps", "ddim4"], "unguided": ["--cfg-scale", 1], "seed": ["--seed", 1]}
+    pictures = {}
+    for name, flags in variants.items():
+        status, _, err = command("sample", "--ckpt", digits_checkpoint, *FEW, *flags, "--output", tmp_path / "x.png")
+        assert status == 0, err
+        pictures[name] = pixels(tmp_path / "x.png").tobytes()
+    assert len(set(pictures.values())) == len(variants)
+
+
+def test_guided_channels(command, latent_checkpoint, tmp_path):
+    """Three of four latent channels as published; all on demand."""
+    pictures = []
+    for flags in ([], ["--cfg-channels", 3], ["--cfg-channels", "all"]):
+        command("sample", "--ckpt", latent_checkpoint, *FEW, *flags, "--output", tmp_path / "x.png")
+        pictures.append(pixels(tmp_path / "x.png"))
+    assert np.array_equal(pictures[0], pictures[1]) and not np.array_equal(pictures[0], pictures[2])
+
+
+def test_published_layout_checkpoint(command, tmp_path):
+    """Bare weights of DiT-S/8 with 1000 classes, and an argparse.Namespace beside them, as others' files have it."""
+    import argparse
+    model = random_weights(models.DiT_models["DiT-S/8"](input_size=16, in_channels=3), scale=0.05)
+    torch.save(model.state_dict(), tmp_path / "bare.pt")
+    args = argparse.Namespace(model="DiT-S/8", image_size=16, num_classes=1000)
+    torch.save(dict(ema=model.state_dict(), model={}, opt={}, args=args), tmp_path / "published.pt")
+    say = ["--vae", "none", "--num-sampling-steps", 2, "--class-labels", "golden retriever", 88]
+    status, out, err = command("sample", "--ckpt", tmp_path / "bare.pt", "--model", "DiT-S/8", "--image-size", 16, *say,
+                               "--output", tmp_path / "bare.png")
+    assert status == 0 and "bare weights" in out, err
+    status, out, err = command("sample", "--ckpt", tmp_path / "published.pt", *say,
+                               "--output", tmp_path / "published.png")
+    assert status == 0 and "ema weights" in out, err
+    assert np.array_equal(pixels(tmp_path / "bare.png"), pixels(tmp_path / "published.png"))
+
+
+def sample_set(folder):
+    (path,) = folder.glob("*.npz")
+    with np.load(path) as file:
+        return path.name, file["arr_0"], file["arr_1"]
+
+
+def test_set_does_not_depend_on_processes_or_batch(digits_checkpoint, tmp_path):
+    flags = ["--ckpt", digits_checkpoint, "--num-fid-samples", 20, *FEW]
+    run_process("sample_ddp.py", *flags, "--per-proc-batch-size", 3, "--sample-dir", tmp_path / "one")
+    run_process("sample_ddp.py", *flags, "--per-proc-batch-size", 3, "--sample-dir", tmp_path / "two", processes=2)
+    run_process("sample_ddp.py", *flags, "--per-proc-batch-size", 8, "--sample-dir", tmp_path / "eight")
+    name, images, labels = sample_set(tmp_path / "one")
+    assert images.shape == (20, 8, 8, 3) and images.dtype == np.uint8 and labels.shape == (20,)
+    assert len(np.unique(labels)) > 3 and images.std() > 10
+    for other in ("two", "eight"):
+        other_name, other_images, other_labels = sample_set(tmp_path / other)
+        assert other_name == name and (other_labels == labels).all()
+        # the same batches: bit for bit; other batches: matrix products may round otherwise, by one level here and there
+        difference = np.abs(other_images.astype(int) - images)
+        assert difference.max() <= (0 if other == "two" else 1) and (difference > 0).mean() < 0.01
+
+
+def test_larger_set_begins_with_the_smaller(command, digits_checkpoint, tmp_path):
+    """No image is made twice: the second call makes five, and the PNG files come from the set."""
+    flags = ["--ckpt", digits_checkpoint, "--per-proc-batch-size", 5, "--sample-dir", tmp_path, *FEW]
+    command("sample_ddp", *flags, "--num-fid-samples", 5)
+    _, first, _ = sample_set(tmp_path)
+    status, out, _ = command("sample_ddp", *flags, "--num-fid-samples", 10, "--png")
+    assert status == 0 and "5 of 10 samples are there" in out
+    _, images, labels = sample_set(tmp_path)
+    assert len(labels) == 10 and (images[:5] == first).all()
+    pngs = sorted(tmp_path.glob("*/*.png"))
+    assert [path.name for path in pngs] == [f"{i:06d}.png" for i in range(10)]
+    assert all((pixels(path) == image).all() for path, image in zip(pngs, images))
+    status, out, _ = command("sample_ddp", *flags, "--num-fid-samples", 7)
+    assert status == 0 and "holds 10 images" in out and "first 7" in out
+
+
+def test_killed_run_goes_on_where_it_was(command, digits_checkpoint, tmp_path):
+    """SIGKILL after some parts are on disk: the rest is made, and the set is that of an undisturbed run."""
+    flags = ["--ckpt", str(digits_checkpoint), "--num-fid-samples", "40", "--per-proc-batch-size", "4",
+             "--num-sampling-steps", "100"]
+    victim = subprocess.Popen([sys.executable, ROOT / "sample_ddp.py", *flags, "--sample-dir", tmp_path / "cut"],
+                              stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.time() + 120
+    while len(list(tmp_path.glob("cut/*/parts/*.npz"))) < 3 and time.time() < deadline and victim.poll() is None:
+        time.sleep(0.02)
+    victim.send_signal(signal.SIGKILL)
+    victim.wait()
+    assert 3 <= len(list(tmp_path.glob("cut/*/parts/*.npz"))) < 10 and not list(tmp_path.glob("cut/*.npz"))
+    status, out, _ = command("sample_ddp", *flags, "--sample-dir", tmp_path / "cut")
+    assert status == 0 and "0 of 40 samples" not in out
+    command("sample_ddp", *flags, "--sample-dir", tmp_path / "straight")
+    for ours, want in zip(sample_set(tmp_path / "cut"), sample_set(tmp_path / "straight")):
+        assert np.array_equal(ours, want)
+    assert not list(tmp_path.glob("cut/*/parts"))
+
+
+def test_run_killed_before_its_npz_was_written(command, digits_checkpoint, tmp_path, monkeypatch):
+    """Every image made, the set not yet put together: the next start does it, and makes nothing."""
+    from sampling.sample_set import SampleSet
+    flags = ["--ckpt", digits_checkpoint, "--num-fid-samples", 6, "--per-proc-batch-size", 4, *FEW,
+             "--sample-dir", tmp_path]
+    with monkeypatch.context() as patch:
+        patch.setattr(SampleSet, "assemble", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert command("sample_ddp", *flags)[0] == 130
+    assert len(list(tmp_path.glob("*/parts/*.npz"))) == 2 and not list(tmp_path.glob("*.npz"))
+    status, out, _ = command("sample_ddp", *flags)
+    assert status == 0 and "6 of 6 samples are there" in out
+    assert len(sample_set(tmp_path)[1]) == 6 and not list(tmp_path.glob("*/parts"))
+
+
+def test_classes_without_images_are_not_sampled(command, image_folder, tmp_path):
+    """The published default of 1000 classes on a folder of three: seven of eight labels would be of nothing."""
+    flags = ["--data-path", image_folder, "--image-size", 8, "--vae", "none", *TINY, "--global-batch-size", 8,
+             "--num-workers", 0, "--max-steps", 1, "--results-dir", tmp_path]
+    assert command("train", *flags)[0] == 0
+    checkpoint = tmp_path / "000-DiT-S-2" / "checkpoints" / "0000001.pt"
+    command("sample_ddp", "--ckpt", checkpoint, "--num-fid-samples", 20, *FEW, "--sample-dir", tmp_path)
+    assert set(sample_set(tmp_path)[2]) == {0, 1, 2}
+    status, _, err = command("sample", "--ckpt", checkpoint, *FEW, "--class-labels", 3, "--output", tmp_path / "x.png")
+    assert status == 2 and "classes 0 .. 2" in err
+    status, _, err = command("sample", "--ckpt", checkpoint, *FEW, "--class-labels", "bee",
+                             "--output", tmp_path / "x.png")
+    assert status == 0, err
+
+
+def test_a_picture_says_how_it_was_made(command, digits_checkpoint, tmp_path):
+    command("sample", "--ckpt", digits_checkpoint, *FEW, "--seed", 5, "--cfg-scale", 2, "--output", tmp_path / "x.png")
+    with Image.open(tmp_path / "x.png") as picture:
+        record = json.loads(picture.text["DiT"])
+    assert record["seed"] == 5 and record["cfg_scale"] == 2 and record["cfg_channels"] == 1 and record["steps"] == 4
+
+
+def test_folder_name_holds_what_changes_the_images(command, digits_checkpoint, tmp_path):
+    base = ["--ckpt", digits_checkpoint, "--num-fid-samples", 1, "--sample-dir", tmp_path, "--num-sampling-steps", 2]
+    variants = [[], ["--cfg-scale", 2], ["--global-seed", 1], ["--sampler", "ddim"], ["--num-sampling-steps", 3],
+                ["--sampler", "ddim", "--eta", 0.5], ["--no-tf32"]]
+    for flags in variants:
+        assert command("sample_ddp", *base, *flags)[0] == 0
+    assert len(list(tmp_path.glob("*.npz"))) == len(variants)

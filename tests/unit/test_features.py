@@ -1,0 +1,233 @@
+"""Feature spaces: torch-fidelity's Inception against an independent one, its resizing against TensorFlow's by hand."""
+import hashlib
+import types
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torchvision.models import inception
+
+from common.errors import UserError
+from evaluation.features import INCEPTION_SHA256, InceptionFeatures, load_feature_space
+from helpers import picture
+
+CPU = torch.device("cpu")
+
+
+class TensorFlowFunctions:
+    """torch.nn.functional with the pooling of the graph of 2015: borders are left out of means, and the last block
+    takes the maximum."""
+
+    last_block = False
+
+    def __getattr__(self, name):
+        return getattr(F, name)
+
+    def avg_pool2d(self, x, kernel_size, stride, padding):
+        if self.last_block:
+            return F.max_pool2d(x, kernel_size, stride, padding)
+        return F.avg_pool2d(x, kernel_size, stride, padding, count_include_pad=False)
+
+
+@pytest.fixture(scope="module")
+def independent():
+    """torchvision's Inception with random weights, and with activations of a sensible size."""
+    torch.manual_seed(0)
+    network = inception.inception_v3(weights=None, num_classes=1008, aux_logits=False, transform_input=False,
+                                     init_weights=False)
+    for module in network.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            torch.nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+        if isinstance(module, torch.nn.BatchNorm2d):
+            torch.nn.init.uniform_(module.running_mean, -0.2, 0.2)
+            torch.nn.init.uniform_(module.running_var, 0.7, 1.3)
+    return network.eval()
+
+
+@pytest.fixture(scope="module")
+def weights(independent, tmp_path_factory):
+    path = tmp_path_factory.mktemp("inception") / "random.pth"
+    torch.save(independent.state_dict(), path)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def features(weights):
+    return InceptionFeatures(CPU, weights)
+
+
+def resized_by_hand(image, size=299):
+    """TensorFlow 1's bilinear resizing, pixel by pixel: position i * (in / out), no half-pixel centres."""
+    height, width = image.shape[:2]
+    out = np.empty((size, size, 3))
+    for row in range(size):
+        y = row * height / size
+        top, bottom = int(y), min(int(y) + 1, height - 1)
+        for column in range(size):
+            x = column * width / size
+            left, right = int(x), min(int(x) + 1, width - 1)
+            upper = image[top, left] + (image[top, right] - image[top, left]) * (x - left)
+            lower = image[bottom, left] + (image[bottom, right] - image[bottom, left]) * (x - left)
+            out[row, column] = upper + (lower - upper) * (y - top)
+    return out
+
+
+def seen_by(features, images):
+    """What the network's first layer is given."""
+    seen = []
+    handle = features.network.Conv2d_1a_3x3.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    features(images)
+    handle.remove()
+    return seen[0]
+
+
+@pytest.mark.parametrize("shape", [(5, 7), (320, 301)])
+def test_images_are_resized_as_tensorflow_did(features, shape):
+    image = picture(*shape, 3).astype(float)
+    found = seen_by(features, torch.from_numpy(image.astype(np.uint8))[None])[0].permute(1, 2, 0).numpy()
+    np.testing.assert_allclose(found, (resized_by_hand(image) - 128) / 128, atol=1e-4)
+    other = F.interpolate(torch.from_numpy(image).permute(2, 0, 1)[None], (299, 299), mode="bilinear")[0]
+    assert np.abs(found - (other.permute(1, 2, 0).numpy() - 128) / 128).max() > 0.01
+
+
+def test_an_independent_inception_agrees(independent, features, monkeypatch):
+    """pool_3, mixed_6/conv in the order height, width, channel, and the logits without bias."""
+    images = torch.from_numpy(np.stack([picture(64, 48, 3, seed=seed) for seed in range(2)]))
+    found = features(images)
+    assert found.pool.shape == (2, 2048) and found.spatial.shape == (2, 17 * 17 * 7)
+    functions, kept = TensorFlowFunctions(), {}
+    monkeypatch.setattr(inception, "F", functions)
+    hooks = [independent.Mixed_7c.register_forward_pre_hook(lambda *_: setattr(functions, "last_block", True)),
+             independent.Mixed_6d.branch1x1.register_forward_hook(lambda *args: kept.update(mixed_6=args[2])),
+             independent.avgpool.register_forward_hook(lambda *args: kept.update(pool=args[2].flatten(1)))]
+    with torch.no_grad():
+        logits = independent(seen_by(features, images))
+    for hook in hooks:
+        hook.remove()
+
+    def error(one, two):
+        return ((one - two).abs().max() / two.abs().max()).item()
+
+    assert error(found.pool, kept["pool"]) < 1e-5 and kept["pool"].std() > 1e-3
+    for h, w, c in ((0, 0, 0), (0, 0, 6), (0, 1, 0), (16, 16, 6), (3, 5, 2)):
+        assert abs(found.spatial[1, (h * 17 + w) * 7 + c] - kept["mixed_6"][1, c, h, w]) < 1e-5 * kept["mixed_6"].max()
+    want = kept["mixed_6"][:, :7].permute(0, 2, 3, 1).reshape(2, -1)
+    assert error(found.spatial, want) < 1e-5 and want.std() > 1e-3
+    assert error(features.class_logits(found.pool), logits - independent.fc.bias) < 1e-5
+    assert independent.fc.bias.abs().max() > 0
+
+
+def test_batches_do_not_matter(features):
+    images = torch.from_numpy(np.stack([picture(32, 32, 3, seed=seed) for seed in range(3)]))
+    together, alone = features(images), [features(image[None]) for image in images]
+    for one, parts in zip(together, zip(*alone)):
+        torch.testing.assert_close(one, torch.cat(parts), rtol=1e-4, atol=1e-5)
+
+
+def test_features_are_never_in_tf32(features, monkeypatch):
+    """Whatever the model around them is computed in; and that is left as it was."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("high")
+    torch.backends.cudnn.allow_tf32 = True
+    seen = []
+    hook = features.network.Conv2d_1a_3x3.register_forward_hook(lambda *_: seen.append(
+        (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32)))
+    try:
+        features(torch.from_numpy(picture(1, 8, 8, 3)))
+        assert seen == [("highest", False)]
+        assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32) == ("high", True)
+    finally:
+        hook.remove()
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]
+
+
+def test_other_weights_are_no_fid(features, weights):
+    with open(weights, "rb") as file:
+        assert features.sha256 == hashlib.sha256(file.read()).hexdigest() != INCEPTION_SHA256
+    assert not features.is_standard and features.record()["space"] == "inception with other weights"
+
+
+@pytest.mark.parametrize("content, sentence", [
+    (lambda: dict(a=torch.zeros(3)), "does not hold the weights of torch-fidelity's Inception"),
+    (lambda: torch.zeros(3), "does not hold the weights"),
+    (lambda: types.SimpleNamespace(a=1), "was refused"),
+])
+def test_files_that_are_no_weights(tmp_path, content, sentence):
+    torch.save(content(), tmp_path / "w.pth")
+    with pytest.raises(UserError, match=sentence):
+        InceptionFeatures(CPU, str(tmp_path / "w.pth"))
+
+
+def test_weights_that_cannot_be_fetched(monkeypatch, tmp_path):
+    """A sentence with the address and the place."""
+    import evaluation.features
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(evaluation.features, "INCEPTION_URL", "http://127.0.0.1:9/v0.2.0/")
+    with pytest.raises(UserError, match=r"cannot fetch http://127\.0\.0\.1:9/v0\.2\.0/weights-inception.*put it at "
+                                        rf"{tmp_path}/pretrained_models/weights-inception-2015-12-05-6726825d\.pth"):
+        load_feature_space("inception", CPU)
+
+
+def test_downloaded_weights_are_checked_before_they_are_read(monkeypatch, tmp_path, weights):
+    """A file with another SHA-256 under the usual name is refused."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pretrained_models").mkdir()
+    (tmp_path / "pretrained_models" / "weights-inception-2015-12-05-6726825d.pth").write_bytes(b"no pickle at all")
+    with pytest.raises(UserError, match=f"does not have the SHA-256 {INCEPTION_SHA256}"):
+        load_feature_space("inception", CPU)
+
+
+# ---------------------------------------------------------------- pixels and modules
+
+def test_pixels():
+    images = torch.from_numpy(picture(2, 4, 5, 3))
+    found = load_feature_space("pixels", CPU)(images)
+    assert found.spatial is None and torch.equal(found.pool, images.flatten(1) / 255)
+    with pytest.raises(UserError, match="64 x 33 pixels are too large"):
+        load_feature_space("pixels", CPU)(torch.zeros(1, 33, 64, 3, dtype=torch.uint8))
+
+
+class MeanColour(torch.nn.Module):
+    def forward(self, images):
+        return images.double().mean(dim=(2, 3))
+
+
+class Wrong(torch.nn.Module):
+    def forward(self, images):
+        return images.float()
+
+
+class Fails(torch.nn.Module):
+    def forward(self, images):
+        return images.float() @ torch.zeros(3, 3)
+
+
+def saved(module, tmp_path):
+    path = str(tmp_path / f"{type(module).__name__}.pt")
+    torch.jit.save(torch.jit.script(module), path)
+    return path
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning")
+def test_modules(tmp_path):
+    images = torch.from_numpy(picture(2, 4, 5, 3))
+    features = load_feature_space(saved(MeanColour(), tmp_path), CPU)
+    assert torch.equal(features(images).pool, images.double().mean(dim=(1, 2)).float())
+    assert features.record()["space"] == "module MeanColour.pt" and not features.is_standard
+    with pytest.raises(UserError, match=r"gives \(2, 3, 4, 5\) for 2 images, not \(2, D\)"):
+        load_feature_space(saved(Wrong(), tmp_path), CPU)(images)
+    with pytest.raises(UserError, match="the module fails on images of the shape"):
+        load_feature_space(saved(Fails(), tmp_path), CPU)(images)
+
+
+def test_feature_spaces_that_are_none(tmp_path):
+    with pytest.raises(UserError, match="--features nothing: neither inception, nor pixels"):
+        load_feature_space("nothing", CPU)
+    (tmp_path / "x.pt").write_bytes(b"x")
+    with pytest.raises(UserError, match="is no TorchScript module"):
+        load_feature_space(str(tmp_path / "x.pt"), CPU)
+    with pytest.raises(UserError, match="--inception w is for --features inception, not pixels"):
+        load_feature_space("pixels", CPU, "w")

@@ -1,0 +1,322 @@
+"""The embedded fractals, and the classifier in whose features they are compared."""
+import json
+import re
+
+import numpy as np
+import pytest
+import torch
+
+from common.errors import UserError
+from data import build_dataset
+from data.fractals import VARIATION, FractalsDataset, System, chaos_game, draw, get_system, random_words
+from data.image_folder import ImageFolderDataset
+from data.image_io import to_uint8
+from data.loader import PrefetchLoader
+from data.sampler import StepBatchSampler
+from evaluation.classifier import train_classifier
+from evaluation.feature_statistics import FeatureStatistics
+from evaluation.features import load_feature_space
+from evaluation.image_sources import open_image_source
+from evaluation.scores import compute_scores
+from helpers import TINY, call
+
+FRACTALS = ["--data-path", "fractals", "--num-classes", 3, "--image-size", 8, *TINY, "--global-batch-size", 8]
+
+
+# ---------------------------------------------------------------- images
+
+def test_both_splits():
+    train, held_out = FractalsDataset(8, 3), FractalsDataset(8, 3, "held-out")
+    assert (len(train), len(held_out)) == (3000, 300)
+    assert not set(train.paths) & set(held_out.paths) and len(set(train.paths + held_out.paths)) == 3300
+    for split in (train, held_out):
+        assert split.class_names == ["fractal 000", "fractal 001", "fractal 002"]
+        assert np.bincount(split.labels).tolist() == [len(split) // 3] * 3
+    pictures = {split.read(index).numpy().tobytes() for split in (train, held_out) for index in range(0, 300)}
+    assert len(pictures) == 600
+    assert FractalsDataset.flips is False
+
+
+def test_an_image_is_a_function_of_its_class_and_index():
+    """Whatever is done with numpy's generator, whichever was drawn before, however many classes there are."""
+    want = draw(5, 1003, 32)
+    np.random.seed(7)
+    get_system.cache_clear()
+    for other in (9, 5, 2):
+        draw(other, 3, 16)
+    np.testing.assert_array_equal(draw(5, 1003, 32), want)
+    for classes in (6, 50):
+        image = FractalsDataset(32, classes, "held-out").read(503)
+        np.testing.assert_array_equal(to_uint8(image[None])[0].permute(2, 0, 1), want)
+
+
+def test_images_are_those_of_yesterday():
+    """Drawn once, on a machine with AVX-512: who changes this changes what every number was measured on."""
+    for (label, index), sums in YESTERDAY.items():
+        assert draw(label, index, 32).sum(axis=(1, 2)).tolist() == sums
+
+
+YESTERDAY = {(0, 0): [18638, 25787, 45240], (1, 1000): [111338, 86845, 45344], (999, 7): [43184, 74099, 92035]}
+
+
+def test_workers_read_the_same():
+    data = FractalsDataset(16, 20)
+
+    def batches(workers):
+        order = StepBatchSampler(len(data), 16, slice(0, 16), seed=1, first=0, last=4, flips=False)
+        return [(images, labels) for images, labels in PrefetchLoader(data, order, workers, torch.device("cpu"), print)]
+
+    one, other = batches(0), batches(2)
+    assert all(torch.equal(a, c) and torch.equal(b, d) for (a, b), (c, d) in zip(one, other))
+    assert len(one) == len(other) == 4
+
+
+@pytest.mark.parametrize("size", [1, 5, 32, 100])
+def test_any_size(size):
+    image = FractalsDataset(size, 2).read(1500)
+    assert image.shape == (3, size, size) and image.dtype == torch.float32
+    assert image.min() >= -1 and -0.5 < image.max() <= 1
+
+
+def test_a_class_is_the_same_at_any_size():
+    """A large picture, made small, is near the small one (which has less to darken); another class' is not."""
+    small = [draw(label, 3, 16).astype(float) for label in range(4)]
+    large = [draw(label, 3, 64).astype(float).reshape(3, 16, 4, 16, 4).mean(axis=(2, 4)) for label in range(4)]
+    distances = np.array([[np.abs(one - other).mean() for other in large] for one in small])
+    assert (2 * distances.diagonal() < np.sort(distances, axis=1)[:, 1]).all()
+
+
+def test_no_image_is_empty_or_full():
+    """And classes are told apart by the mean of a few of their images."""
+    means = []
+    for label in range(60):
+        images = np.stack([draw(label, index, 32) for index in range(0, 1100, 220)])
+        lit = (images.max(axis=1) > 40).mean(axis=(1, 2))
+        assert lit.min() > 0.08 and lit.max() < 0.95, (label, lit)
+        assert images.max() > 100
+        means.append(images.mean(axis=0))
+    held_out = [draw(label, 1050, 32) for label in range(60)]
+    nearest = [min(range(60), key=lambda other: np.abs(image - means[other]).mean()) for image in held_out]
+    assert np.mean(np.array(nearest) == range(60)) > 0.9
+
+
+def test_maps_contract_whatever_the_image():
+    """The bound that is promised beside LARGEST, at the corners of what `draw` may multiply by."""
+    for label in range(50):
+        linear = get_system(label).maps[:, :2]
+        for signs in range(16):
+            factors = 1 + VARIATION * np.array([1 if signs >> bit & 1 else -1 for bit in range(4)])
+            longest = np.linalg.norm((linear * factors.reshape(2, 2, 1)).transpose(2, 0, 1), 2, axis=(1, 2))
+            assert longest.max() < 1
+
+
+def test_the_chaos_game_finds_a_known_fractal():
+    """Three maps that halve make Sierpinski's triangle: 3 of 4 squares, 9 of 16, 27 of 64 are met, alike often."""
+    corners = np.array([[0, 0.5, 0], [0, 0, 0.5]])
+    maps = np.stack([np.stack([[0.5, 0, right], [0, 0.5, down]]) for right, down in corners.T], axis=-1)
+    system = System(maps, np.arange(256) % 3, np.zeros((3, 9)))
+    points, colours = chaos_game(system, random_words(40_000, 9, 0, 0), 2000, 100)
+    cells = (points * 8).astype(int)
+    counts = np.bincount(cells[0] * 8 + cells[1], minlength=64)
+    want = np.array([[(i & j) == 0 for j in range(8)] for i in range(8)]).ravel()
+    assert ((counts > 0) == want).all()
+    assert np.allclose(counts[want], counts.sum() / 27, rtol=0.1)
+    # The last map that a point went through says in which half of the picture it lies.
+    assert (points[0][colours // 3 == 1] >= 0.5).all() and (points[0][colours // 3 != 1] <= 0.5).all()
+
+
+# ---------------------------------------------------------------- commands
+
+def test_defaults_that_are_not_typed(command, tmp_path):
+    """32 x 32 pixels, 100 classes, no VAE; the model and the recipe stay the paper's; mirror images are not drawn."""
+    status, out, err = command("train", "--data-path", "fractals", *TINY, "--global-batch-size", 4, "--max-steps", 1,
+                               "--num-workers", 0, "--results-dir", tmp_path)
+    assert status == 0, err
+    assert "Dataset contains 100,000 images in 100 classes (fractals)" in out
+    for name, value in dict(image_size=32, num_classes=100, vae="none", flip=False, lr=1e-4, ema_decay=0.9999,
+                            epochs=1400, depth=1).items():
+        assert f"{name}={value}," in out or f"{name}={value}\n" in out, name
+    assert "WARNING" not in out
+
+
+def test_the_papers_tokens():
+    """Patches of 2, 4 and 8 give 256, 64 and 16 tokens."""
+    import models
+    from train import FRACTALS as defaults
+    side = defaults["image_size"]
+    with torch.device("meta"):
+        for patch, tokens in ((2, 256), (4, 64), (8, 16)):
+            model = models.DiT_models[f"DiT-S/{patch}"](input_size=side, in_channels=3, num_classes=100)
+            assert model.pos_embed.shape[1] == tokens
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trained")
+    call("train", *FRACTALS, "--max-steps", 3, "--num-workers", 0, "--results-dir", folder)
+    return folder / "000-DiT-S-2" / "checkpoints" / "0000003.pt"
+
+
+@pytest.fixture(scope="module")
+def judge(tmp_path_factory):
+    """A classifier of three classes, trained for seconds."""
+    path = tmp_path_factory.mktemp("judge") / "classifier.pt"
+    call("tools.train_classifier", "--data-path", "fractals", "--num-classes", 3, "--image-size", 8, "--num-workers", 0,
+         "--width", 4, "--steps", 60, "--batch-size", 32, "--lr", 0.01, "--output", path)
+    return path
+
+
+def test_a_checkpoint_says_what_it_was_trained_on(command, trained, tmp_path):
+    status, _, err = command("sample", "--ckpt", trained, "--class-labels", "fractal 002", "0", "--num-sampling-steps",
+                             2, "--output", tmp_path / "x.png")
+    assert status == 0 and (tmp_path / "x.png").exists(), err
+
+
+def test_from_data_to_scores(command, trained, judge, tmp_path):
+    """A checkpoint against held-out fractals of its own size and number of classes."""
+    status, out, err = command("evaluate", trained, "--reference", "fractals-held-out", "--features", judge,
+                               "--num-fid-samples", 20, "--num-sampling-steps", 2, "--output", tmp_path / "x.json")
+    assert status == 0, err
+    record = json.loads((tmp_path / "x.json").read_text())
+    assert record["reference"] == dict(path="fractals-held-out", images=300, image_size=8, num_classes=3)
+    assert record["features"]["space"] == "a classifier of fractals (3 classes)"
+    assert set(record["scores"]) == {"frechet_distance", "precision", "recall", "class_agreement"}
+    assert "Frechet distance (a classifier of fractals (3 classes), 20 images)" in out and "FID" not in out
+    assert re.search(r"class agreement: \d+\.\d% \(of real images not trained on: \d+\.\d%\)", out)
+
+
+def test_real_against_real_is_the_yardstick(command, judge, tmp_path):
+    """The agreement of held-out images is the classifier's accuracy, far above chance."""
+    sizes = ["--num-classes", 3, "--image-size", 8]
+    command("evaluate", "--make-reference", "fractals", *sizes, "--features", judge, "--output", tmp_path / "ref.npz")
+    status, _, err = command("evaluate", "fractals-held-out", *sizes, "--reference", tmp_path / "ref.npz", "--features",
+                             judge, "--output", tmp_path / "x.json")
+    assert status == 0, err
+    record = json.loads((tmp_path / "x.json").read_text())
+    assert record["scores"]["class_agreement"] == pytest.approx(record["features"]["accuracy"], abs=0.004)
+    assert record["features"]["accuracy"] > 0.8
+    noise = np.random.default_rng(0).integers(0, 256, (300, 8, 8, 3), dtype=np.uint8)
+    np.savez(tmp_path / "noise.npz", arr_0=noise, arr_1=np.arange(300) % 3)
+    command("evaluate", tmp_path / "noise.npz", "--reference", tmp_path / "ref.npz", "--features", judge, "--output",
+            tmp_path / "y.json")
+    other = json.loads((tmp_path / "y.json").read_text())
+    assert other["scores"]["frechet_distance"] > 10 * record["scores"]["frechet_distance"]
+    assert other["scores"]["class_agreement"] < 0.6
+
+
+def test_scores_while_it_trains(command, judge, tmp_path):
+    status, _, err = command("train", *FRACTALS, "--max-steps", 2, "--num-workers", 0, "--eval-every", 2,
+                               "--eval-reference", "fractals-held-out", "--eval-features", judge, "--eval-samples", 12,
+                               "--eval-sampling-steps", 2, "--results-dir", tmp_path)
+    assert status == 0, err
+    assert "class_agreement" in (tmp_path / "000-DiT-S-2" / "evaluations.csv").read_text()
+
+
+def test_bits_per_dimension_of_fractals(command, trained, tmp_path):
+    status, out, err = command("evaluate", trained, "--nll", "fractals-held-out", "--nll-images", 2, "--output",
+                               tmp_path / "x.json")
+    assert status == 0 and "bits" in out, err
+
+
+def test_a_latent_cache_of_fractals(command, vae_folder, tmp_path):
+    """A class of few pixels by a tiny VAE; there is nothing to mirror."""
+    status, _, err = command("extract_features", "--data-path", "fractals", "--num-classes", 1, "--image-size", 8,
+                               "--vae", vae_folder, "--num-workers", 0, "--batch-size", 250, "--features-path",
+                               tmp_path / "cache")
+    assert status == 0, err
+    manifest = json.loads((tmp_path / "cache" / "manifest.json").read_text())
+    assert (manifest["count"], manifest["orientations"], manifest["data_path"]) == (1000, 1, "fractals")
+
+
+def test_the_classifier_of_digits(command, tmp_path):
+    """The same commands serve the other data set: channels and sizes are the data's."""
+    status, _, err = command("tools.train_classifier", "--data-path", "digits", "--num-workers", 0, "--width", 8, "--steps",
+                               60, "--batch-size", 64, "--lr", 0.01, "--output", tmp_path / "digits.pt")
+    assert status == 0, err
+    features = load_feature_space(str(tmp_path / "digits.pt"), "cpu")
+    images = open_image_source("digits-held-out")
+    pool = features(images.batch(0, len(images))).pool
+    assert pool.shape == (359, 32)
+    agreement = (features.predicted(pool).numpy() == images.class_labels()).mean()
+    assert agreement == pytest.approx(features.record()["accuracy"], abs=0.006) and agreement > 0.8
+    assert features.record()["space"] == "a classifier of digits (10 classes)"
+
+
+def test_a_classifier_of_a_folder(command, image_folder, tmp_path):
+    status, out, err = command("tools.train_classifier", "--data-path", image_folder, "--held-out-path", image_folder,
+                               "--image-size", 16, "--num-workers", 0, "--width", 4, "--steps", 3, "--batch-size", 8,
+                               "--output", tmp_path / "c.pt")
+    assert status == 0 and "of 24 images" in out, err
+
+
+def test_the_classifier_is_a_function_of_its_seed():
+    data = FractalsDataset(8, 2)
+    one, again, other = (train_classifier(data, steps=3, batch_size=8, width=4, seed=seed).state_dict()
+                         for seed in (0, 0, 1))
+    assert all(torch.equal(one[name], again[name]) for name in one)
+    assert not torch.equal(one["head.weight"], other["head.weight"])
+
+
+def test_labels_that_the_classifier_does_not_know(command, judge, tmp_path):
+    np.savez(tmp_path / "x.npz", arr_0=np.zeros((9, 8, 8, 3), dtype=np.uint8), arr_1=np.arange(9))
+    status, _, err = command("evaluate", tmp_path / "x.npz", "--reference", "fractals-held-out", "--num-classes", 3,
+                             "--features", judge, "--output", tmp_path / "x.json")
+    assert status == 2 and "the samples have the labels 0 .. 8, a classifier of fractals (3 classes) knows" in err
+
+
+def test_no_agreement_without_labels(judge):
+    features = load_feature_space(str(judge), "cpu")
+    rows = torch.randn(10, 16)
+    measured = FeatureStatistics(10, (rows.mean(dim=0).numpy(), np.cov(rows.numpy(), rowvar=False)), features=rows)
+    assert "class_agreement" not in compute_scores(measured, measured, features)
+    labels = features.predicted(rows).numpy()
+    assert compute_scores(measured, measured, features, labels)["class_agreement"] == 1
+    labels[:5] = 3
+    assert compute_scores(measured, measured, features, labels)["class_agreement"] == 0.5
+
+
+@pytest.mark.parametrize("name, flags, sentence", [
+    ("train", [*FRACTALS, "--patch-size", 3], r"--image-size 8: .*\(8, 8\) .* patch_size 3"),
+    ("train", [*FRACTALS, "--num-classes", 0], r"argument --num-classes: 0 is not a positive whole number"),
+    ("tools.train_classifier", ["--data-path", "nowhere", "--output", "c.pt"], r"--data-path nowhere: there is no such fol"),
+    ("tools.train_classifier", ["--data-path", "digits", "--num-classes", 9, "--output", "c.pt"],
+     r"--num-classes 9 is for --data-path fractals, not digits"),
+    ("tools.train_classifier", ["--data-path", "fractals", "--output", "nowhere/c.pt"],
+     r"--output nowhere/c.pt: there is no folder"),
+    ("tools.train_classifier", ["--data-path", "digits", "--image-size", 9, "--output", "c.pt"],
+     r"--image-size 9: the digits are 8 pixels wide"),
+    ("tools.train_classifier", ["--data-path", "digits", "--held-out-path", "fractals", "--output", "c.pt"],
+     r"--held-out-path fractals has other classes than --data-path digits"),
+    ("tools.train_classifier", ["--data-path", "digits", "--batch-size", 2000, "--output", "c.pt"],
+     r"--batch-size 2000: there are 1438 images"),
+    ("extract_features", ["--data-path", "digits", "--num-classes", 9, "--features-path", "c"],
+     r"--num-classes 9 is for --data-path fractals, not digits"),
+    ("extract_features", ["--data-path", "fractals", "--vae", "none", "--features-path", "c"], r"--vae none"),
+    ("evaluate", ["x.npz", "--reference", "digits", "--num-classes", 3], r"--num-classes says how a checkpoint's"),
+])
+def test_mistakes(command, tmp_path, monkeypatch, name, flags, sentence):
+    monkeypatch.chdir(tmp_path)
+    status, _, err = command(name, *flags)
+    assert status == 2 and re.search(sentence, err), err
+    assert "Traceback" not in err and not list(tmp_path.glob("*.pt"))
+
+
+def test_a_folder_needs_held_out_images(command, image_folder, tmp_path):
+    status, _, err = command("tools.train_classifier", "--data-path", image_folder, "--output", tmp_path / "c.pt")
+    assert status == 2 and "needs --held-out-path" in err
+
+
+def test_a_broken_image_is_told(tmp_path):
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "x.png").write_bytes(b"no picture")
+    with pytest.raises(UserError, match=r"cannot read the image \S+x\.png"):
+        train_classifier(ImageFolderDataset(str(tmp_path), 8), steps=1, batch_size=2)
+
+
+def test_fractals_by_name():
+    assert build_dataset("fractals", 8).class_names[-1] == "fractal 099"
+    assert len(build_dataset("fractals-held-out", 8, num_classes=7)) == 700
+    images = open_image_source("fractals-held-out", 8, 2)
+    assert images.batch(0, 3).shape == (3, 8, 8, 3) and images.batch(0, 3).dtype == torch.uint8
+    np.testing.assert_array_equal(images.batch(100, 101)[0].permute(2, 0, 1), draw(1, 1000, 8))

@@ -1,0 +1,164 @@
+"""Distances and scores, against closed forms, textbook formulas and brute force in float64."""
+import os
+
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+
+from common import distributed
+from common.errors import UserError
+from evaluation.feature_statistics import RunningMoments
+from evaluation.metrics import frechet_distance, inception_score, precision_recall
+
+
+def random_rows(count, dimensions, seed, spread=1.0, mean=0.0):
+    random = np.random.default_rng(seed)
+    return mean + spread * random.standard_normal((count, dimensions)) @ random.standard_normal(
+        (dimensions, dimensions)) / dimensions**0.5
+
+
+def statistics_of(rows):
+    return rows.mean(axis=0), np.cov(rows, rowvar=False)
+
+
+# ---------------------------------------------------------------- Frechet distance
+
+def test_gaussians_with_a_closed_form():
+    """Covariances that commute: |m1 - m2|^2 + sum (sqrt(l1) - sqrt(l2))^2, D = 64."""
+    random = np.random.default_rng(0)
+    rotation = np.linalg.qr(random.standard_normal((64, 64)))[0]
+    one, two = random.uniform(0.1, 3, (2, 64))
+    mean_one, mean_two = random.standard_normal((2, 64))
+    found = frechet_distance((mean_one, rotation * one @ rotation.T), (mean_two, rotation * two @ rotation.T))
+    assert abs(found - ((mean_one - mean_two) ** 2).sum() - ((one**0.5 - two**0.5) ** 2).sum()) < 1e-9
+
+
+@pytest.mark.parametrize("count", [200, 2000])
+def test_the_textbook_formula(count):
+    """With SciPy's matrix root, for fewer images than dimensions (512) and for more."""
+    one, two = statistics_of(random_rows(count, 512, 1)), statistics_of(random_rows(count, 512, 2, 1.5, 0.1))
+    root = scipy.linalg.sqrtm(one[1] @ two[1]).real
+    want = ((one[0] - two[0]) ** 2).sum() + np.trace(one[1] + two[1] - 2 * root)
+    assert abs(frechet_distance(one, two) - want) < 1e-6
+
+
+def test_a_distance_of_nothing():
+    one = statistics_of(random_rows(500, 32, 1))
+    assert abs(frechet_distance(one, one)) < 1e-9
+    shifted = one[0] + 2, one[1]
+    assert abs(frechet_distance(one, shifted) - 32 * 4) < 1e-9
+
+
+# ---------------------------------------------------------------- moments
+
+@pytest.mark.parametrize("mean", [0.0, 1e4])
+@pytest.mark.parametrize("batch", [1, 64, 1001])
+def test_streamed_moments(batch, mean):
+    rows = random_rows(1001, 17, 3, mean=mean)
+    moments = RunningMoments(17)
+    for part in torch.from_numpy(rows).split(batch):
+        moments.add(part)
+    found = moments.statistics()
+    assert moments.count == 1001
+    for one, want in zip(found, statistics_of(rows)):
+        np.testing.assert_allclose(one, want, rtol=1e-9, atol=1e-9 * max(1, abs(mean)) ** 0.5)
+
+
+def moments_of_two(rank, folder):
+    """One of two processes with uneven shares of the rows."""
+    from accelerate import Accelerator
+    torch.set_num_threads(1)
+    os.environ.update(WORLD_SIZE="2", RANK=str(rank), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1")
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    rows = torch.from_numpy(random_rows(1001, 17, 3))
+    Accelerator(cpu=True)
+    assert distributed.world_size() == 2
+    first, second = RunningMoments(17), RunningMoments(17)
+    first.add(rows[:700] if rank == 0 else rows[700:])
+    if rank == 1:
+        second.add(rows)
+    for number, moments in enumerate((first, second)):
+        mean, covariance = moments.reduce().statistics()
+        np.savez(f"{folder}/{rank}-{number}.npz", mean=mean, covariance=covariance)
+    torch.distributed.destroy_process_group()
+
+
+def test_moments_of_two_processes(children, tmp_path):
+    """The same on both, also where one has nothing."""
+    group = [children.context.Process(target=moments_of_two, args=(rank, str(tmp_path))) for rank in range(2)]
+    for child in group:
+        child.start()
+    for child in group:
+        child.join(60)
+        assert child.exitcode == 0
+    want = statistics_of(random_rows(1001, 17, 3))
+    for path in sorted(tmp_path.glob("*.npz")):
+        with np.load(path) as found:
+            np.testing.assert_allclose(found["mean"], want[0], rtol=1e-9, atol=1e-9)
+            np.testing.assert_allclose(found["covariance"], want[1], rtol=1e-9, atol=1e-9)
+    assert len(list(tmp_path.glob("*.npz"))) == 4
+
+
+# ---------------------------------------------------------------- Inception Score
+
+def brute_inception_score(logits, split):
+    p = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    parts = [p[i:i + split] for i in range(0, len(p), split)]
+    scores = [np.exp((part * (np.log(part) - np.log(part.mean(axis=0)))).sum(axis=1).mean()) for part in parts]
+    return np.mean(scores), np.std(scores)
+
+
+@pytest.mark.parametrize("count", [40, 47])
+def test_inception_score(count):
+    """In file order, the last part shorter where the split does not divide."""
+    logits = 3 * np.random.default_rng(0).standard_normal((count, 9))
+    found = inception_score(torch.from_numpy(logits), split=10)
+    np.testing.assert_allclose(found, brute_inception_score(logits, 10), rtol=1e-12)
+    if count == 40:
+        assert abs(inception_score(torch.from_numpy(np.sort(logits, axis=0)), split=10)[0] - found[0]) > 1e-3
+
+
+def test_inception_score_of_extremes():
+    certain = torch.eye(10).repeat(5, 1) * 1000
+    assert abs(inception_score(certain)[0] - 10) < 1e-9
+    assert abs(inception_score(torch.zeros(50, 10))[0] - 1) < 1e-12
+
+
+# ---------------------------------------------------------------- precision and recall
+
+def brute_precision_recall(samples, reference, k=3):
+    def distances(one, other):
+        return np.sqrt(((one[:, None] - other[None]) ** 2).sum(axis=2))
+
+    def share_within(points, centres):
+        radii = np.sort(distances(centres, centres), axis=1)[:, k]
+        return (distances(points, centres) <= radii).any(axis=1).mean()
+
+    return share_within(samples, reference), share_within(reference, samples)
+
+
+@pytest.mark.parametrize("block", [7, 64, 1000])
+def test_precision_and_recall(block):
+    """Blocks that do not divide the number of images, sets of different sizes."""
+    samples, reference = random_rows(83, 6, 1, 0.8), random_rows(101, 6, 2, mean=0.3)
+    found = precision_recall(torch.from_numpy(samples), torch.from_numpy(reference), block)
+    want = brute_precision_recall(samples, reference)
+    np.testing.assert_allclose(found, want, atol=1e-6)
+    assert min(want) > 0.1 and max(want) < 0.99
+
+
+def test_the_directions_of_precision_and_recall():
+    reference = torch.from_numpy(random_rows(200, 6, 1))
+    collapsed = reference[:1] + 1e-3 * torch.from_numpy(random_rows(100, 6, 2))
+    precision, recall = precision_recall(collapsed, reference)
+    assert precision == 1.0 and recall < 0.05
+    assert precision_recall(reference, reference) == (1.0, 1.0)
+    assert precision_recall(reference + 100, reference) == (0.0, 0.0)
+    wide = torch.cat([reference, reference + 100])
+    assert precision_recall(wide, reference) == (0.5, 1.0)
+
+
+def test_too_few_images_for_neighbours():
+    with pytest.raises(UserError, match="more than 3 images of the reference, here are 3"):
+        precision_recall(torch.zeros(9, 2), torch.zeros(3, 2))

@@ -1,0 +1,200 @@
+"""A set of samples on disk: no image twice, none missing, whoever makes them, and after any kill."""
+import os
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from common.errors import UserError
+from sampling.sample_set import SampleSet, random_labels
+
+
+def image(i):
+    return np.random.default_rng(i).integers(0, 256, (2, 3, 3), dtype=np.uint8)
+
+
+def make(samples, ranges, seed=0):
+    """Make some ranges of a set in which sample i is `image(i)` with the label 7 i."""
+    for first, end in ranges:
+        samples.add(first, np.stack([image(i) for i in range(first, end)]), 7 * np.arange(first, end))
+
+
+def finish(samples, count, batch_size):
+    make(samples, samples.missing(count, batch_size))
+    samples.assemble(count)
+
+
+def check(samples, count):
+    """The file, as anybody reads it."""
+    with np.load(samples.npz) as arrays:
+        assert sorted(arrays.files) == ["arr_0", "arr_1"]
+        images, labels = arrays["arr_0"], arrays["arr_1"]
+    assert (images.shape, images.dtype) == ((count, 2, 3, 3), np.uint8)
+    assert (labels.shape, labels.dtype) == ((count,), np.int64)
+    assert np.array_equal(images, np.stack([image(i) for i in range(count)]))
+    assert np.array_equal(labels, 7 * np.arange(count))
+    assert samples.finished() == count
+    assert not os.path.exists(samples.parts)
+
+
+@pytest.fixture
+def samples(tmp_path):
+    return SampleSet(str(tmp_path / "samples" / "DiT"))
+
+
+# ---------------------------------------------------------------- making
+
+def test_an_empty_set_misses_all(samples):
+    assert samples.finished() == 0
+    assert samples.missing(10, 4) == [(0, 4), (4, 8), (8, 10)]
+
+
+def test_the_order_does_not_matter(samples):
+    make(samples, [(8, 10), (0, 4), (4, 8)])
+    assert samples.missing(10, 4) == []
+    samples.assemble(10)
+    check(samples, 10)
+
+
+def test_the_file_is_in_the_order_of_numbers(samples):
+    """Not of names: past ten million the parts' names grow by a digit."""
+    small = np.zeros((1, 1, 1, 3), np.uint8)
+    for i in (0, 9_999_999, 10_000_000):
+        samples.add(i, small, np.array([i]))
+    assert [first for first, *_ in samples._parts()] == [0, 9_999_999, 10_000_000]
+
+
+def test_a_large_part(samples):
+    make(samples, [(0, 600), (600, 601)])
+    samples.assemble(601)
+    check(samples, 601)
+
+
+def test_what_is_there_is_not_made_again(samples):
+    """After a kill, and with another batch size: the rest, cut at the multiples of the new one."""
+    make(samples, [(4, 8)])
+    assert samples.missing(10, 4) == [(0, 4), (8, 10)]
+    assert samples.missing(10, 3) == [(0, 3), (3, 4), (8, 9), (9, 10)]
+    assert samples.missing(10, 100) == [(0, 4), (8, 10)]
+    assert samples.missing(6, 4) == [(0, 4)]
+    finish(samples, 10, batch_size=3)
+    check(samples, 10)
+
+
+def test_parts_that_overlap(samples):
+    """Each sample is taken once: two runs of different batch sizes may have met."""
+    make(samples, [(0, 4), (2, 7), (3, 5), (4, 8), (6, 10)])
+    assert samples.missing(10, 5) == []
+    samples.assemble(10)
+    check(samples, 10)
+
+
+def test_a_finished_set_is_the_beginning_of_a_larger_one(samples):
+    finish(samples, 5, batch_size=4)
+    check(samples, 5)
+    assert samples.missing(5, 4) == samples.missing(3, 4) == []
+    assert samples.missing(10, 4) == [(5, 8), (8, 10)]
+    finish(samples, 10, batch_size=4)
+    check(samples, 10)
+
+
+def test_more_parts_than_are_asked_for(samples):
+    """What is beyond belongs to a larger set, which still may be asked for."""
+    make(samples, [(0, 4), (4, 8), (8, 12)])
+    assert samples.assemble(6) == 6
+    with np.load(samples.npz) as arrays:
+        assert np.array_equal(arrays["arr_0"], np.stack([image(i) for i in range(6)]))
+    assert samples.missing(12, 4) == []
+    assert samples.assemble(12) == samples.assemble(3) == 12
+    check(samples, 12)
+
+
+def test_leftovers_of_a_kill_do_not_count(samples):
+    make(samples, [(0, 4)])
+    for name in ("0000004-0000008.npz.77.tmp", "0000004-0000008.npz.tmp"):
+        with open(os.path.join(samples.parts, name), "wb") as file:
+            file.write(b"half")
+    with open(samples.npz + ".77.tmp", "wb") as file:
+        file.write(b"half")
+    assert samples.missing(8, 4) == [(4, 8)]
+    finish(samples, 8, batch_size=4)
+    check(samples, 8)
+
+
+@pytest.mark.parametrize("there", [[(4, 8)], [(0, 4)], [(0, 2), (4, 8)], []],
+                         ids=["start", "end", "middle", "all"])
+def test_a_set_with_a_gap_is_not_written(samples, there):
+    """Parts that another machine's disk holds must not become a set of wrong images."""
+    make(samples, there)
+    with pytest.raises(UserError, match=samples.folder):
+        samples.assemble(8)
+    assert not os.path.exists(samples.npz)
+    assert samples.missing(8, 4) != []
+
+
+# ---------------------------------------------------------------- damage
+
+def test_a_failed_write_leaves_nothing(samples, monkeypatch):
+    def full(file, **arrays):
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(np, "savez", full)
+    with pytest.raises(UserError, match=r"0000000-0000004\.npz.*No space"):
+        make(samples, [(0, 4)])
+    assert os.listdir(samples.parts) == []
+
+
+def test_a_folder_that_cannot_be(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="file"):
+        make(SampleSet(str(tmp_path / "file" / "DiT")), [(0, 4)])
+
+
+@pytest.mark.parametrize("damage", [lambda raw: raw[: len(raw) // 2], lambda raw: raw[:-1], lambda raw: b"",
+                                    lambda raw: b"garbage"], ids=["half", "end", "empty", "garbage"])
+def test_a_damaged_file(samples, damage):
+    finish(samples, 5, batch_size=4)
+    with open(samples.npz, "rb") as file:
+        raw = file.read()
+    with open(samples.npz, "wb") as file:
+        file.write(damage(raw))
+    for use in (samples.finished, lambda: samples.missing(10, 4), lambda: samples.write_pngs(5, 0, 1)):
+        with pytest.raises(UserError, match=rf"{samples.npz} is damaged"):
+            use()
+
+
+@pytest.mark.parametrize("write, reason", [
+    (lambda path: np.savez(path, images=np.zeros(3)), "arr_0"),
+    (lambda path: np.savez(path, arr_0=np.array([None])), "no plain array"),
+])
+def test_a_file_of_another_kind(samples, write, reason):
+    os.makedirs(os.path.dirname(samples.npz))
+    write(samples.npz)
+    with pytest.raises(UserError, match=f"{samples.npz}.*{reason}"):
+        samples.finished()
+
+
+# ---------------------------------------------------------------- labels, names, pictures
+
+def test_labels_are_a_function_of_seed_and_sample():
+    whole = random_labels(3, range(2000), 10)
+    assert whole.dtype == np.int64
+    assert np.array_equal(random_labels(3, [1500, 7], 10), whole[[1500, 7]])
+    assert not np.array_equal(random_labels(4, range(2000), 10), whole)
+    counts = np.bincount(whole, minlength=10)
+    assert len(counts) == 10 and abs(counts - 200).max() < 5 * (2000 * 0.09) ** 0.5
+
+
+def test_pngs(samples):
+    """Two processes share them; what is there is left alone."""
+    finish(samples, 5, batch_size=4)
+    samples.write_pngs(5, rank=0, world=2)
+    assert sorted(os.listdir(samples.folder)) == ["000000.png", "000002.png", "000004.png"]
+    kept = os.path.join(samples.folder, "000003.png")
+    Image.fromarray(image(99)).save(kept)
+    samples.write_pngs(5, rank=1, world=2)
+    assert sorted(os.listdir(samples.folder)) == [f"{i:06d}.png" for i in range(5)]
+    for i in range(5):
+        with Image.open(os.path.join(samples.folder, f"{i:06d}.png")) as picture:
+            assert np.array_equal(picture, image(99 if i == 3 else i))
