@@ -145,8 +145,8 @@ def evaluate(flags, given):
         found = compute_scores(samples, reference, features, images.class_labels())
         for line in format_scores(found, features, samples, reference):
             print(line)
-        record = dict(scores=found, name=distance_name(features, samples.count), features=features.record(),
-                      samples=images.record() | (dict(pixels_sha256=samples.pixels) if samples.pixels else {}),
+        record = dict(scores=found, name=distance_name(features, samples.count), features=features.metadata(),
+                      samples=images.metadata() | (dict(pixels_sha256=samples.pixels) if samples.pixels else {}),
                       reference=reference_record, evaluated=collect_environment(distributed.device()) | dict(tf32=False))
         path = flags.output or free_path(stem_of(flags.samples) + ".scores", ".json")
         write_record(path, record)
@@ -166,7 +166,7 @@ def open_samples(flags, given):
     make = build_pipeline(trained.model, trained.autoencoder, **sampling_options(flags),
                        compute=build_compute_config(flags, distributed.device(), distributed.print_rank0))
     images = GeneratedImages(make, trained.num_classes, flags.num_fid_samples, flags.global_seed, flags.labels,
-                             trained.record() | collect_environment(distributed.device()))
+                             trained.metadata() | collect_environment(distributed.device()))
     return images, trained.image_size, trained.num_classes
 
 
@@ -192,10 +192,10 @@ def make_reference(flags, given):
     found = compute_statistics(images, features, flags.per_proc_batch_size, PRECISION_IMAGES, title="reference")
 
     def save():
-        source = images.record() | (dict(pixels_sha256=found.pixels) if found.pixels else {})
+        source = images.metadata() | (dict(pixels_sha256=found.pixels) if found.pixels else {})
         save_reference(flags.output, found, features, source | collect_environment(distributed.device()) | dict(tf32=False))
         print(f"wrote {flags.output}: {found.count} images, {len(found.pool[0])} features "
-              f"({features.record()['space']})")
+              f"({features.metadata()['space']})")
 
     distributed.run_on_rank0_and_broadcast(save)
 
@@ -214,7 +214,7 @@ def evaluate_likelihood(flags, given):
         print(summarize_nll(found))
         path = flags.output or free_path(stem_of(flags.samples) + ".nll", ".json")
         write_record(path, dict(likelihood=found, data=dict(path=flags.nll, images=len(dataset)),
-                                        model=trained.record(), seed=flags.global_seed,
+                                        model=trained.metadata(), seed=flags.global_seed,
                                         evaluated=collect_environment(distributed.device())))
         plot = os.path.splitext(path)[0] + ".png"
         plot_nll(found, plot)

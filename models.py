@@ -436,6 +436,25 @@ class DiT(nn.Module):
         self.final_layer = final_layer(hidden_size, patch_size, self.out_channels)
         self.initialize_weights()
 
+    @property
+    def sample_shape(self):
+        """Shape (C, H, W) of one input: what noise for a sample has to have."""
+        return (self.in_channels, *self.x_embedder.input_size)
+
+    @property
+    def device(self):
+        """Where the weights lie."""
+        return self.pos_embed.device
+
+    @property
+    def has_null_condition(self):
+        """Whether the model was trained on the null class too, so that it can be guided away from it."""
+        return self.y_embedder.has_null_class
+
+    def null_condition(self, cond):
+        """The condition of the unconditional half of guidance, for a batch with the condition `cond`."""
+        return dict(y=torch.full_like(cond["y"], self.y_embedder.num_classes))
+
     def initialize_weights(self):
         """Xavier-uniform linears and zero biases, then what the paper sets otherwise (section 3.2, appendix A)."""
         for module in self.modules():

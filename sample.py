@@ -66,9 +66,9 @@ def main():
 
     path = TrajectoryRecorder(make.diffusion.num_timesteps) if flags.trajectory else None
     images = make(labels, GlobalRNG(flags.seed, device), on_step=path, progress=True)
-    record = make.record() | dict(seed=flags.seed, class_labels=chosen, checkpoint=trained.description())
+    record = make.metadata() | dict(seed=flags.seed, class_labels=chosen, checkpoint=trained.description())
     save_image_grid(images, columns, flags.output, record)
-    print(f"wrote {flags.output}: {json.dumps(make.record() | dict(seed=flags.seed))}")
+    print(f"wrote {flags.output}: {json.dumps(make.metadata() | dict(seed=flags.seed))}")
     if path:
         gif = os.path.splitext(flags.output)[0] + ".gif"
         path.save(trained.autoencoder, columns, gif)

@@ -76,7 +76,7 @@ def main():
     count = distributed.run_on_rank0_and_broadcast(lambda: samples.assemble(flags.num_fid_samples))
     made_by = collect_environment(device) if left else {}  # of a set that was there already, who knows by what
     distributed.run_on_rank0_and_broadcast(lambda: samples.describe(describe_sample_set(
-        make, count, flags.global_seed, flags.labels, trained.record() | made_by)))
+        make, count, flags.global_seed, flags.labels, trained.metadata() | made_by)))
     if flags.png:
         with distributed.raise_on_all_ranks():
             samples.write_pngs(flags.num_fid_samples, rank, world)

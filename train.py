@@ -197,7 +197,7 @@ def prepare(flags, given):
     guard = NonFiniteGuard(flags.max_bad_steps, flags.max_loss_spike)
     state = TrainState(model, optimizer, schedule_sampler, guard, ema, vars(flags), dict(
         image_channels=dataset.channels, class_names=dataset.class_names, num_images=len(dataset),
-        latents=autoencoder.record()))
+        latents=autoencoder.metadata()))
 
     evaluator = None
     if flags.eval_every:

@@ -66,7 +66,7 @@ class IdentityAutoencoder:
     def __init__(self, channels):
         self.channels = channels
 
-    def record(self):
+    def metadata(self):
         """What makes latents what they are; plain values."""
         return dict(vae="none")
 
@@ -98,7 +98,7 @@ class VAE:
         """A name for all weights that latents depend on: VAEs that differ in the decoder alone share it."""
         return sha256_weights(*(part for part in (self.vae.encoder, self.vae.quant_conv) if part is not None))
 
-    def record(self):
+    def metadata(self):
         """What makes latents what they are; plain values."""
         return dict(vae_sha256=self.encoder_sha256, **vars(self.space))
 
@@ -144,7 +144,7 @@ class CachedLatents:
     def decode(self, latents):
         return self.vae.decode(latents)
 
-    def record(self):
+    def metadata(self):
         """What makes latents what they are; plain values."""
         return dict(vae_sha256=self.encoder_sha256, **vars(self.space))
 

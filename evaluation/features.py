@@ -80,7 +80,7 @@ class InceptionFeatures(FeatureSpace):
         """Whether distances in this space may be called FID."""
         return self.sha256 == INCEPTION_SHA256
 
-    def record(self):
+    def metadata(self):
         """What these features are; plain values."""
         return dict(space="inception-2015-12-05" if self.is_standard else "inception with other weights",
                     weights_sha256=self.sha256, resize="299 x 299, bilinear as TensorFlow 1", precision="fp32",
@@ -116,7 +116,7 @@ class PixelFeatures(FeatureSpace):
     def __init__(self, device):
         self.device = device
 
-    def record(self):
+    def metadata(self):
         return dict(space="pixels", range="0 .. 1")
 
     def __call__(self, images):
@@ -149,7 +149,7 @@ class ModuleFeatures(FeatureSpace):
         if self.about:
             self.predicted, self.num_classes = self._predicted, len(self.about["class_names"])
 
-    def record(self):
+    def metadata(self):
         """What these features are; plain values."""
         if not self.about:
             return dict(space=f"module {self.name}", module_sha256=self.sha256, precision="fp32")

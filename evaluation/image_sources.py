@@ -53,7 +53,7 @@ class NpzImages:
         labels = np.asarray(read_npz_array(self.path, "arr_1"))
         return labels if labels.dtype.kind in "iu" and labels.shape == (len(self),) else None
 
-    def record(self):
+    def metadata(self):
         """Where they come from; with what `sample_ddp.py` wrote beside the file, if it still is that file."""
         found = dict(path=os.path.abspath(self.path), images=len(self), sha256=sha256_file(self.path))
         beside = try_read(os.path.splitext(self.path)[0] + ".json")
@@ -113,7 +113,7 @@ class FolderImages:
     def class_labels(self):
         return None
 
-    def record(self):
+    def metadata(self):
         return dict(path=os.path.abspath(self.path), images=len(self), image_size=self.image_size)
 
 
@@ -140,7 +140,7 @@ class BuiltinImages:
     def class_labels(self):
         return np.array(self.data.labels)
 
-    def record(self):
+    def metadata(self):
         return dict(path=self.name, images=len(self), image_size=self.data.image_size,
                     num_classes=len(self.data.class_names))
 
@@ -185,7 +185,7 @@ class GeneratedImages:
         height, width = (stride * side for side in model.x_embedder.input_size)
         return torch.from_numpy(np.random.default_rng(0).integers(0, 256, (count, height, width, 3), dtype=np.uint8))
 
-    def record(self):
+    def metadata(self):
         return describe_sample_set(self.make, len(self), self.seed, self.labels, self.made_of)
 
 

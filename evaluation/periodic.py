@@ -81,9 +81,9 @@ class PeriodicEvaluator:
     def settings(self):
         """What must be equal for two scores to be compared; plain values."""
         reference = {name: value for name, value in self.reference_record.items() if name not in ("path", "source")}
-        return dict(features=self.features.record(), reference=reference or self.reference_record,
+        return dict(features=self.features.metadata(), reference=reference or self.reference_record,
                     samples=dict(images=len(self.images), labels=self.images.labels, seed=self.images.seed,
-                                 **self.images.make.record()))
+                                 **self.images.make.metadata()))
 
     def lacks(self, step):
         """Whether a step that is done was not measured. To be called by all processes."""
@@ -120,7 +120,7 @@ class PeriodicEvaluator:
     def description(self):
         """What is measured, and what it costs, in a line."""
         distance = distance_name(self.features, len(self.images))
-        made = self.images.make.record()
+        made = self.images.make.metadata()
         return (f"Evaluation: {distance} of EMA samples ({made['sampler']}, {made['steps']} steps, guidance "
                 f"{made['cfg_scale']:g}) to {self.reference_record['path']}; each time "
                 f"{len(self.images) * made['model_calls']:,} images pass the network")
@@ -134,8 +134,8 @@ class PeriodicEvaluator:
         try:
             with atomic_write(self.csv) as file:
                 file.write(text.getvalue().encode())
-            write_record(self.json, dict(settings=self.settings(), features=self.features.record(),
-                                                 samples=self.images.record(), reference=self.reference_record))
+            write_record(self.json, dict(settings=self.settings(), features=self.features.metadata(),
+                                                 samples=self.images.metadata(), reference=self.reference_record))
         except UserError as error:
             self.log(f"WARNING: {error}; training goes on")
 

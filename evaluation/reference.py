@@ -37,7 +37,7 @@ def open_reference(path, features, batch_size, image_size=None, num_classes=None
     if "mu" in names:
         reference.features, reference.size = found.features, found.size
         return reference, record
-    return found, images.record() | (dict(pixels_sha256=found.pixels) if found.pixels else {})
+    return found, images.metadata() | (dict(pixels_sha256=found.pixels) if found.pixels else {})
 
 
 def _read(path, names, features):
@@ -58,18 +58,18 @@ def _read(path, names, features):
 def _own_record(path, names, features):
     """What a file of ours says of itself; ADM's files say nothing, and are of the standard Inception network."""
     if "record" not in names:
-        if "spatial" not in features.record():
+        if "spatial" not in features.metadata():
             raise UserError(f"--reference {path} holds statistics of Inception features, --features is "
-                            f"{features.record()['space']}")
+                            f"{features.metadata()['space']}")
         return {}
     try:
         record = json.loads(read_npz_array(path, "record").tobytes())
         space, source = record["features"], record["source"]
     except (ValueError, LookupError, TypeError, RecursionError):
         raise UserError(f"--reference {path}: its record cannot be read") from None
-    if space != features.record():
+    if space != features.metadata():
         raise UserError(f"--reference {path} was made in another feature space ({_short(space)}) than --features says "
-                        f"({_short(features.record())})")
+                        f"({_short(features.metadata())})")
     size = record.get("size")
     return dict(images=record.get("images"), size=tuple(size) if isinstance(size, list) else None, source=source)
 
@@ -102,7 +102,7 @@ def save_reference(path, reference, features, source):
     source  what the images are, a plain dictionary
     """
     spatial = {} if reference.spatial is None else dict(mu_s=reference.spatial[0], sigma_s=reference.spatial[1])
-    record = json.dumps(dict(features=features.record(), images=reference.count, size=reference.size, source=source))
+    record = json.dumps(dict(features=features.metadata(), images=reference.count, size=reference.size, source=source))
     with atomic_write(path) as file:
         np.savez(file, mu=reference.pool[0], sigma=reference.pool[1], features=reference.features.numpy(),
                  record=np.frombuffer(record.encode(), dtype=np.uint8), **spatial)

@@ -51,7 +51,7 @@ def check_comparable(images, reference, features):
     labels = images.class_labels() if features.predicted else None
     if labels is not None and not 0 <= labels.min() <= labels.max() < features.num_classes:
         raise UserError(f"the samples have the labels {labels.min()} .. {labels.max()}, "
-                        f"{features.record()['space']} knows the classes 0 .. {features.num_classes - 1}")
+                        f"{features.metadata()['space']} knows the classes 0 .. {features.num_classes - 1}")
     # To the features noise is as good as samples that are still to be made.
     few = images.noise_like(2) if hasattr(images, "noise_like") else images.batch(0, min(2, len(images)))
     rows = {name: found for name, found in features(few)._asdict().items() if found is not None}
@@ -67,7 +67,7 @@ def distance_name(features, count):
     """What the distance of `count` samples may be called: FID-50K, or what it is."""
     if features.is_standard:
         return f"FID-{f'{count // 1000}K' if count % 1000 == 0 else count}"
-    return f"Frechet distance ({features.record()['space']}, {count} images)"
+    return f"Frechet distance ({features.metadata()['space']}, {count} images)"
 
 
 def format_scores(scores, features, samples, reference):
@@ -84,7 +84,7 @@ def format_scores(scores, features, samples, reference):
                f"{len(reference.features)} images of the reference)")
     if "class_agreement" in scores:
         yield (f"class agreement: {scores['class_agreement']:.1%} (of real images not trained on: "
-               f"{features.record()['accuracy']:.1%})")
+               f"{features.metadata()['accuracy']:.1%})")
     yield from score_warnings(samples.count, samples.size, reference)
 
 

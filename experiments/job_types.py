@@ -59,7 +59,7 @@ class TrainingTask(Task):
                 os.remove(os.path.join(run, "checkpoints", "best.pt"))
 
     def checkpoint(self, **asked):
-        return os.path.abspath(os.path.join(self.folder, self.record()["checkpoint"]))
+        return os.path.abspath(os.path.join(self.folder, self.metadata()["checkpoint"]))
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class ScoreTask(Task):
 
     def found(self, name="frechet_distance"):
         """A number of a score that is there."""
-        return self.record()["scores"][name]
+        return self.metadata()["scores"][name]
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ class ScoreBatchTask(Task):
         return all(score.is_done() for score in self.scores)
 
     def seconds(self):
-        return sum(score.record().get("seconds", 0) for score in self.scores)
+        return sum(score.metadata().get("seconds", 0) for score in self.scores)
 
     def finish(self, seconds):
         """Nothing: each score has left its own record."""
@@ -196,7 +196,7 @@ class StudyContext:
     def judged(self, scores):
         """How samples were judged, for the results of a study: what its scores have in common."""
         scale, (count,) = self.scale, {score.sampling["samples"] for score in scores.values()}
-        real = self.yardsticks(count).record()
+        real = self.yardsticks(count).metadata()
         training = {name: getattr(scale, name) for name in ("steps", "batch_size", "lr", "ema_decay")}
         return dict(features=self.images.features, samples=count, sampling=scale.sampling, training=training,
                     curve_samples=scale.curve_samples, curve_sampling=scale.curve_sampling, real=real["real"],
@@ -231,7 +231,7 @@ class RealImageBaseline(Task):
 
 def curve_of(scores):
     """[[step, distances of the trainings]] of the trainings of some scores, at the steps at which all were measured."""
-    curves = [score.training.record()["curve"] for score in scores]
+    curves = [score.training.metadata()["curve"] for score in scores]
     steps = sorted(int(step) for step in set.intersection(*map(set, curves)))
     return [[step, [curve[str(step)] for curve in curves]] for step in steps]
 
@@ -239,7 +239,7 @@ def curve_of(scores):
 def made_by(scores):
     """[[device, version of torch, commit, day]] of scores and their trainings, each once."""
     pieces = [*{score.training.path: score.training for score in scores}.values(), *scores]
-    made = [made for piece in pieces if (made := piece.record().get("made"))]
+    made = [made for piece in pieces if (made := piece.metadata().get("made"))]
     return sorted([*of] for of in {summarize_environment(record) for record in made})
 
 

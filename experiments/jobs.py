@@ -40,13 +40,13 @@ class Task:
     def path(self):
         return os.path.join(self.folder, self.name)
 
-    def record(self):
+    def metadata(self):
         """What is known of it once it is done; {} before, and where something else was asked for then."""
         found = try_read(self.path + ".json")
         return found if found.get("asked") == to_json_types(self.asked) else {}
 
     def is_done(self):
-        return bool(self.record())
+        return bool(self.metadata())
 
     def seconds(self):
         """How long it took, in all its starts, whichever study it was that needed it first."""
@@ -90,7 +90,7 @@ class CommandTask(Task):
 
 def judged_by(judge):
     """What a piece asks for beside its own, so that nothing is compared across two classifiers; judge: a `CommandTask`."""
-    return dict(classifier=judge.record().get("sha256")) if judge else {}
+    return dict(classifier=judge.metadata().get("sha256")) if judge else {}
 
 
 @contextlib.contextmanager

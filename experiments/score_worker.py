@@ -57,7 +57,7 @@ def main():
             found = compute_scores(measured, reference, space, labels)
             found["agreement"] = digits.agreement(samples.images, labels) if digits else found.pop("class_agreement")
             write_record(score["path"] + ".json", dict(
-                asked=score["asked"], scores=found, seconds=round(time.monotonic() - start, 1), made=trained.record()
+                asked=score["asked"], scores=found, seconds=round(time.monotonic() - start, 1), made=trained.metadata()
                 | collect_environment(distributed.device())))
             shutil.rmtree(score["path"], ignore_errors=True)
 

@@ -79,7 +79,7 @@ class LoadedModel:
         return (f"{self.path}: {self.weights} weights of {self.name}{after}, {self.num_classes} classes, "
                 f"{self.image_size} pixels, VAE {self.autoencoder.name}, {self.model.config['conditioning']} blocks")
 
-    def record(self):
+    def metadata(self):
         """What makes its images what they are; plain values."""
         vae = getattr(self.autoencoder, "vae", None)
         return dict(model=self.name, conditioning=self.model.config["conditioning"],

@@ -77,7 +77,7 @@ class SamplingPipeline:
         low, high = self.cfg_interval or (timestep, timestep)
         return self.cfg_scale > 1 and low <= timestep <= high
 
-    def record(self):
+    def metadata(self):
         """What makes these images what they are, beside weights and noise."""
         steps = self.diffusion.num_timesteps
         interval = dict(cfg_interval=list(self.cfg_interval)) if self.cfg_interval else {}

@@ -39,7 +39,7 @@ def describe_sample_set(make, count, seed, labels, made_of):
     make     the `SamplingPipeline`
     made_of  a `LoadedModel`'s record, and what else belongs to it
     """
-    return dict(images=count, made=made_of | make.record() | dict(labels=labels, seed=seed, uint8=UINT8_RULE))
+    return dict(images=count, made=made_of | make.metadata() | dict(labels=labels, seed=seed, uint8=UINT8_RULE))
 
 
 class SampleSet:

@@ -133,7 +133,7 @@ def test_a_training_goes_on_from_its_checkpoint(in_this_process, tmp_path):
         score = setup.score(setup.training("1x16", 4, 0), seed=0)
         for stage in setup.stages("x", [score])[:2]:
             run_tasks(stage, 1, say=lambda line: None)
-    record = score.training.record()
+    record = score.training.metadata()
     assert list(record["curve"]) == ["2", "4"] and record["checkpoint"].endswith("0000004.pt")
     with open(score.training.path + ".log") as log:
         assert "at step 2" in log.read()

@@ -233,7 +233,7 @@ def test_bare_weights_say_their_block_type(tmp_path, monkeypatch, conditioning):
     model = DiT(input_size=8, in_channels=3, **small, conditioning=conditioning)
     torch.save(model.state_dict(), tmp_path / "bare.pt")
     found = load_model(str(tmp_path / "bare.pt"), "DiT-S/2", 8, 1000, "none", set(), "cpu")
-    assert found.model.config == model.config and found.record()["conditioning"] == conditioning
+    assert found.model.config == model.config and found.metadata()["conditioning"] == conditioning
 
 
 def test_checkpoints_from_before(command, tmp_path):

@@ -147,7 +147,7 @@ def test_features_are_never_in_tf32(features, monkeypatch):
 def test_other_weights_are_no_fid(features, weights):
     with open(weights, "rb") as file:
         assert features.sha256 == hashlib.sha256(file.read()).hexdigest() != INCEPTION_SHA256
-    assert not features.is_standard and features.record()["space"] == "inception with other weights"
+    assert not features.is_standard and features.metadata()["space"] == "inception with other weights"
 
 
 @pytest.mark.parametrize("content, sentence", [
@@ -216,7 +216,7 @@ def test_modules(tmp_path):
     images = torch.from_numpy(picture(2, 4, 5, 3))
     features = load_feature_space(saved(MeanColour(), tmp_path), CPU)
     assert torch.equal(features(images).pool, images.double().mean(dim=(1, 2)).float())
-    assert features.record()["space"] == "module MeanColour.pt" and not features.is_standard
+    assert features.metadata()["space"] == "module MeanColour.pt" and not features.is_standard
     with pytest.raises(UserError, match=r"gives \(2, 3, 4, 5\) for 2 images, not \(2, D\)"):
         load_feature_space(saved(Wrong(), tmp_path), CPU)(images)
     with pytest.raises(UserError, match="the module fails on images of the shape"):

@@ -238,8 +238,8 @@ def test_the_classifier_of_digits(command, tmp_path):
     pool = features(images.batch(0, len(images))).pool
     assert pool.shape == (359, 32)
     agreement = (features.predicted(pool).numpy() == images.class_labels()).mean()
-    assert agreement == pytest.approx(features.record()["accuracy"], abs=0.006) and agreement > 0.8
-    assert features.record()["space"] == "a classifier of digits (10 classes)"
+    assert agreement == pytest.approx(features.metadata()["accuracy"], abs=0.006) and agreement > 0.8
+    assert features.metadata()["space"] == "a classifier of digits (10 classes)"
 
 
 def test_a_classifier_of_a_folder(command, image_folder, tmp_path):

@@ -144,7 +144,7 @@ def test_guidance_inside_an_interval(interval, guided):
     assert [t for _, t in sizes] == list(reversed(make.diffusion.timestep_map))
     low, high = interval or (0, 999)
     assert [size for size, _ in sizes] == [6 if low <= t <= high else 3 for _, t in sizes]
-    assert make.record()["model_calls"] == 5 + guided and make.record().get("cfg_interval") == (
+    assert make.metadata()["model_calls"] == 5 + guided and make.metadata().get("cfg_interval") == (
         None if interval is None else list(interval))
     everywhere, nowhere = (maker(model, cfg_scale=scale)(LABELS, GlobalRNG(1, "cpu")) for scale in (4.0, 1.0))
     assert torch.equal(images, everywhere) == (guided == 5)
