@@ -17,7 +17,7 @@ import torch
 
 import networks
 from autoencoder.checks import NUM_CHECK_IMAGES, check_autoencoder
-from autoencoder.vae import latent_size, load_autoencoder, load_cached_latents
+from autoencoder.vae import latent_size, load_autoencoder
 from common import distributed
 from common.cli import build_compute_config, parse_args
 from common.errors import ArgumentError, UserError, rename_arguments, run_command
@@ -36,8 +36,8 @@ from evaluation.image_sources import GeneratedImages
 from evaluation.periodic import build_evaluator
 from sampling.pipeline import build_pipeline, sample_preview
 from training import fsdp
-from training.cli import build_parser, check_flags, choose_defaults
 from training.checkpoint_manager import CheckpointManager
+from training.cli import build_parser, check_flags, choose_defaults
 from training.ema import EMA
 from training.fault_tolerance import FaultTolerance
 from training.logger import MetricLogger, open_log
@@ -88,8 +88,8 @@ def prepare(flags, explicit_args, device):
     extra_emas = dict(extra_emas=EMAStates(emas[1:], model)) if len(emas) > 1 else {}
     with distributed.raise_on_all_ranks():
         checkpoints = CheckpointManager(
-            run_dir, dict(args=args, config=config), flags.keep_checkpoints, flags.keep_every, resumed, flags.async_save,
-            model=ModelState(model), ema=ModelState(emas[0].model), opt=OptimizerState(optimizer, model),
+            run_dir, dict(args=args, config=config), flags.keep_checkpoints, flags.keep_every, resumed,
+            flags.async_save, model=ModelState(model), ema=ModelState(emas[0].model), opt=OptimizerState(optimizer, model),
             schedule_sampler=schedule_sampler, guard=guard, **extra_emas)
         start_step, changes = resume(checkpoints, resumed, args, config, flags) if resumed else (0, [])
         end_step = min(flags.epochs * (len(dataset) // flags.global_batch_size), flags.max_steps or math.inf)
@@ -215,8 +215,8 @@ def build_model(flags, dataset, autoencoder):
     try:
         return networks.build_dit(
             flags.model, flags.conditioning, input_size=latent_size(autoencoder, dataset.image_size),
-            in_channels=autoencoder.channels, num_classes=flags.num_classes, class_dropout_prob=flags.class_dropout_prob,
-            **{name: value for name, value in sizes.items() if value is not None})
+            in_channels=autoencoder.channels, num_classes=flags.num_classes,
+            class_dropout_prob=flags.class_dropout_prob, **{name: value for name, value in sizes.items() if value is not None})
     except ValueError as error:
         raise ArgumentError(f"{error}", model=flags.model, image_size=dataset.image_size) from None
 
@@ -244,8 +244,8 @@ def resume(checkpoints, path, args, config, flags):
     def check(stored):
         changes.extend(find_config_changes(stored, args, config, path))
         if changes and not flags.allow_config_change:
-            raise UserError(f"--resume {path}: {'; '.join(changes)}. Another value makes another run: give the old one, "
-                            "or pass --allow-config-change")
+            raise UserError(f"--resume {path}: {'; '.join(changes)}. Another value makes another run: give the old "
+                            "one, or pass --allow-config-change")
 
     step = checkpoints.restore(path, check)
     return step, [f"WARNING: {change} (--allow-config-change)" for change in changes]
@@ -258,7 +258,8 @@ def opening_lines(flags, args, run_dir, model, dataset, batches, resumed):
         f"{name}={value}" for name, value in args.items())
     yield f"DiT Parameters: {count_parameters(model):,}"
     num_classes = len(dataset.class_names)
-    yield f"Dataset contains {len(dataset):,} images in {num_classes} classes ({flags.features_path or flags.data_path})"
+    source = flags.features_path or flags.data_path
+    yield f"Dataset contains {len(dataset):,} images in {num_classes} classes ({source})"
     if num_classes < flags.num_classes:
         yield (f"WARNING: --num-classes is {flags.num_classes}: the classes {num_classes} .. {flags.num_classes - 1} "
                "have no image and will not be learned")

@@ -1,5 +1,6 @@
 """Command lines: argument types, presets, read-only flags, and the compute flags that several commands share."""
 import argparse
+import os
 from dataclasses import replace
 
 from common.compute import (
@@ -119,6 +120,11 @@ class ReadOnlyFlags(argparse.Namespace):
         super().__setattr__(name, value)
 
 
+def path_or_name(text):
+    """Return a directory as an absolute path, so that a checkpoint can store it; any other text as it is."""
+    return os.path.abspath(text) if os.path.isdir(text) else text
+
+
 def parse_args(parser, presets=None, argv=None):
     """Parse the command line twice: the second time with the defaults that follow from the explicit arguments.
 
@@ -142,17 +148,6 @@ def parse_args(parser, presets=None, argv=None):
     flags = parser.parse_args(argv, ReadOnlyFlags())
     # flags.is_locked = True  (once train.py keeps to it)
     return flags, explicit_args
-
-
-def add_alias(parser, alias, flag):
-    """Accept `alias` as a former name of `flag`, without showing it in the help.
-
-    Args:
-        parser (ArgumentParser): The parser, or the group, that has the flag.
-        alias (str): Former name, such as "--labels".
-        flag (str): Present name, such as "--label-distribution".
-    """
-    parser._option_string_actions[alias] = parser._option_string_actions[flag]
 
 
 def add_alias(parser, alias, flag):

@@ -44,7 +44,8 @@ def build_parser(description=None):
     group = parser.add_argument_group("optimization")
     group.add_argument("--epochs", type=cli.positive_int, default=1400, help="number of passes over the data")
     group.add_argument("--max-steps", type=cli.positive_int, help="number of steps, if that is less than --epochs")
-    group.add_argument("--global-batch-size", type=cli.positive_int, default=256, help="images per step, over all ranks")
+    group.add_argument("--global-batch-size", type=cli.positive_int, default=256,
+                       help="images per step, over all ranks")
     group.add_argument("--global-seed", type=cli.non_negative_int, default=0, help="random seed")
     group.add_argument("--lr", type=cli.positive_float, default=1e-4, help="learning rate")
     group.add_argument("--ema-decay", type=cli.decay, nargs="+", default=[0.9999], metavar="DECAY",
@@ -71,7 +72,8 @@ def build_parser(description=None):
     group.add_argument("--async-save", action="store_true", help="write checkpoints in the background")
     group.add_argument("--sample-every", type=cli.non_negative_int, help="steps between grids of EMA samples; 0: off")
     group = parser.add_argument_group("evaluation")
-    group.add_argument("--eval-every", type=cli.non_negative_int, help="steps between evaluations of EMA samples; 0: off")
+    group.add_argument("--eval-every", type=cli.non_negative_int,
+                       help="steps between evaluations of EMA samples; 0: off")
     group.add_argument("--eval-reference", metavar="REF", help="reference of the evaluation, as for evaluate.py")
     group.add_argument("--eval-samples", type=cli.positive_int, default=10000, help="number of samples per evaluation")
     group.add_argument("--eval-features", default="inception", help="inception, pixels, or a TorchScript file")
