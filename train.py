@@ -48,6 +48,7 @@ from training.train_step import TrainStep
 
 
 def main():
+    """Train as the command line says."""
     flags, explicit_args = parse_args(build_parser(description=__doc__), choose_defaults)
     check_flags(flags)
     with StopSignals() as signals:
@@ -89,7 +90,8 @@ def prepare(flags, explicit_args, device):
     with distributed.raise_on_all_ranks():
         checkpoints = CheckpointManager(
             run_dir, dict(args=args, config=config), flags.keep_checkpoints, flags.keep_every, resumed,
-            flags.async_save, model=ModelState(model), ema=ModelState(emas[0].model), opt=OptimizerState(optimizer, model),
+            flags.async_save, model=ModelState(model),
+            ema=ModelState(emas[0].model), opt=OptimizerState(optimizer, model),
             schedule_sampler=schedule_sampler, guard=guard, **extra_emas)
         start_step, changes = resume(checkpoints, resumed, args, config, flags) if resumed else (0, [])
         end_step = min(flags.epochs * (len(dataset) // flags.global_batch_size), flags.max_steps or math.inf)
@@ -216,7 +218,8 @@ def build_model(flags, dataset, autoencoder):
         return networks.build_dit(
             flags.model, flags.conditioning, input_size=latent_size(autoencoder, dataset.image_size),
             in_channels=autoencoder.channels, num_classes=flags.num_classes,
-            class_dropout_prob=flags.class_dropout_prob, **{name: value for name, value in sizes.items() if value is not None})
+            class_dropout_prob=flags.class_dropout_prob,
+            **{name: value for name, value in sizes.items() if value is not None})
     except ValueError as error:
         raise ArgumentError(f"{error}", model=flags.model, image_size=dataset.image_size) from None
 
