@@ -1,5 +1,7 @@
 """Small real things to run the commands on, and ways to run and compare them."""
+import contextlib
 import importlib
+import itertools
 import math
 import multiprocessing
 import os
@@ -119,10 +121,15 @@ def wait_for(condition, seconds=60):
 
 
 
+_PORTS = itertools.count(20_000 + os.getpid() * 37 % 10_000)
+
+
 def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """A port that nothing uses: below the range from which systems choose ports, where an idle one may be taken."""
+    for port in _PORTS:
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 
