@@ -49,6 +49,7 @@ from diffusion import create_diffusion
 from diffusion.timestep_sampler import create_named_schedule_sampler
 from evaluation.image_sources import GeneratedImages
 from evaluation.periodic import build_evaluator
+from networks import CONDITIONINGS, build_dit
 from sampling.pipeline import build_pipeline, sample_preview
 from training.checkpoint_manager import CheckpointManager, open_run_dir
 from training.ema import EMA
@@ -88,7 +89,7 @@ def build_parser():
     group.add_argument("--hidden-size", type=positive_int, help="width")
     group.add_argument("--num-heads", type=positive_int, help="attention heads")
     group.add_argument("--patch-size", type=positive_int, help="latents a side of a token")
-    group.add_argument("--conditioning", choices=models.CONDITIONINGS, default="adaln-zero",
+    group.add_argument("--conditioning", choices=CONDITIONINGS, default="adaln-zero",
                        help="block type: how the timestep and the class come in")
     group.add_argument("--class-dropout-prob", type=fraction, default=0.1, help="0: no null class, no guidance")
     group = parser.add_argument_group("optimisation")
@@ -345,8 +346,8 @@ def build_model(flags, autoencoder):
     sizes = {name: getattr(flags, name) for name in ("depth", "hidden_size", "num_heads", "patch_size")}
     torch.manual_seed(derive_seed(flags.global_seed, WEIGHTS))
     try:
-        return models.DiT_models[flags.model](
-            input_size=latent_size(autoencoder, flags.image_size), in_channels=autoencoder.channels,
+        return build_dit(
+            flags.model, input_size=latent_size(autoencoder, flags.image_size), in_channels=autoencoder.channels,
             num_classes=flags.num_classes, class_dropout_prob=flags.class_dropout_prob, conditioning=flags.conditioning,
             **{name: value for name, value in sizes.items() if value is not None})
     except ValueError as error:

@@ -6,6 +6,7 @@ import torch
 
 from common.checkpoint_io import CHECKPOINT_NAME, load_checkpoint, load_weights
 from common.errors import UserError
+from networks import model_config
 from training.fsdp import full_tensor, is_sharded, shard_like
 
 # Flags that do not change what is computed: a resumed run may have others without a word.
@@ -31,7 +32,7 @@ class TrainState:
 
     def __init__(self, model, optimizer, schedule_sampler, guard, ema, args, config):
         self.model, self.optimizer, self.schedule_sampler, self.guard = model, optimizer, schedule_sampler, guard
-        self.ema, self.args, self.config = ema, args, config | dict(model=model.config)
+        self.ema, self.args, self.config = ema, args, config | dict(model=model_config(model))
 
     @property
     def is_sharded(self):
@@ -120,10 +121,10 @@ class TrainState:
 
     def _check_model(self, config, path):
         config = dict(conditioning="adaln-zero") | config  # the one block type before checkpoints named it
-        differing = {name: value for name, value in config.items() if value != self.model.config.get(name)}
+        differing = {name: value for name, value in config.items() if value != self.config["model"].get(name)}
         if differing:
             was = ", ".join(f"{name}={value}" for name, value in differing.items())
-            now = ", ".join(f"{name}={self.model.config.get(name)}" for name in differing)
+            now = ", ".join(f"{name}={self.config['model'].get(name)}" for name in differing)
             raise UserError(f"--resume {path}: this checkpoint is of another model ({was}; the flags give {now})")
 
 
