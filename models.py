@@ -137,8 +137,8 @@ class LabelEmbedder(nn.Module):
         if labels.device.type == "cpu" and len(labels) and not torch.compiler.is_compiling():
             (low, high), end = labels.aminmax(), self.embedding_table.num_embeddings
             if low < 0 or high >= end:
-                raise ValueError(f"labels must lie in 0 .. {end - 1} ({self.num_classes} classes, "
-                                 f"{'and the' if self.has_null_class else 'no'} null class), got {low} .. {high}")
+                raise ValueError(f"labels must lie in 0 .. {end - 1} ({self.num_classes} classes"
+                                 f"{' and the' if self.has_null_class else ', no'} null class), got {low} .. {high}")
 
 
 def modulate(x, shift, scale):
