@@ -14,6 +14,7 @@ from evaluation.periodic import read_score_table
 from evaluation.records import try_read, write_record
 from experiments.jobs import CommandTask, Task, judged_by, to_json_types
 from experiments.presets import StudyData, StudyPreset
+from networks import build_dit
 from training.run_dir import list_run_dirs
 
 TRAINED_BYTES = 16  # of a parameter in a checkpoint: weights, average and Adam's two moments
@@ -143,7 +144,7 @@ class StudyContext:
                     batch=self.scale.sample_batch, fast=self.scale.fast)
 
     def network(self, size, patch):
-        """The arguments of `models.DiT` of a size of this scale."""
+        """The arguments of `build_dit` of a size of this scale."""
         depth, hidden_size, num_heads = self.scale.sizes[size]
         return dict(input_size=self.images.image_size, patch_size=patch, in_channels=self.images.channels,
                     hidden_size=hidden_size, depth=depth, num_heads=num_heads, num_classes=self.images.num_classes)
@@ -263,7 +264,7 @@ def _calls(sampling):
 
 
 def multiply_adds(network):
-    """Of one forward pass for one image: what the paper calls flops. network: arguments of `models.DiT`."""
+    """Of one forward pass for one image: what the paper calls flops. network: arguments of `build_dit`."""
     return _multiply_adds(tuple(network.items()))
 
 
@@ -280,4 +281,4 @@ def _multiply_adds(network):
 @functools.cache
 def _on_meta(network):
     with torch.device("meta"):
-        return models.DiT(**dict(network))
+        return build_dit(**dict(network))

@@ -26,7 +26,7 @@ from diffusion import create_diffusion
 from diffusion.timestep_sampler import UniformSampler
 from evaluation.classifier import refuse
 from evaluation.records import read_record
-from models import DiT
+from networks import build_dit, model_config
 from training.ema import EMA
 from training.train_step import TrainingStep
 
@@ -40,7 +40,7 @@ def main():
 
 
 class AveragedRun:
-    """Weights, optimiser and averages of a request: network (arguments of `DiT`), data_path, num_workers, seed,
+    """Weights, optimiser and averages of a request: network (arguments of `build_dit`), data_path, num_workers, seed,
     batch_size, lr, decays, snapshots (steps after which each average is kept; the last one is the end), fast; and
     folder, save_every (steps), which change nothing of it.
     """
@@ -52,7 +52,7 @@ class AveragedRun:
         dataset = build_dataset(request["data_path"], request["network"]["input_size"])
         autoencoder = load_autoencoder("none", dataset.channels, self.device)
         torch.manual_seed(derive_seed(request["seed"], WEIGHTS))
-        self.model = DiT(**request["network"]).to(self.device)
+        self.model = build_dit(**request["network"]).to(self.device)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=request["lr"], weight_decay=0)
         self.averages = {decay: EMA(self.model, decay) for decay in request["decays"]}
         self.first = self._restore()
@@ -88,9 +88,9 @@ class AveragedRun:
         for decay, average in self.averages.items():
             save_checkpoint(snapshot(self.request["folder"], step, decay), dict(
                 ema=average.model.state_dict(), step=step, config=dict(
-                    model=self.model.config, image_channels=self.model.in_channels), args=dict(
+                    model=model_config(self.model), image_channels=self.model.in_channels), args=dict(
                     model="DiT-S/2", image_size=self.request["network"]["input_size"], ema_decay=decay, vae="none",
-                    num_classes=self.model.config["num_classes"])))
+                    num_classes=self.model.config.num_classes)))
 
     def _save(self, step):
         save_checkpoint(self.state_path, dict(

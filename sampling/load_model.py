@@ -11,6 +11,7 @@ from common.checkpoint_io import load_checkpoint, load_weights, select_weights
 from common.download import download
 from common.errors import UserError
 from common.files import sha256_weights
+from networks import build_dit, infer_conditioning
 
 PUBLISHED_CHECKPOINTS = ("DiT-XL-2-512x512.pt", "DiT-XL-2-256x256.pt")
 PUBLISHED_URL = "https://dl.fbaipublicfiles.com/DiT/models/"
@@ -77,12 +78,12 @@ class LoadedModel:
         """What was loaded, in a line."""
         after = "" if self.step is None else f" after {self.step:,} steps"
         return (f"{self.path}: {self.weights} weights of {self.name}{after}, {self.num_classes} classes, "
-                f"{self.image_size} pixels, VAE {self.autoencoder.name}, {self.model.config['conditioning']} blocks")
+                f"{self.image_size} pixels, VAE {self.autoencoder.name}, {self.model.conditioning} blocks")
 
     def metadata(self):
         """What makes its images what they are; plain values."""
         vae = getattr(self.autoencoder, "vae", None)
-        return dict(model=self.name, conditioning=self.model.config["conditioning"],
+        return dict(model=self.name, conditioning=self.model.conditioning,
                     checkpoint=os.path.abspath(self.path),
                     weights_sha256=sha256_weights(self.model), weights=self.weights, step=self.step,
                     ema_decay=self.ema_decay if self.weights == "ema" else None, image_size=self.image_size,
@@ -108,12 +109,12 @@ def load_model(path, model, image_size, num_classes, vae, given, device):
     autoencoder = load_autoencoder(flags["vae"], config.get("image_channels", 3), device)
     try:
         if "model" in config:  # written by our train.py: every size is in it
-            model = models.DiT(**config["model"])
+            model = build_dit(**config["model"])
         elif flags["model"] not in models.DiT_models:
             raise UserError(f"{path} is of a model that this code does not know: {flags['model']}")
         else:
-            model = models.DiT_models[flags["model"]](
-                input_size=latent_size(autoencoder, flags["image_size"]), in_channels=autoencoder.channels,
+            model = build_dit(
+                flags["model"], input_size=latent_size(autoencoder, flags["image_size"]), in_channels=autoencoder.channels,
                 num_classes=flags["num_classes"], **_infer_options(state_dict, flags["num_classes"]))
     except (TypeError, ValueError) as error:
         raise UserError(f"{path} describes a model that cannot be built: {error}") from None
@@ -132,19 +133,7 @@ def _infer_options(state_dict, num_classes):
     if table is None or output is None or patches is None:
         return {}  # `load_weights` will say what is missing
     return dict(class_dropout_prob=0.0 if len(table) == num_classes else 0.1,
-                learn_sigma=len(output) != patches[0].numel(), conditioning=_infer_conditioning(state_dict, len(patches)))
-
-
-def _infer_conditioning(state_dict, hidden_size):
-    """The conditioning whose blocks have weights of these names and shapes; where none has, the published one."""
-    found = {name.removeprefix("blocks.0."): value.shape for name, value in state_dict.items()
-             if name.startswith("blocks.0.")}
-    with torch.device("meta"):
-        for conditioning, (_, block, _) in models.CONDITIONINGS.items():
-            own = block(hidden_size, num_heads=1).state_dict()
-            if found == {name: value.shape for name, value in own.items()}:
-                return conditioning
-    return "adaln-zero"
+                learn_sigma=len(output) != patches[0].numel(), conditioning=infer_conditioning(state_dict))
 
 
 def _stored_options(stored, flags, given, path):

@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from common.checkpoint_io import list_checkpoints, load_checkpoint
 from diffusion import GaussianDiffusion
-from models import DiT
+from networks import build_dit
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ["--model", "DiT-S/2", "--depth", "1", "--hidden-size", "16", "--num-heads", "2"]
@@ -279,7 +279,7 @@ def reference_mlp(layer, x):
 
 def random_model(**overrides):
     """A tiny model in which every part has a say: a fresh one predicts zero whatever its input."""
-    model = DiT(**TINY_MODEL | overrides).eval()
+    model = build_dit(**TINY_MODEL | overrides).eval()
     for weight in model.parameters():
         if weight.requires_grad:
             torch.nn.init.normal_(weight, std=0.3)

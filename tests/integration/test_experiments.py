@@ -46,6 +46,7 @@ from experiments.statistics import (
 )
 from helpers import ROOT, wait_for
 from models import DiT, DiT_models
+from networks import build_dit
 
 TOY = PRESETS["digits", "toy"]
 # The paper's table 4: 10^9 multiply-adds, and FID-50K; patches of 8, 4, 2 of each size.
@@ -369,7 +370,7 @@ def test_multiply_adds_are_the_papers():
     assert multiply_adds(network) / 1e9 == pytest.approx(6.06, abs=0.005)
     with torch.device("meta"):
         ours, published = ({key: value.shape for key, value in model.state_dict().items()}
-                           for model in (DiT(**network), DiT_models["DiT-S/2"]()))
+                           for model in (build_dit(**network), DiT_models["DiT-S/2"]()))
     assert ours == published
 
 

@@ -60,7 +60,7 @@ def test_resumed_run_is_the_undisturbed_run(command, tmp_path, extra):
 
 def test_checkpoint_holds_what_the_contract_says(command, tmp_path):
     """`model`, `ema`, `opt`, `args` as published, and enough to build the model again."""
-    import models
+    from networks import build_dit
     status, *_ = command("train", *DIGITS, "--max-steps", 4, "--ckpt-every", 2, "--sample-every", 4,
                          "--ema-decay", 0, "--results-dir", tmp_path)
     assert status == 0
@@ -70,7 +70,7 @@ def test_checkpoint_holds_what_the_contract_says(command, tmp_path):
     stored = trained(tmp_path, 4)
     assert {"model", "ema", "opt", "args", "step"} <= stored.keys()
     assert type(stored["args"]) is dict and stored["args"]["model"] == "DiT-S/2" and stored["step"] == 4
-    model = models.DiT(**stored["config"]["model"])
+    model = build_dit(**stored["config"]["model"])
     model.load_state_dict(stored["ema"], strict=True)
     torch.optim.AdamW(model.parameters()).load_state_dict(stored["opt"])
     assert largest_difference(stored, {"model": stored["ema"]}) == 0  # decay 0: the EMA is the model
