@@ -1,14 +1,15 @@
 """Downloads that are complete or absent."""
+import hashlib
 import http.client
 import os
-import shutil
 import urllib.request
+from pathlib import Path
 
 from filelock import FileLock
 from tqdm.auto import tqdm
 
 from common.errors import ArgumentError, UserError
-from common.files import atomic_write, sha256_file
+from common.files import sha256_file
 
 PRETRAINED_DIR = "pretrained_models"
 
@@ -26,8 +27,8 @@ def download(name, base_url, folder=PRETRAINED_DIR, sha256=None):
         str: Path of the file.
 
     Raises:
-        ArgumentError: If the file does not have the SHA-256 `sha256`.
-        UserError: If it cannot be downloaded completely, or differs from an earlier download.
+        ArgumentError: If the file exists with another hash.
+        UserError: If it cannot be downloaded completely, or has another hash.
     """
     path, url = os.path.join(folder, name), base_url.rstrip("/") + "/" + name
     sha256 = sha256 and sha256.lower()
@@ -47,32 +48,36 @@ def download(name, base_url, folder=PRETRAINED_DIR, sha256=None):
 
 
 def _download(url, path, sha256):
-    """Download `url` to `path`, check its length and hash, and record the hash."""
-    record = path + ".sha256"
-    recorded = open(record).read().strip() if os.path.exists(record) else None
-    with atomic_write(path) as file:
-        try:
-            _copy(url, file)
-        except (OSError, ValueError, http.client.HTTPException) as error:
-            raise UserError(f"cannot download {url} ({getattr(error, 'reason', error)}). Without a network, download it "
-                            f"elsewhere and put it at {os.path.abspath(path)}") from None
-        digest = sha256_file(file.name)
-        if sha256 and digest != sha256:
-            raise ArgumentError(f"{url} has the SHA-256 {digest}. The file was not kept.", sha256=sha256)
-        if recorded and not sha256 and digest != recorded:
-            raise UserError(f"{url} has the SHA-256 {digest}, but an earlier download had {recorded} ({record}). "
-                            "The file was not kept.")
-        with atomic_write(record) as record_file:
-            record_file.write(f"{digest}\n".encode())
+    """Download `url` to `path`, which appears after its length and hash were checked; record the hash."""
+    partial, record = path + ".part", Path(path + ".sha256")
+    expected = sha256 or (record.read_text().strip() if record.exists() else None)
+    try:
+        digest = _copy(url, partial)
+        if expected and digest != expected:
+            source = "as required" if sha256 else f"of an earlier download, recorded in {record}"
+            raise UserError(f"{url} has the SHA-256 {digest}, not {expected} {source}. The file was not kept.")
+        record.write_text(f"{digest}\n")
+        os.replace(partial, path)
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        reason = getattr(error, "reason", error)
+        raise UserError(f"cannot download {url} ({reason}). Without a network, download it elsewhere and put it at "
+                        f"{os.path.abspath(path)}") from None
+    finally:
+        Path(partial).unlink(missing_ok=True)
 
 
-def _copy(url, file):
-    """Copy the content of `url` to a file, with a progress bar; raise `OSError` if it is shorter than announced."""
-    with urllib.request.urlopen(url, timeout=60) as response:
-        length = response.headers.get("Content-Length")
-        total = int(length) if length else None
-        with tqdm.wrapattr(file, "write", total=total, desc=os.path.basename(url)) as output:
-            shutil.copyfileobj(response, output, 1 << 20)
-    file.flush()
-    if total and file.tell() != total:
-        raise OSError(f"{file.tell()} of {total} bytes arrived; try again")
+def _copy(url, path, block=1 << 20):
+    """Copy the content of `url` to a file and return its SHA-256; raise `OSError` if less arrives than announced."""
+    digest = hashlib.sha256()
+    with urllib.request.urlopen(url, timeout=60) as response, open(path, "wb") as file:
+        length = int(response.headers.get("Content-Length", 0))
+        with tqdm(total=length or None, unit="B", unit_scale=True, desc=os.path.basename(url)) as bar:
+            while data := response.read(block):
+                file.write(data)
+                digest.update(data)
+                bar.update(len(data))
+        file.flush()
+        os.fsync(file.fileno())
+        if length and file.tell() != length:
+            raise OSError(f"{file.tell()} of {length} bytes arrived; try again")
+    return digest.hexdigest()
