@@ -1,5 +1,6 @@
 """Download the published checkpoints to `pretrained_models/`.
 
+Examples:
     python download.py                                     # both
     python download.py DiT-XL-2-256x256.pt --base-url https://mirror.example/DiT/
 """

@@ -1,5 +1,6 @@
 """Sample a picture: a grid of images of a trained DiT.
 
+Examples:
     python sample.py --image-size 512 --seed 1                        # the published DiT-XL/2
     python sample.py --ckpt results/000-DiT-S-2/checkpoints/0002992.pt --class-labels 3 7 --samples-per-label 8
     python sample.py --class-labels "golden retriever" "macaw" 88 --num-sampling-steps ddim50

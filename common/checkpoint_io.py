@@ -154,6 +154,6 @@ def latest_valid_checkpoint(run_dir, warn):
         except UserError as error:
             warn(f"WARNING: {error}; trying the previous one")
     if paths:
-        raise UserError(f"all {len(paths)} checkpoints in {os.path.dirname(paths[0])} are damaged. Remove them to start "
-                        "again, or resume from another checkpoint.")
+        raise UserError(f"all {len(paths)} checkpoints in {os.path.dirname(paths[0])} are damaged. Remove them to "
+                        "start again, or resume from another checkpoint.")
     return None

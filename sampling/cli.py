@@ -1,7 +1,16 @@
 """Flags of the commands that sample, and what they build."""
 import argparse
 
-from common.cli import build_compute_config, channels, decay, fraction, guidance_scale, number, positive_int, sampling_steps
+from common.cli import (
+    build_compute_config,
+    channels,
+    decay,
+    fraction,
+    guidance_scale,
+    number,
+    positive_int,
+    sampling_steps,
+)
 from models import DiT_models
 from sampling.load_model import load_model
 from sampling.pipeline import build_pipeline
