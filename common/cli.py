@@ -1,5 +1,6 @@
 """Command lines: argument types, presets, read-only flags, and the compute flags that several commands share."""
 import argparse
+import os
 from dataclasses import replace
 
 from common.compute import (
@@ -117,6 +118,11 @@ class ReadOnlyFlags(argparse.Namespace):
         if getattr(self, "is_locked", False):
             raise AttributeError(f"flags are read-only after parsing: {name}")
         super().__setattr__(name, value)
+
+
+def path_or_name(text):
+    """Return a directory as an absolute path, so that a checkpoint can store it; any other text as it is."""
+    return os.path.abspath(text) if os.path.isdir(text) else text
 
 
 def parse_args(parser, presets=None, argv=None):
