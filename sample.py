@@ -65,7 +65,7 @@ def main():
     columns = flags.columns or (flags.samples_per_label if flags.samples_per_label > 1 else 4)
 
     path = TrajectoryRecorder(make.diffusion.num_timesteps) if flags.trajectory else None
-    images = make(dict(y=labels), GlobalRNG(flags.seed, device), on_step=path, progress=True)
+    images = make(labels, GlobalRNG(flags.seed, device), on_step=path, progress=True)
     record = make.metadata() | dict(seed=flags.seed, class_labels=chosen, checkpoint=trained.description())
     save_image_grid(images, columns, flags.output, record)
     print(f"wrote {flags.output}: {json.dumps(make.metadata() | dict(seed=flags.seed))}")

@@ -245,11 +245,11 @@ def train(run, flags, signals):
         if run.evaluator and batches.first and batches.first % flags.eval_every == 0 and run.evaluator.lacks(
                 batches.first):  # the run ended between saving this step and measuring it
             evaluate(run, batches.first, monitor, signals, is_saved=True)
-        for step, (images, cond) in enumerate(loader, start=batches.first):
+        for step, (images, labels) in enumerate(loader, start=batches.first):
             if step % batches.steps_per_epoch == 0 and batches.steps_per_epoch >= flags.log_every:
                 logger.info(f"Beginning epoch {step // batches.steps_per_epoch}...")
             with distributed.collective_timeout(f"the gradients of step {step + 1}", flags.timeout):
-                losses = run.step.backward(step, images, cond["y"])
+                losses = run.step.backward(step, images, labels)
             grad_norm = clip_grad_norm(run.model, flags.max_grad_norm)
             update(step, losses, grad_norm, batches.items, monitor)
 

@@ -15,12 +15,12 @@ class Batch(NamedTuple):
     """What a data set answers for a list of (index, flip).
 
     images  (n, C, H, W) in [-1, 1], or whatever the codec of the data takes
-    cond    {"y": labels (n,) int64}
-    corrupt     the `CorruptImage`s met on the way; where they are too many, images and labels are None
+    labels  (n,) integers
+    bad     the `CorruptImage`s met on the way; where they are too many, images and labels are None
     """
     images: torch.Tensor
-    cond: dict
-    corrupt: list
+    labels: torch.Tensor
+    bad: list
 
 
 class LabeledImageDataset(Dataset):
@@ -49,7 +49,7 @@ class LabeledImageDataset(Dataset):
                 index = (index + 1) % len(self)
             images.append(image.flip(-1) if flip else image)
             labels.append(self.labels[index])
-        return Batch(torch.stack(images), dict(y=torch.tensor(labels)), list(bad.values()))
+        return Batch(torch.stack(images), torch.tensor(labels), list(bad.values()))
 
     def examples(self, count):
         """Up to `count` images that can be read, from all over the data set: (n, C, H, W), or None."""

@@ -47,11 +47,11 @@ class PrefetchLoader:
         try:
             while self.source is not None and len(self.queue) < count:
                 with self.deaths:
-                    images, cond, bad = next(self.source)
+                    images, labels, bad = next(self.source)
                 if bad:
                     self.on_bad(bad)
                 self.queue.append((images.to(self.device, non_blocking=self.pinned),
-                                   {name: value.to(self.device, non_blocking=self.pinned) for name, value in cond.items()}))
+                                   labels.to(self.device, non_blocking=self.pinned)))
         except StopIteration:
             self.source = None
         except Exception as error:

@@ -79,7 +79,7 @@ def make_samples(trained, score, request, signals):
         for first, end in samples.missing(asked["samples"], request["batch"]):
             labels = sample_labels("balanced", asked["seed"], range(first, end), trained.num_classes)
             noise = PerSampleRNG(asked["seed"], range(first, end), device)
-            samples.add(first, to_uint8(make(dict(y=torch.from_numpy(labels).to(device)), noise, check)).cpu().numpy(), labels)
+            samples.add(first, to_uint8(make(torch.from_numpy(labels).to(device), noise, check)).cpu().numpy(), labels)
     samples.assemble(asked["samples"])
     return NpzImages(samples.npz)
 

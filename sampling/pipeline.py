@@ -87,7 +87,7 @@ class SamplingPipeline:
                     in_channels=self.model.in_channels, precision=self.compute.precision)
 
     @torch.no_grad()
-    def __call__(self, cond, noise, on_step=None, progress=False):
+    def __call__(self, labels, noise, on_step=None, progress=False):
         """Make one image a label.
 
         labels   (N,) on the model's device
@@ -95,7 +95,6 @@ class SamplingPipeline:
         on_step  called with (step, x_t) after each step, and with (-1, x_T) before the first
         return   (N, C, H, W) float32, about [-1, 1]
         """
-        labels = cond["y"]
         self.largest = max(self.largest, len(labels))
         shape = (len(labels), self.model.in_channels, *self.model.x_embedder.input_size)
         loop = (self.diffusion.ddim_sample_loop_progressive if self.sampler == "ddim"
@@ -138,7 +137,7 @@ def sample_preview(model, autoencoder, class_names, columns=4):
     classes = torch.linspace(0, len(class_names) - 1, min(10, len(class_names))).long()
     labels = classes.repeat_interleave(columns).to(model.pos_embed.device)
     make = build_pipeline(model, autoencoder, "ddim50", cfg_scale=4.0 if model.y_embedder.has_null_class else 1.0)
-    return make(dict(y=labels), PerSampleRNG(0, range(len(labels)), labels.device)), columns
+    return make(labels, PerSampleRNG(0, range(len(labels)), labels.device)), columns
 
 
 def pad_batch(values, rows):

@@ -130,7 +130,7 @@ class LatentCache(Dataset):
         for number in {number for number, _, _ in places}:
             files[number].forget()
         return Batch(torch.from_numpy(moments).view(self.layout.torch_dtype),
-                     dict(y=torch.from_numpy(self.labels[indices])), [])
+                     torch.from_numpy(self.labels[indices]), [])
 
     def in_memory(self, device):
         """The whole cache in the memory of a device, as a `DeviceLatents`; a `UserError` where it does not fit."""
@@ -173,7 +173,7 @@ class DeviceLatents(Dataset):
     def __getitems__(self, keys):
         places = torch.tensor([(self.cache.substitutes.get(index, index), flip) for index, flip in keys])
         index, flip = places.to(self.moments.device).unbind(1)
-        return Batch(self.moments[index, flip], dict(y=self.labels[index]), [])
+        return Batch(self.moments[index, flip], self.labels[index], [])
 
 
 class _MappedRows:
