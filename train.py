@@ -205,7 +205,7 @@ def prepare(flags, given):
     folder, resumed, warnings = distributed.run_on_rank0_and_broadcast(lambda: open_run_dir(
         flags.results_dir, flags.model, flags.resume))
     model.checkpointed = flags.grad_checkpointing
-    compute.set_up(model, by_block=distributed.world_size() > 1)  # after the EMA was copied of it
+    compute.prepare(model, by_block=distributed.world_size() > 1)  # after the EMA was copied of it
     with distributed.raise_on_all_ranks():
         first_step, changes = state.restore(resumed, flags.override) if resumed else (0, [])
     warnings += [f"WARNING: {change} (--override)" for change in changes]

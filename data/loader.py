@@ -31,7 +31,7 @@ class PrefetchLoader:
         self.fault, self.queue, self.source = None, collections.deque(), iter(loader)
         # torch answers the death of a worker with an exception wherever this process happens to be, in the middle of
         # the optimiser's step too. Here it comes where a batch is waited for.
-        self.deaths = DeferredSignalHandler.of(signal.SIGCHLD) if num_workers else contextlib.nullcontext()
+        self.deaths = DeferredSignalHandler.install(signal.SIGCHLD) if num_workers else contextlib.nullcontext()
         self._load(self.AHEAD)
         self.check()
 

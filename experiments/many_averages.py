@@ -57,7 +57,7 @@ class AveragedRun:
         self.averages = {decay: EMA(self.model, decay) for decay in request["decays"]}
         self.first = self._restore()
         compute = fastest_config(self.device) if request["fast"] else DEFAULT_COMPUTE
-        compute.set_up(self.model)
+        compute.prepare(self.model)
         rows, diffusion = slice(0, request["batch_size"]), create_diffusion("")
         random = BatchRNG(request["seed"], request["batch_size"], rows, self.device)
         self.step = TrainingStep(self.model, autoencoder, diffusion, UniformSampler(diffusion), random, parts=1,

@@ -35,7 +35,7 @@ class TrainingStep:
         images  (n, C, H, W) in [-1, 1], or what else the codec takes; labels (n,)
         return  dictionary of scalars on the device: loss, mse, vb, weighted means over the rows
         """
-        model, network = getattr(self.network, "module", self.network), self.compute.of(self.network)
+        model, network = getattr(self.network, "module", self.network), self.compute.wrap(self.network)
         latent_shape = (model.in_channels, *model.x_embedder.input_size)
         t, weights = self.random.timesteps(step, self.schedule_sampler)
         noise = self.random.normal(NOISE, step, latent_shape)
@@ -49,7 +49,7 @@ class TrainingStep:
             rows, is_last = slice(part * share, (part + 1) * share), part == self.parts - 1
             condition = dict(y=labels[rows], force_drop_ids=drop[rows] if has_null_class else None)
             x = self.autoencoder.encode(images[rows], posterior_noise[rows])
-            with grad_sync(self.network, is_last), self.compute.kernels():
+            with grad_sync(self.network, is_last), self.compute.attention_kernel():
                 terms = self.diffusion.training_losses(network, x, t[rows], condition, noise[rows])
                 nan_if_not_finite((terms["loss"] * weights[rows]).mean() / self.parts).backward()
             all_terms.append({name: values.detach() for name, values in terms.items()})
