@@ -18,29 +18,20 @@ import os
 import sys
 
 from common import distributed
-from common.cli import (
-    HelpFormatter,
-    add_alias,
-    add_compute_flags,
-    build_compute_config,
-    flag_name,
-    minutes,
-    non_negative_int,
-    parse_args,
-    positive_int,
-)
-from common.errors import ArgumentError, UserError, rename_arguments, run_command
+from common.cli import HelpFormatter, add_alias, build_compute_config, flag_name, parse_args, positive_int
+from common.errors import UserError, rename_arguments, run_command
 from common.provenance import collect_environment
 from data import build_dataset
 from data.builtin import parse_builtin_name
+from evaluation.cli import add_checkpoint_flags, add_feature_flags, add_generation_flags, add_process_flags
 from evaluation.feature_statistics import compute_statistics
 from evaluation.features import load_feature_space
 from evaluation.image_sources import GeneratedImages, open_image_source
 from evaluation.nll import bits_per_dimension, plot_nll, summarize_nll
-from evaluation.records import diff_records, free_path, read_record, write_record
+from evaluation.records import check_output, diff_records, read_record, record_path, write_record
 from evaluation.reference import NUM_REFERENCE_FEATURES, open_reference, save_reference
 from evaluation.scores import check_comparable, compute_scores, distance_name, format_scores
-from sampling.cli import add_model_flags, add_sampling_flags, sampling_options
+from sampling.cli import sampling_options
 from sampling.load_model import PUBLISHED_CHECKPOINTS, load_model
 from sampling.pipeline import build_pipeline
 
@@ -70,46 +61,9 @@ def add_score_flags(parser):
     parser.add_argument("--reference", required=True, metavar="REF",
                         help="ADM's .npz, an output of `evaluate.py reference`, or images: an .npz, a folder, ...")
     parser.add_argument("--output", metavar="FILE", help="the record; default: SAMPLES.scores.json")
-    add_generation_flags(parser)
     add_feature_flags(parser)
-    add_rank_flags(parser)
-
-
-def add_generation_flags(parser):
-    """Add the flags that only samples of a checkpoint have."""
-    add_model_flags(parser, vae="ema", ckpt=False)
-    add_sampling_flags(parser, cfg_scale=1.5)
-    add_compute_flags(parser)
-    group = parser.add_argument_group("samples of a checkpoint")
-    group.add_argument("--num-fid-samples", type=positive_int, default=50000, help="number of images")
-    group.add_argument("--label-distribution", choices=["uniform", "balanced"], default="uniform",
-                       help="random classes (as published), or equally many of each")
-    add_alias(parser, "--labels", "--label-distribution")
-    add_seed_and_tf32(group)
-
-
-def add_seed_and_tf32(group):
-    """Add the flags of random numbers and precision of a model."""
-    group.add_argument("--global-seed", type=non_negative_int, default=0, help="random seed of labels and noise")
-    group.add_argument("--tf32", action=argparse.BooleanOptionalAction, default=True,
-                       help="TF32 matrix products in the model (never in the features)")
-
-
-def add_feature_flags(parser):
-    """Add the flags of the feature space in which sets of images are compared."""
-    group = parser.add_argument_group("features")
-    group.add_argument("--features", default="inception",
-                       help="inception (FID and the rest), pixels (up to 32 x 32), or a TorchScript module's file")
-    group.add_argument("--inception", metavar="FILE", help="weights of Inception; default: downloaded once")
-
-
-def add_rank_flags(parser):
-    """Add the flags of each process."""
-    group = parser.add_argument_group("processes")
-    group.add_argument("--per-proc-batch-size", type=positive_int, default=32, help="images of a batch of each process")
-    group.add_argument("--dist-timeout", type=minutes, default=distributed.DEFAULT_TIMEOUT, metavar="MINUTES",
-                       help="time that a process waits for the others")
-    add_alias(parser, "--timeout", "--dist-timeout")
+    add_generation_flags(parser)
+    add_process_flags(parser)
 
 
 def add_reference_flags(parser):
@@ -119,7 +73,7 @@ def add_reference_flags(parser):
     parser.add_argument("--image-size", type=positive_int, help="pixels that images of a folder are cropped to")
     parser.add_argument("--num-classes", type=positive_int, help="number of classes of fractals")
     add_feature_flags(parser)
-    add_rank_flags(parser)
+    add_process_flags(parser)
 
 
 def add_nll_flags(parser):
@@ -130,18 +84,17 @@ def add_nll_flags(parser):
     parser.add_argument("--num-images", type=positive_int, default=1000,
                         help="images, evenly spaced over the data; 1000 forward passes each")
     add_alias(parser, "--nll-images", "--num-images")
-    add_model_flags(parser, vae="ema", ckpt=False)
-    add_seed_and_tf32(parser.add_argument_group("computation"))
-    add_rank_flags(parser)
+    add_checkpoint_flags(parser)
+    add_process_flags(parser)
 
 
-# What the former flag becomes: a command, and a flag in its place.
+# What a former flag becomes: a command, and the flag in its place.
 FORMER_SPELLINGS = {"--reference": ("score", ["--reference"]), "--make-reference": ("reference", []),
                     "--nll": ("nll", ["--data"]), "--diff": ("diff", [])}
 
 
 def translate_former_spelling(argv):
-    """Translate a command line without a command, such as `CKPT --nll DATA`, to `nll CKPT --data DATA`."""
+    """Translate a command line without a command: `CKPT --nll DATA` becomes `nll CKPT --data DATA`."""
     if argv and argv[0] in [command for command, _ in FORMER_SPELLINGS.values()]:
         return argv
     for position, argument in enumerate(argv):
@@ -153,41 +106,41 @@ def translate_former_spelling(argv):
 
 
 def main():
-    """Run the command line."""
+    """Run a command on all ranks."""
     argv = translate_former_spelling(sys.argv[1:])
-    command = build_parser().parse_args(argv)
-    flags, explicit_args = parse_args(command.parser, argv=argv[1:])
-    with rename_arguments(batch_size="per_proc_batch_size"):
+    flags, explicit_args = parse_args(build_parser().parse_args(argv).parser, argv=argv[1:])
+    if flags.run is diff:
+        return diff(flags, explicit_args)
+    distributed.init(getattr(flags, "tf32", True) and getattr(flags, "precision", "tf32") != "fp32", flags.dist_timeout)
+    with (distributed.collective_timeout("the evaluation", flags.dist_timeout),
+          rename_arguments(batch_size="per_proc_batch_size", data_path="data")):
         flags.run(flags, explicit_args)
+    distributed.shutdown()
 
 
 def score(flags, explicit_args):
     """Score samples against a reference: print the scores and write their record."""
     check_generation_flags(flags, explicit_args)
     check_output(flags.output, ".json", flags.samples, flags.reference)
-    distributed.init(flags.tf32 and flags.precision != "fp32", flags.dist_timeout)
-    with distributed.collective_timeout("the evaluation", flags.dist_timeout):
-        with distributed.raise_on_all_ranks():
-            features = load_feature_space(flags.features, distributed.device(), flags.inception)
-            images, num_classes = open_samples(flags, explicit_args)
-            image_size = images.example_batch().shape[2]
-        reference, metadata = open_reference(flags.reference, features, flags.per_proc_batch_size, image_size,
-                                             num_classes)
-        with distributed.raise_on_all_ranks():
-            check_comparable(images, reference, features)
-        samples = compute_statistics(images, features, flags.per_proc_batch_size, title="samples")
+    with distributed.raise_on_all_ranks():
+        features = load_feature_space(flags.features, distributed.device(), flags.inception)
+        images, num_classes = open_samples(flags, explicit_args)
+        image_size = images.example_batch().shape[2]
+    statistics, metadata = open_reference(flags.reference, features, flags.per_proc_batch_size, image_size, num_classes)
+    with distributed.raise_on_all_ranks():
+        check_comparable(images, statistics, features)
+    samples = compute_statistics(images, features, flags.per_proc_batch_size, title="samples")
 
-        def report():
-            scores = compute_scores(samples, reference, features, images.class_labels())
-            print("\n".join(format_scores(scores, features, samples, reference)))
-            path = flags.output or free_path(f"{record_stem(flags.samples)}.scores", ".json")
-            write_record(path, dict(scores=scores, name=distance_name(features, samples.count),
-                                    features=features.metadata(), samples=samples.describe(images), reference=metadata,
-                                    evaluated=collect_environment(distributed.device()) | dict(tf32=False)))
-            print(f"wrote {path}")
+    def report():
+        scores = compute_scores(samples, statistics, features, images.class_labels())
+        print("\n".join(format_scores(scores, features, samples, statistics)))
+        path = record_path(flags.output, flags.samples, "scores")
+        write_record(path, dict(scores=scores, name=distance_name(features, samples.count),
+                                features=features.metadata(), samples=samples.describe(images), reference=metadata,
+                                evaluated=collect_environment(distributed.device()) | dict(tf32=False)))
+        print(f"wrote {path}")
 
-        distributed.run_on_rank0_and_broadcast(report)
-    distributed.shutdown()
+    distributed.run_on_rank0_and_broadcast(report)
 
 
 def check_generation_flags(flags, explicit_args):
@@ -196,25 +149,12 @@ def check_generation_flags(flags, explicit_args):
         return
     parser = argparse.ArgumentParser()
     add_generation_flags(parser)
-    used_by_images = {"image_size"}
+    used = {"image_size"}
     if "fractals" in (parse_builtin_name(flags.samples)[0], parse_builtin_name(flags.reference)[0]):
-        used_by_images.add("num_classes")
-    for name in sorted(explicit_args & set(vars(parser.parse_args([]))) - used_by_images):
+        used.add("num_classes")
+    for name in sorted(explicit_args & set(vars(parser.parse_args([]))) - used):
         raise UserError(f"{flag_name(name)} is for samples of a checkpoint, but {flags.samples} are images. "
                         "Leave it out")
-
-
-def check_output(output, extension, *inputs):
-    """Check that --output is a file that may be written."""
-    if output is None:
-        return
-    if not output.endswith(extension):
-        raise ArgumentError(f"the name must end in {extension}", output=output)
-    if os.path.abspath(output) in map(os.path.abspath, inputs):
-        raise ArgumentError("this would overwrite an input. Choose another name", output=output)
-    folder = os.path.dirname(os.path.abspath(output))
-    if not os.path.isdir(folder):
-        raise ArgumentError(f"there is no folder {folder}", output=output)
 
 
 def is_checkpoint(name):
@@ -222,28 +162,25 @@ def is_checkpoint(name):
     return name in PUBLISHED_CHECKPOINTS or name.endswith((".pt", ".pth", ".safetensors"))
 
 
-def record_stem(path):
-    """Return how the name of a record beside `path` begins."""
-    return os.path.splitext(path)[0] if os.path.isfile(path) else os.path.normpath(path)
-
-
 def open_samples(flags, explicit_args):
     """Return the images of SAMPLES, and their number of classes if known."""
     if not is_checkpoint(flags.samples):
-        sizes = {name: getattr(flags, name) if name in explicit_args else None for name in ("image_size", "num_classes")}
-        return open_image_source(flags.samples, **sizes), sizes["num_classes"]
-    loaded = load_checkpoint_of(flags.samples, flags, explicit_args)
-    pipeline = build_pipeline(loaded.model, loaded.autoencoder, **sampling_options(flags),
-                              compute=build_compute_config(flags, distributed.device(), distributed.print_rank0))
+        image_size, num_classes = (getattr(flags, name) if name in explicit_args else None
+                                   for name in ("image_size", "num_classes"))
+        return open_image_source(flags.samples, image_size, num_classes), num_classes
+    loaded = load_checkpoint_model(flags.samples, flags, explicit_args)
+    compute = build_compute_config(flags, distributed.device(), distributed.print_rank0)
+    pipeline = build_pipeline(loaded.model, loaded.autoencoder, **sampling_options(flags), compute=compute)
+    metadata = loaded.metadata() | collect_environment(distributed.device())
     images = GeneratedImages(pipeline, loaded.num_classes, flags.num_fid_samples, flags.global_seed,
-                             flags.label_distribution, loaded.metadata() | collect_environment(distributed.device()))
+                             flags.label_distribution, metadata)
     return images, loaded.num_classes
 
 
-def load_checkpoint_of(path, flags, explicit_args):
-    """Load the model of a checkpoint by the model flags, and print what was loaded."""
+def load_checkpoint_model(path, flags, explicit_args):
+    """Load the model of a checkpoint by the flags of `add_model_flags`, and print what was loaded."""
     loaded = load_model(path, flags.model, flags.image_size, flags.num_classes, flags.vae, explicit_args,
-                        distributed.device())
+                        distributed.device(), flags.ema_decay)
     distributed.print_rank0(loaded.description())
     return loaded
 
@@ -251,21 +188,18 @@ def load_checkpoint_of(path, flags, explicit_args):
 def reference(flags, explicit_args):
     """Measure images and write the reference."""
     check_output(flags.output, ".npz", flags.data)
-    distributed.init(timeout=flags.dist_timeout)
-    with distributed.collective_timeout("the evaluation", flags.dist_timeout):
-        with distributed.raise_on_all_ranks():
-            features = load_feature_space(flags.features, distributed.device(), flags.inception)
-            images = open_image_source(flags.data, flags.image_size, flags.num_classes)
-        statistics = compute_statistics(images, features, flags.per_proc_batch_size, NUM_REFERENCE_FEATURES, "reference")
+    with distributed.raise_on_all_ranks():
+        features = load_feature_space(flags.features, distributed.device(), flags.inception)
+        images = open_image_source(flags.data, flags.image_size, flags.num_classes)
+    statistics = compute_statistics(images, features, flags.per_proc_batch_size, NUM_REFERENCE_FEATURES, "reference")
 
-        def save():
-            environment = collect_environment(distributed.device()) | dict(tf32=False)
-            save_reference(flags.output, statistics, features, statistics.describe(images) | environment)
-            print(f"wrote {flags.output}: {statistics.count} images, {len(statistics.pool[0])} features "
-                  f"({features.metadata()['space']})")
+    def save():
+        environment = collect_environment(distributed.device()) | dict(tf32=False)
+        save_reference(flags.output, statistics, features, statistics.describe(images) | environment)
+        print(f"wrote {flags.output}: {statistics.count} images, {len(statistics.pool[0])} features "
+              f"({features.metadata()['space']})")
 
-        distributed.run_on_rank0_and_broadcast(save)
-    distributed.shutdown()
+    distributed.run_on_rank0_and_broadcast(save)
 
 
 def nll(flags, explicit_args):
@@ -273,30 +207,27 @@ def nll(flags, explicit_args):
     if not is_checkpoint(flags.ckpt):
         raise UserError(f"{flags.ckpt} is not a checkpoint. Name a .pt or .safetensors file")
     check_output(flags.output, ".json", flags.ckpt, flags.data)
-    distributed.init(flags.tf32, flags.dist_timeout)
-    with distributed.collective_timeout("the evaluation", flags.dist_timeout):
-        with distributed.raise_on_all_ranks(), rename_arguments(data_path="data"):
-            loaded = load_checkpoint_of(flags.ckpt, flags, explicit_args)
-            dataset = build_dataset(flags.data, loaded.image_size, num_classes=loaded.num_classes)
-        result = bits_per_dimension(loaded, dataset, flags.num_images, flags.per_proc_batch_size, flags.global_seed)
+    with distributed.raise_on_all_ranks():
+        loaded = load_checkpoint_model(flags.ckpt, flags, explicit_args)
+        dataset = build_dataset(flags.data, loaded.image_size, num_classes=loaded.num_classes)
+    result = bits_per_dimension(loaded, dataset, flags.num_images, flags.per_proc_batch_size, flags.global_seed)
 
-        def report():
-            print(summarize_nll(result))
-            path = flags.output or free_path(f"{record_stem(flags.ckpt)}.nll", ".json")
-            write_record(path, dict(likelihood=result, data=dict(path=flags.data, images=len(dataset)),
-                                    model=loaded.metadata(), seed=flags.global_seed,
-                                    evaluated=collect_environment(distributed.device())))
-            plot = os.path.splitext(path)[0] + ".png"
-            plot_nll(result, plot)
-            print(f"wrote {path} and {plot}")
+    def report():
+        print(summarize_nll(result))
+        path = record_path(flags.output, flags.ckpt, "nll")
+        write_record(path, dict(likelihood=result, data=dict(path=flags.data, images=len(dataset)),
+                                model=loaded.metadata(), seed=flags.global_seed,
+                                evaluated=collect_environment(distributed.device())))
+        plot = os.path.splitext(path)[0] + ".png"
+        plot_nll(result, plot)
+        print(f"wrote {path} and {plot}")
 
-        distributed.run_on_rank0_and_broadcast(report)
-    distributed.shutdown()
+    distributed.run_on_rank0_and_broadcast(report)
 
 
 def diff(flags, explicit_args):
     """Print every field in which two records differ, the scores first."""
-    differences = list(diff_records(*map(read_record, flags.records)))
+    differences = diff_records(*map(read_record, flags.records))
     print("\n".join(f"{path}: {one} | {two}" for path, one, two in differences) or "the records do not differ")
 
 

@@ -245,11 +245,11 @@ def train(run, flags, signals):
         if run.evaluator and batches.first and batches.first % flags.eval_every == 0 and run.evaluator.lacks(
                 batches.first):  # the run ended between saving this step and measuring it
             evaluate(run, batches.first, monitor, signals, is_saved=True)
-        for step, (images, labels) in enumerate(loader, start=batches.first):
+        for step, (images, cond) in enumerate(loader, start=batches.first):
             if step % batches.steps_per_epoch == 0 and batches.steps_per_epoch >= flags.log_every:
                 logger.info(f"Beginning epoch {step // batches.steps_per_epoch}...")
             with distributed.collective_timeout(f"the gradients of step {step + 1}", flags.timeout):
-                losses = run.step.backward(step, images, labels)
+                losses = run.step.backward(step, images, cond["y"])
             grad_norm = clip_grad_norm(run.model, flags.max_grad_norm)
             update(step, losses, grad_norm, batches.items, monitor)
 
@@ -303,7 +303,7 @@ def open_evaluation(flags, model, autoencoder, dataset, rows, compute):
             make = build_pipeline(model, autoencoder, flags.eval_sampling_steps, flags.eval_cfg_scale, compute=compute)
         made_of = dict(model=flags.model, weights="ema", ema_decay=flags.ema_decay, image_size=flags.image_size,
                        vae=flags.vae) | collect_environment(distributed.device())
-        images = GeneratedImages(make, len(dataset.class_names), flags.eval_samples, flags.global_seed, made_of=made_of)
+        images = GeneratedImages(make, len(dataset.class_names), flags.eval_samples, flags.global_seed, model_metadata=made_of)
         batch_size = (rows.stop - rows.start) // flags.grad_accum_steps
         return build_evaluator(flags.eval_features, flags.eval_reference, images, batch_size,
                               flags.image_size)

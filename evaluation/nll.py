@@ -77,7 +77,7 @@ def match_classes(loaded, dataset):
 
     Classes are matched by name if the checkpoint has names: a folder that lacks a class has other numbers.
     """
-    size, channels = loaded.image_size, _image_channels(loaded.autoencoder)
+    size, channels = loaded.image_size, loaded.autoencoder.image_channels
     if (dataset.image_size, dataset.channels) != (size, channels):
         raise UserError(f"the data has images of {dataset.image_size} pixels and {dataset.channels} channels, the "
                         f"model in {loaded.path} is for {size} pixels and {channels} channels")
@@ -92,10 +92,6 @@ def match_classes(loaded, dataset):
         raise UserError(f"the data has the class '{unknown[0]}', on which the model in {loaded.path} was not trained; "
                         f"its classes are '{loaded.class_names[0]}' and {len(label_of) - 1} others")
     return [label_of[name] for name in dataset.class_names]
-
-
-def _image_channels(autoencoder):
-    return autoencoder.space.image_channels if autoencoder.is_random else autoencoder.channels
 
 
 def compute_vlb_terms(loaded, diffusion, dataset, indices, classes, seed, on_pass=lambda: None):

@@ -3,7 +3,7 @@ import json
 import math
 import os
 
-from common.errors import UserError
+from common.errors import ArgumentError, UserError
 from common.files import atomic_write
 
 
@@ -20,6 +20,25 @@ def free_path(stem, extension):
         number += 1
         path = f"{stem}-{number}{extension}"
     return path
+
+
+def record_path(output, source, suffix):
+    """Return the path of a record: `output`, or beside its source: NAME.scores.json, for the suffix "scores"."""
+    stem = os.path.splitext(source)[0] if os.path.isfile(source) else os.path.normpath(source)
+    return output or free_path(f"{stem}.{suffix}", ".json")
+
+
+def check_output(output, extension, *inputs):
+    """Raise an `ArgumentError` unless `output` is None, or a path with this extension that may be written."""
+    if output is None:
+        return
+    if not output.endswith(extension):
+        raise ArgumentError(f"the name must end in {extension}", output=output)
+    if os.path.abspath(output) in map(os.path.abspath, inputs):
+        raise ArgumentError("this would overwrite an input. Choose another name", output=output)
+    folder = os.path.dirname(os.path.abspath(output))
+    if not os.path.isdir(folder):
+        raise ArgumentError(f"there is no folder {folder}", output=output)
 
 
 def read_record(path):
