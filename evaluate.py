@@ -79,7 +79,7 @@ def add_reference_flags(parser):
 def add_nll_flags(parser):
     """Add the flags of `nll`."""
     parser.add_argument("ckpt", metavar="CKPT", help="a checkpoint: .pt or .safetensors")
-    parser.add_argument("--data", required=True, help="a folder with a folder of images per class, digits-held-out, ...")
+    parser.add_argument("--data", required=True, help="a folder of class folders of images, digits-held-out, ...")
     parser.add_argument("--output", metavar="FILE", help="the record; default: CKPT.nll.json")
     parser.add_argument("--num-images", type=positive_int, default=1000,
                         help="images, evenly spaced over the data; 1000 forward passes each")

@@ -24,7 +24,7 @@ def add_generation_flags(parser):
     group.add_argument("--num-fid-samples", type=positive_int, default=50000, help="number of images")
     group.add_argument("--label-distribution", choices=LABEL_DISTRIBUTIONS, default="uniform",
                        help="random classes (as published), or the same number of images of each")
-    add_alias(group, "--labels", "--label-distribution")
+    add_alias(parser, "--labels", "--label-distribution")
 
 
 def add_checkpoint_flags(parser):
@@ -42,4 +42,4 @@ def add_process_flags(parser):
     group.add_argument("--per-proc-batch-size", type=positive_int, default=32, help="batch size per process")
     group.add_argument("--dist-timeout", type=minutes, default=DEFAULT_TIMEOUT, metavar="MINUTES",
                        help="time that a process waits for the others")
-    add_alias(group, "--timeout", "--dist-timeout")
+    add_alias(parser, "--timeout", "--dist-timeout")

@@ -140,7 +140,7 @@ class PixelFeatures(FeatureSpace):
 class ModuleFeatures(FeatureSpace):
     """Features by a TorchScript module (`torch.jit.save`) from (n, 3, H, W) uint8 to (n, D).
 
-    A file of `evaluation.classifier.save_classifier` predicts classes too. A module is a program: run trusted ones only.
+    One of `evaluation.classifier.save_classifier` predicts classes too. A module is a program: run trusted ones only.
 
     Args:
         device (torch.device): Where the features are computed.

@@ -41,8 +41,8 @@ def inception_score(logits, split=INCEPTION_SCORE_SPLIT):
         tuple[float, float]: Mean and standard deviation over the parts.
     """
     from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, isc_features_to_metric
-    scores = [isc_features_to_metric(part, splits=1, shuffle=False)[KEY_METRIC_ISC_MEAN] for part in logits.split(split)]
-    scores = torch.tensor(scores, dtype=torch.float64)
+    parts = [isc_features_to_metric(part, splits=1, shuffle=False) for part in logits.split(split)]
+    scores = torch.tensor([part[KEY_METRIC_ISC_MEAN] for part in parts], dtype=torch.float64)
     return scores.mean().item(), scores.std(correction=0).item()
 
 

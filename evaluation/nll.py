@@ -145,8 +145,8 @@ def _read_images(dataset, indices):
     for image in images:
         if isinstance(image, CorruptImage):
             raise_if_unreadable(image)
-            raise UserError(f"cannot read the image {image.path} ({image.reason}). Repair or remove it: a bound without "
-                            "it would be one of another data set")
+            raise UserError(f"cannot read the image {image.path} ({image.reason}). Repair or remove it: without it "
+                            "this would be another data set")
     return images
 
 
@@ -183,7 +183,7 @@ class VLBAccumulator:
 
 
 def plot_nll(result, path):
-    """Plot a result of `bits_per_dimension` as a PNG: the terms of the bound, and the error of the noise, by timestep."""
+    """Plot a result of `bits_per_dimension` as a PNG: terms of the bound and errors of the noise, by timestep."""
     from matplotlib.figure import Figure
     t = result["timesteps"]
     figure = Figure(figsize=(9, 3.6), dpi=200, layout="constrained")

@@ -117,6 +117,6 @@ def save_reference(path, statistics, features, source):
     arrays = dict(mu=statistics.pool[0], sigma=statistics.pool[1], features=statistics.features.numpy())
     if statistics.spatial is not None:
         arrays |= dict(mu_s=statistics.spatial[0], sigma_s=statistics.spatial[1])
-    record = json.dumps(dict(features=features.metadata(), images=statistics.count, size=statistics.size, source=source))
+    record = dict(features=features.metadata(), images=statistics.count, size=statistics.size, source=source)
     with atomic_write(path) as file:
-        np.savez(file, record=np.frombuffer(record.encode(), dtype=np.uint8), **arrays)
+        np.savez(file, record=np.frombuffer(json.dumps(record).encode(), dtype=np.uint8), **arrays)
