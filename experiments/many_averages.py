@@ -24,7 +24,7 @@ from data.loader import PrefetchLoader
 from data.sampler import StepBatchSampler
 from diffusion import create_diffusion
 from diffusion.timestep_sampler import UniformSampler
-from evaluation.classifier import refuse
+from evaluation.classifier import raise_corrupt
 from evaluation.records import read_record
 from networks import build_dit, model_config
 from training.ema import EMA
@@ -64,7 +64,7 @@ class AveragedRun:
                                  compute=compute)
         self.batches = StepBatchSampler(len(dataset), request["batch_size"], rows, request["seed"], self.first,
                                      max(request["snapshots"]), flips=dataset.flips)
-        self.loader = PrefetchLoader(dataset, self.batches, request["num_workers"], self.device, refuse)
+        self.loader = PrefetchLoader(dataset, self.batches, request["num_workers"], self.device, raise_corrupt)
 
     def train(self, signals):
         """To the last snapshot. Ends by `Stopped`, with all saved, where one of `signals` asked for it."""
