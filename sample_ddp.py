@@ -69,7 +69,7 @@ def main():
             labels = sample_labels(flags.labels, flags.global_seed, range(first, end), trained.num_classes)
             noise = PerSampleRNG(flags.global_seed, range(first, end), device)
             images = make(torch.from_numpy(labels).to(device), noise)
-            writer.do(samples.add, first, to_uint8(images).cpu().numpy(), labels, flags.png)
+            writer.submit(samples.add, first, to_uint8(images).cpu().numpy(), labels, flags.png)
             bar.update(min((end - first) * world, bar.total - bar.n))
     bar.close()
 

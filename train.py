@@ -19,7 +19,7 @@ import torch
 
 import models
 from autoencoder.checks import NUM_CHECK_IMAGES, check_autoencoder
-from autoencoder.vae import latent_size, load_autoencoder
+from autoencoder.vae import latent_size, load_autoencoder, load_cached_latents
 from common import distributed
 from common.cli import (
     HelpFormatter,
@@ -238,25 +238,25 @@ def train(run, flags, signals):
     update = Update(run.model, run.optimizer, run.state.ema, run.guard, run.step)
     run.network.train()
     with (distributed.collective_timeout("training", flags.timeout),
-          MetricLogger(logger, run.folder, batches.first, batches.last,
+          MetricLogger(logger, run.folder, batches.start_step, batches.end_step,
                              flags.global_batch_size) as monitor):
         with distributed.raise_on_all_ranks():
             loader = PrefetchLoader(run.dataset, batches, flags.num_workers, distributed.device(), bad_images.add)
-        if run.evaluator and batches.first and batches.first % flags.eval_every == 0 and run.evaluator.lacks(
-                batches.first):  # the run ended between saving this step and measuring it
-            evaluate(run, batches.first, monitor, signals, is_saved=True)
-        for step, (images, labels) in enumerate(loader, start=batches.first):
+        if run.evaluator and batches.start_step and batches.start_step % flags.eval_every == 0 and run.evaluator.lacks(
+                batches.start_step):  # the run ended between saving this step and measuring it
+            evaluate(run, batches.start_step, monitor, signals, is_saved=True)
+        for step, (images, cond) in enumerate(loader, start=batches.start_step):
             if step % batches.steps_per_epoch == 0 and batches.steps_per_epoch >= flags.log_every:
                 logger.info(f"Beginning epoch {step // batches.steps_per_epoch}...")
             with distributed.collective_timeout(f"the gradients of step {step + 1}", flags.timeout):
-                losses = run.step.backward(step, images, labels)
+                losses = run.step.backward(step, images, cond["y"])
             grad_norm = clip_grad_norm(run.model, flags.max_grad_norm)
             update(step, losses, grad_norm, batches.items, monitor)
 
             done = step + 1
             with distributed.collective_timeout(f"the agreement on step {done}", flags.timeout):
                 stop, fault, write_failed = watch.exchange(signals.received, loader.fault, run.saver.has_failed())
-                last = done == batches.last or stop or fault or run.guard.exhausted
+                last = done == batches.end_step or stop or fault or run.guard.exhausted
                 if done % flags.log_every == 0 or last:
                     run.guard.settle()
                     monitor.show(done, grad_norm=grad_norm, learning_rate=flags.lr)
@@ -274,7 +274,7 @@ def train(run, flags, signals):
                 run.guard.check(path)
                 with distributed.raise_on_all_ranks():
                     loader.check()
-                if stop and done < batches.last:
+                if stop and done < batches.end_step:
                     logger.info(f"Stopped by {signals.received or 'another process'} after {done} steps; --resume auto "
                                 "goes on")
                     raise Stopped
@@ -319,14 +319,15 @@ def open_dataset(flags, given, device):
     """
     if flags.features_path:
         cache = LatentCache(flags.features_path)
-        autoencoder = cache.autoencoder(*(getattr(flags, name) if name in given else None for name in ("vae", "image_size")),
-                            device=device, decodes=bool(flags.sample_every or flags.eval_every))
+        typed = {name: getattr(flags, name) for name in ("vae", "image_size") if name in given}
+        autoencoder = load_cached_latents(cache, **typed, device=device,
+                                          needs_decoder=bool(flags.sample_every or flags.eval_every))
         flags.vae, flags.image_size = autoencoder.name, cache.image_size
-        dataset = cache.in_memory(device) if flags.features_in_memory else cache
+        dataset = cache.to_device(device) if flags.features_in_memory else cache
     elif flags.features_in_memory:
         raise UserError("--features-in-memory needs --features-path: only a latent cache is kept on the device")
     else:
-        dataset = build_dataset(flags.data_path, flags.image_size, flags.max_bad_images, flags.num_classes)
+        dataset = build_dataset(flags.data_path, flags.image_size, flags.max_bad_images, flags.num_classes, collective=True)
         autoencoder = load_autoencoder(flags.vae, dataset.channels, device)
     source = flags.features_path or flags.data_path
     if flags.flip and flags.features_path and not dataset.flips:

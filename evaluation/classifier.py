@@ -73,10 +73,10 @@ def train_classifier(dataset, device="cpu", steps=500, batch_size=128, lr=2e-3, 
     classifier.to(device).train()
     optimizer = torch.optim.AdamW(classifier.parameters(), lr=lr, weight_decay=0.01)
     batches = StepBatchSampler(len(dataset), batch_size, slice(0, batch_size), seed, 0, steps, flips=False)
-    for step, (images, labels) in enumerate(PrefetchLoader(dataset, batches, num_workers, device, on_bad=refuse)):
+    for step, (images, cond) in enumerate(PrefetchLoader(dataset, batches, num_workers, device, on_corrupt=refuse)):
         for group in optimizer.param_groups:  # a tenth of the steps up, then down along a cosine
             group["lr"] = lr * min(10 * (step + 1) / steps, 0.5 + 0.5 * math.cos(math.pi * step / steps))
-        loss = F.cross_entropy(classifier.class_logits(classifier(as_bytes(images))), labels)
+        loss = F.cross_entropy(classifier.class_logits(classifier(as_bytes(images))), cond["y"])
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
@@ -99,13 +99,13 @@ def accuracy(classifier, dataset, batch_size=250):
     device, batch_size = next(classifier.parameters()).device, min(batch_size, len(dataset))
     right = 0
     for first in range(0, len(dataset), batch_size):
-        images, labels, bad = dataset.__getitems__([(index, False) for index in range(
+        images, cond, bad = dataset.__getitems__([(index, False) for index in range(
             first, min(first + batch_size, len(dataset)))])
         if bad:
             refuse(bad)
         with full_precision():
             logits = classifier.class_logits(classifier(as_bytes(images).to(device)))
-        right += int((logits.argmax(dim=1).cpu() == labels).sum())
+        right += int((logits.argmax(dim=1).cpu() == cond["y"]).sum())
     return right / len(dataset)
 
 

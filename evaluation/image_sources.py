@@ -181,7 +181,7 @@ class GeneratedImages:
     def noise_like(self, count):
         """(count, H, W, 3) uint8 noise of the images' size, without the work of making one."""
         autoencoder, model = self.make.autoencoder, self.make.model
-        stride = autoencoder.space.stride if autoencoder.is_random else 1
+        stride = autoencoder.stride
         height, width = (stride * side for side in model.x_embedder.input_size)
         return torch.from_numpy(np.random.default_rng(0).integers(0, 256, (count, height, width, 3), dtype=np.uint8))
 

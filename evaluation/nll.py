@@ -95,7 +95,7 @@ def match_class_rows(trained, dataset):
 
 
 def _image_channels(autoencoder):
-    return autoencoder.space.image_channels if autoencoder.is_random else autoencoder.channels
+    return autoencoder.image_channels
 
 
 def compute_vlb_terms(trained, diffusion, dataset, indices, classes, seed, device, on_pass):

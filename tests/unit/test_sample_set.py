@@ -166,7 +166,7 @@ def test_a_damaged_file(samples, damage):
 
 @pytest.mark.parametrize("write, reason", [
     (lambda path: np.savez(path, images=np.zeros(3)), "arr_0"),
-    (lambda path: np.savez(path, arr_0=np.array([None])), "no plain array"),
+    (lambda path: np.savez(path, arr_0=np.array([None])), "not a plain array"),
 ])
 def test_a_file_of_another_kind(samples, write, reason):
     os.makedirs(os.path.dirname(samples.npz))

@@ -132,7 +132,7 @@ def test_pieces_in_order_one_at_a_time():
 
     with BackgroundWriter() as behind:
         for i in range(5):
-            behind.do(piece, i)
+            behind.submit(piece, i)
     assert done == [(i, False) for i in range(5)]
 
 
@@ -143,11 +143,11 @@ def test_an_error_of_a_piece_is_raised():
 
     done = []
     with pytest.raises(OSError, match="disk full"), BackgroundWriter() as behind:
-        behind.do(fail)
-        behind.do(done.append, 1)
+        behind.submit(fail)
+        behind.submit(done.append, 1)
     with pytest.raises(OSError, match="disk full"), BackgroundWriter() as behind:
-        behind.do(fail)
+        behind.submit(fail)
     with pytest.raises(ValueError, match="of the block"), BackgroundWriter() as behind:
-        behind.do(fail)
+        behind.submit(fail)
         raise ValueError("of the block")
     assert done == []
