@@ -255,7 +255,8 @@ def load_cached_latents(cache, vae=None, image_size=None, device="cpu", needs_de
     """
     latent_scaling, encoder_sha256 = LatentScaling(**cache.latent_scaling), cache.encoder_sha256
     if image_size not in (None, cache.image_size):
-        raise ArgumentError(f"the cache {cache.folder} holds images of {cache.image_size} pixels", image_size=image_size)
+        raise ArgumentError(f"the cache {cache.folder} is of images of {cache.image_size} pixels",
+                            image_size=image_size)
     name = vae or cache.autoencoder_name
     # A name on the hub stands for the same weights as when the cache was made; a directory may hold others.
     if not needs_decoder and name == cache.autoencoder_name and not (vae and os.path.isdir(name)):

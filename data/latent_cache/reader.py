@@ -137,7 +137,8 @@ class LatentCache(Dataset):
             moments = torch.empty((len(self), *self.layout.row_shape), dtype=self.layout.torch_dtype, device=device)
         except RuntimeError as error:  # torch.OutOfMemoryError is one
             raise ArgumentError(f"{self.folder} takes {format_bytes(needed)}, which {device} cannot allocate in one "
-                                f"block ({str(error).splitlines()[0]}). Leave the flag out", cache_on_device=True) from None
+                                f"block ({str(error).splitlines()[0]}). Leave the flag out",
+                                cache_on_device=True) from None
         rows_per_block = max(1, BLOCK_BYTES // self.layout.row_bytes)
         for block_start in range(0, len(self), rows_per_block):
             block_end = min(block_start + rows_per_block, len(self))
@@ -180,7 +181,7 @@ class _RandomAccessFile:
     """
 
     def __init__(self, path):
-        self.path, self.file = path, open(path, "rb", buffering=0)  # closed with the data set
+        self.path, self.file = path, open(path, "rb", buffering=0)  # noqa: SIM115 - open as long as the data set
         self._advise("POSIX_FADV_RANDOM", 0, 0)  # no read-ahead: the next row is elsewhere
 
     def _advise(self, advice, offset, size):

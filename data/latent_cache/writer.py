@@ -170,7 +170,7 @@ class LatentCacheWriter:
                               "solve the problem and run the command again") from None
 
     def _to_bytes(self, moments, name):
-        """Convert moments to the stored dtype: (n, bytes per image) uint8; raises if a value is or becomes non-finite."""
+        """Convert moments to bytes of the stored dtype, shape (n, B); raises if a value is or becomes non-finite."""
         stored = moments.to(self.layout.torch_dtype)
         if not torch.isfinite(moments).all():
             raise ArgumentError(f"the latents of {name} are non-finite. Try --precision fp32", vae=self.manifest["vae"])
@@ -222,8 +222,8 @@ def describe_differences(existing, wanted):
     differences = []
     for name in names:
         if name == "vae_sha256":
-            differences.append(f"its VAE is {existing['vae']} (weights {existing[name][:12]}), --vae is {wanted['vae']} "
-                               f"({wanted[name][:12]})")
+            differences.append(f"its VAE is {existing['vae']} (weights {existing[name][:12]}), "
+                               f"--vae is {wanted['vae']} ({wanted[name][:12]})")
         elif name == "space":
             differences += [f"{key} of its VAE is {existing[name].get(key)}, of --vae {value}"
                             for key, value in wanted[name].items() if existing[name].get(key) != value]
