@@ -121,6 +121,17 @@ def parse_args(parser, presets=None, argv=None):
     return flags, explicit
 
 
+def add_alias(parser, alias, flag):
+    """Accept `alias` as a former name of `flag`, without showing it in the help.
+
+    Args:
+        parser (ArgumentParser): The parser, or the group, that has the flag.
+        alias (str): Former name, such as "--labels".
+        flag (str): Present name, such as "--label-distribution".
+    """
+    parser._option_string_actions[alias] = parser._option_string_actions[flag]
+
+
 def flag_name(name):
     """Return how a parameter is typed: "cfg_scale" -> "--cfg-scale"."""
     return "--" + name.replace("_", "-")

@@ -1,142 +1,176 @@
-"""When and how a run is saved, how many checkpoints are kept, and which one is resumed."""
+"""Saving and restoring a run: when and how checkpoints are written, and how many are kept."""
 import contextlib
 import os
 from concurrent.futures import ThreadPoolExecutor
 
+import torch
+from torch.distributed.tensor import DTensor
+
 from common import distributed
-from common.checkpoint_io import (
-    latest_checkpoint,
-    latest_valid_checkpoint,
-    list_checkpoints,
-    save_checkpoint,
-    verify_checkpoint,
-)
+from common.checkpoint_io import CHECKPOINT_NAME, list_checkpoints, load_checkpoint, save_checkpoint
 from common.errors import UserError
 from common.files import remove_temporary_files, replace_with_hard_link
-from training.run_dir import create_run_dir, list_run_dirs
-
-
-def find_checkpoint_to_resume(resume, results_dir, model_name, warn):
-    """The checkpoint that --resume names: a path; the newest whole one in an experiment's folder; or "auto": that of
-    the experiment of this model in results_dir that has the highest number and a checkpoint; None where there is none.
-    """
-    if resume == "auto":
-        folders = list_run_dirs(results_dir, model_name)
-        folder = next((folder for folder in reversed(folders) if latest_checkpoint(folder)), None)
-        return folder and latest_valid_checkpoint(folder, warn)
-    if os.path.isdir(resume):
-        path = latest_valid_checkpoint(resume, warn)
-        if path is None:
-            raise UserError(f"--resume {resume}: this folder holds no checkpoints/NNNNNNN.pt")
-        return path
-    if not os.path.isfile(resume):
-        raise UserError(f"--resume {resume}: there is no such checkpoint; pass a file, an experiment's folder, or auto")
-    verify_checkpoint(resume)
-    return resume
-
-
-def open_run_dir(results_dir, model_name, resume):
-    """The run's folder, the checkpoint that it goes on from (None: a new run), and warnings about damaged ones."""
-    warnings = []
-    path = find_checkpoint_to_resume(resume, results_dir, model_name, warnings.append) if resume else None
-    if path is None:
-        return create_run_dir(results_dir, model_name), None, warnings
-    parent, inner = os.path.split(os.path.dirname(os.path.abspath(path)))
-    # Going on from elsewhere, or from an older checkpoint, is another experiment: in the same folder "the newest" would
-    # then be one that this run does not descend from. Unless the newer ones are damaged.
-    named_itself = os.path.isfile(resume)
-    is_newest = inner == "checkpoints" and os.path.samefile(latest_checkpoint(parent) or os.devnull, path)
-    return (parent if is_newest or not named_itself else create_run_dir(results_dir, model_name)), path, warnings
+from training.fsdp import full_tensor
 
 
 class CheckpointManager:
-    """Writes checkpoints on the main process. Whatever goes wrong there is raised on all.
+    """Saves and restores any objects that have `state_dict` and `load_state_dict`.
 
-    state       a `TrainState`
-    folder      the experiment's
-    keep        keep so many of the newest; None: all
-    milestones  keep those of every so many steps besides, for ever; None: no others
-    protected   path of a checkpoint that is never removed: the one this run goes on from
-    background  return at once, and write while training goes on
+        checkpoints = CheckpointManager(run_dir, dict(args=args), model=model, ema=ema, opt=optimizer)
+        step = checkpoints.restore(path)
+        checkpoints.save(step)
+
+    Rank 0 writes; whatever goes wrong there is raised on all ranks. Sharded tensors are gathered.
+
+    Args:
+        run_dir (str): Folder of the run; checkpoints are `run_dir/checkpoints/0050000.pt`.
+        metadata (dict): Plain values that every checkpoint holds too.
+        keep_checkpoints (int): Number of latest checkpoints to keep. Default: all.
+        keep_every (int): Steps between milestones that are kept for good. Default: none.
+        protected (str): Path of a checkpoint that is never removed: the one that the run resumed.
+        async_save (bool): Write a copy in the background while training continues.
+        **stateful: The objects; their names are the keys in a checkpoint. If an object has `settle()`, all ranks call it
+            before it is saved.
     """
 
-    def __init__(self, state, folder, keep=None, milestones=None, protected=None, background=False):
-        self.state, self.folder = state, folder
-        self.keep, self.milestones, self.protected = keep, milestones, protected
-        self.thread = ThreadPoolExecutor(1, thread_name_prefix="saver") if background else None
-        self.writing = None
+    def __init__(self, run_dir, metadata, keep_checkpoints=None, keep_every=None, protected=None, async_save=False,
+                 **stateful):
+        self.dir = os.path.join(run_dir, "checkpoints")
+        self.run_dir, self.metadata, self.stateful = run_dir, metadata, stateful
+        self.keep_checkpoints, self.keep_every, self.protected = keep_checkpoints, keep_every, protected
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoints") if async_save else None
+        self._writing = None
         if distributed.is_rank0():
-            with contextlib.suppress(OSError):  # a folder that cannot be written to is told at the first checkpoint
-                remove_temporary_files(os.path.join(folder, "checkpoints"))
+            with contextlib.suppress(OSError):  # a folder that cannot be written to is reported by the first save
+                remove_temporary_files(self.dir)
 
     def save(self, step):
-        """Write the state after `step` steps; returns its path. To be called by all processes.
+        """Save the state after `step` steps and return the path of the checkpoint. Called by all ranks.
 
-        In the background, the values are those of this moment. A `UserError` of the checkpoint before comes here.
+        In the background the values of this moment are written, and an error of the previous checkpoint is raised here.
         """
-        path = os.path.join(self.folder, "checkpoints", f"{step:07d}.pt")
-        self.state.guard.settle()
-        self.finish()
+        path = os.path.join(self.dir, f"{step:07d}.pt")
+        self._settle()
+        self.wait()
         with distributed.raise_on_all_ranks():
-            values = self._values(self.state.copy if self.thread else self.state.values, step)
+            values = self.state(step, copy=self._thread is not None)
             if distributed.is_rank0():
-                if self.thread is None:
+                if self._thread is None:
                     self._write(values, path, step)
                 else:
-                    self.writing = self.thread.submit(self._write, values, path, step)
+                    self._writing = self._thread.submit(self._write, values, path, step)
         return path
 
-    def _values(self, of, step):
-        """What is to be written, on the main process; all help where it is sharded."""
-        return of(step) if distributed.is_rank0() or self.state.is_sharded else None
+    def save_best(self, step, is_saved):
+        """Save the state after `step` steps as `best.pt` and return its path. Called by all ranks.
 
-    def keep_best(self, step, is_saved):
-        """Have the state of now, after `step` steps, as `checkpoints/best.pt`. To be called by all processes.
+        It is on the disk when this returns, so that no score can claim a best checkpoint that does not exist.
 
-        In the foreground always: it is written before the score that makes it the best.
-        is_saved  whether it has just been saved: then `best.pt` is another name of that file, which costs nothing
+        Args:
+            step (int): Steps that were done.
+            is_saved (bool): Whether `save(step)` came just before: then `best.pt` is a hard link, which costs nothing.
         """
-        folder = os.path.join(self.folder, "checkpoints")
-        path = os.path.join(folder, "best.pt")
-        self.state.guard.settle()
-        self.finish()
-        is_done = is_saved and distributed.run_on_rank0_and_broadcast(
-            lambda: replace_with_hard_link(os.path.join(folder, f"{step:07d}.pt"), path))
-        if not is_done:
-            with distributed.raise_on_all_ranks():
-                values = self._values(self.state.values, step)
-                if distributed.is_rank0():
-                    save_checkpoint(path, values)
+        path = os.path.join(self.dir, "best.pt")
+        saved = os.path.join(self.dir, f"{step:07d}.pt")
+        self._settle()
+        self.wait()
+        if is_saved and distributed.run_on_rank0_and_broadcast(lambda: replace_with_hard_link(saved, path)):
+            return path
+        with distributed.raise_on_all_ranks():
+            values = self.state(step)
+            if distributed.is_rank0():
+                save_checkpoint(path, values)
         return path
+
+    def state(self, step, copy=False):
+        """Return what a checkpoint holds after `step` steps. Called by all ranks; complete on rank 0.
+
+        Args:
+            step (int): Steps that were done.
+            copy (bool): Copy all tensors to host memory. Default: copy sharded tensors only, others are live.
+        """
+        state = {name: part.state_dict() for name, part in self.stateful.items()}
+        return _to_host(state, copy, keep=distributed.is_rank0()) | self.metadata | dict(step=step)
+
+    def restore(self, path, check=None):
+        """Restore all objects from a checkpoint and return its step. Called by all ranks.
+
+        Args:
+            path (str): The checkpoint.
+            check (callable): Called with the checkpoint before anything is restored; raises if it belongs elsewhere.
+
+        Raises:
+            UserError: If it is damaged, or is not the training state of such a run.
+        """
+        stored = load_checkpoint(path)
+        try:
+            return self._restore(stored, path, check)
+        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+            raise UserError(f"--resume {path}: this is not a training state of this code ({reason})") from None
+
+    def _restore(self, stored, path, check):
+        step = stored["step"] if "step" in stored else _step_in_name(path)
+        if type(step) is not int or not 0 <= step < 2**62:
+            raise ValueError(f"step is {step!r}")
+        if check:
+            check(stored)
+        for name, part in self.stateful.items():
+            if stored.get(name):
+                part.load_state_dict(stored[name])
+        return step
 
     def has_failed(self):
-        """Whether writing in the background failed, on this process; `finish` then raises on all."""
-        return self.writing is not None and self.writing.done() and self.writing.exception() is not None
+        """Return whether writing in the background failed on this rank; `wait` then raises on all ranks."""
+        return self._writing is not None and self._writing.done() and self._writing.exception() is not None
 
-    def finish(self):
-        """Wait until everything is written. To be called by all processes."""
+    def wait(self):
+        """Wait until everything is written. Called by all ranks."""
         with distributed.raise_on_all_ranks():
-            self._wait()
+            writing, self._writing = self._writing, None
+            if writing is not None:
+                writing.result()
 
-    def _wait(self):
-        writing, self.writing = self.writing, None
-        if writing is not None:
-            writing.result()
+    def _settle(self):
+        for part in self.stateful.values():
+            if hasattr(part, "settle"):
+                part.settle()
 
     def _write(self, values, path, step):
         save_checkpoint(path, values)
-        if self.keep is not None:
-            self._thin_out(step)
+        if self.keep_checkpoints is not None:
+            self._remove_old(step)
 
-    def _thin_out(self, step):
-        """Remove what is neither new, nor a milestone, nor in use. Runs only when the newest one is on the disk."""
-        # Later steps than this one are not of this run: what it went on from was damaged, or it went back.
-        steps = {at: path for at, path in list_checkpoints(self.folder).items() if at <= step}
-        for at in list(steps)[self.keep:]:
-            milestone = self.milestones is not None and at % self.milestones == 0
-            if not milestone and not self._is_protected(steps[at]):
-                with contextlib.suppress(OSError):  # one too many is no reason to end a run
+    def _remove_old(self, step):
+        """Remove what is neither among the latest, nor a milestone, nor protected, once the latest is on the disk."""
+        # Later steps are not of this run: what it resumed was damaged, or it went back.
+        steps = {at: path for at, path in list_checkpoints(self.run_dir).items() if at <= step}
+        for at in list(steps)[self.keep_checkpoints:]:
+            is_milestone = bool(self.keep_every) and at % self.keep_every == 0
+            if not is_milestone and not self._is_protected(steps[at]):
+                with contextlib.suppress(OSError):  # an extra checkpoint is no reason to end a run
                     os.remove(steps[at])
 
     def _is_protected(self, path):
         return self.protected is not None and os.path.abspath(path) == os.path.abspath(self.protected)
+
+
+def _to_host(value, copy, keep):
+    """Gather sharded tensors to host memory, and with `copy` all others too; keep=False: only take part in gathering."""
+    if torch.is_tensor(value):
+        if not copy and not isinstance(value, DTensor):
+            return value
+        full = full_tensor(value.detach())
+        return full.to("cpu", copy=True) if keep else None
+    if isinstance(value, dict):
+        return {name: _to_host(part, copy, keep) for name, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_to_host(part, copy, keep) for part in value)
+    return value
+
+
+def _step_in_name(path):
+    match = CHECKPOINT_NAME.fullmatch(os.path.basename(path))
+    if match is None:
+        raise UserError(f"--resume {path}: the file does not hold its step, and neither does its name (0050000.pt)")
+    return int(match[1])

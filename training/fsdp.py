@@ -1,11 +1,11 @@
-"""Sharded training (FSDP2): each process keeps a part of the weights, gradients, moments and moving average.
+"""Sharded training (FSDP2): each rank keeps a shard of the weights, gradients, optimizer state and moving averages.
 
-A sharded weight is a `DTensor`: whole by its shape, of whose rows this process holds some. Before a block is computed
-its weights are gathered, and dropped after it; its gradients are averaged over all processes, and each keeps its part.
+A sharded weight is a `DTensor`: full by its shape, of which this rank holds some rows. A block's weights are gathered
+before it is computed and dropped after it; its gradients are averaged over all ranks, and each rank keeps its shard.
 """
-
 import contextlib
 import os
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -15,107 +15,115 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from common import distributed
-from common.errors import UserError
+from common.errors import ArgumentError
 
 FSDP_MODES = ("all", "node")
 
 
-def init_mesh(where, timeout=distributed.DEFAULT_TIMEOUT):
-    """How the processes share: in one row, or in a row a node. To be called by all processes.
+def init_mesh(fsdp, timeout=distributed.DEFAULT_TIMEOUT):
+    """Arrange the ranks for sharding. Called by all ranks.
 
-    where     "all": over all processes; "node": over those of a node, all nodes the same
-    timeout  minutes that a process waits for the others
-    raise     UserError for one process, and nodes that are not alike
+    Args:
+        fsdp (str): "all": shard over all ranks; "node": shard over the ranks of a node and replicate over nodes.
+        timeout (float): Minutes that a collective waits for the other ranks.
+
+    Returns:
+        DeviceMesh: Dimensions ("shard",), or ("replicate", "shard").
+
+    Raises:
+        ArgumentError: For a single rank, and for nodes with different numbers of ranks.
     """
-    world, kind = distributed.world_size(), distributed.device().type
-    if world == 1:
-        raise UserError("--fsdp shares the model between processes, and this is one alone: start several by torchrun "
-                        "--nproc_per_node=8, or leave the flag out")
-    if where == "all":
-        return init_device_mesh(kind, (world,), mesh_dim_names=("part",))
-    a_node = os.environ.get("LOCAL_WORLD_SIZE", "none")
-    distributed.assert_same_on_all_ranks(a_node, "--fsdp node: the numbers of processes of the nodes (LOCAL_WORLD_SIZE)")
-    if not a_node.isdecimal() or not 1 < int(a_node) <= world or world % int(a_node):
-        raise UserError("--fsdp node shares the model between the processes of a node, several, as many on each node; "
-                        f"LOCAL_WORLD_SIZE, which torchrun sets, says {a_node} of {world}")
-    ranks = torch.arange(world).view(-1, int(a_node))
-    wait = distributed.timedelta(minutes=timeout)
-    groups = [dist.new_subgroups_by_enumeration(lines.tolist(), timeout=wait)[0] for lines in (ranks.T, ranks)]
-    return DeviceMesh.from_group(groups, kind, ranks, mesh_dim_names=("copy", "part"))
+    world_size, device_type = distributed.world_size(), distributed.device().type
+    if world_size == 1:
+        raise ArgumentError("a single process has nothing to shard over. Start several by torchrun --nproc_per_node=8, "
+                            "or leave the flag out", fsdp=fsdp)
+    if fsdp == "all":
+        return init_device_mesh(device_type, (world_size,), mesh_dim_names=("shard",))
+    per_node = os.environ.get("LOCAL_WORLD_SIZE", "none")
+    distributed.assert_same_on_all_ranks(per_node, "--fsdp node: the numbers of processes per node (LOCAL_WORLD_SIZE)")
+    if not per_node.isdecimal() or not 1 < int(per_node) <= world_size or world_size % int(per_node):
+        raise ArgumentError("every node must have the same number of processes, two or more; LOCAL_WORLD_SIZE, which "
+                            f"torchrun sets, is {per_node} of {world_size}", fsdp=fsdp)
+    ranks = torch.arange(world_size).view(-1, int(per_node))
+    groups = [dist.new_subgroups_by_enumeration(lists.tolist(), timeout=timedelta(minutes=timeout))[0]
+              for lists in (ranks.T, ranks)]
+    return DeviceMesh.from_group(groups, device_type, ranks, mesh_dim_names=("replicate", "shard"))
 
 
 def shard_model(model, mesh, precision="fp32"):
-    """Shard a DiT in place, block by block, and have it on the mesh's device. The weights keep their names.
+    """Shard a DiT in place, block by block, on the device of the mesh. The weights keep their names.
 
-    With bf16, blocks whose weights all belong to matrix products are gathered in bfloat16: the same numbers that
-    autocast would make of them, at half of the traffic. Gradients are summed in float32.
+    With bf16, blocks that hold nothing but linear layers are gathered in bfloat16: the same numbers as autocast's at
+    half of the traffic. Gradients are reduced in float32.
     """
-    narrow = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    bf16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in model.blocks:
-        is_narrow = precision == "bf16" and has_only_linear_weights(block)
-        fully_shard(block, mesh=mesh, mp_policy=narrow if is_narrow else MixedPrecisionPolicy())
+        gathers_bf16 = precision == "bf16" and has_only_linear_weights(block)
+        fully_shard(block, mesh=mesh, mp_policy=bf16 if gathers_bf16 else MixedPrecisionPolicy())
     fully_shard(model, mesh=mesh)
-    if mesh.ndim == 2:  # the copies begin alike, whatever the nodes' processors make of a seed
+    if mesh.ndim == 2:  # replicas start equal even if the processors of two nodes round an initialization differently
         for weight in model.parameters():
-            dist.broadcast(to_local(weight.detach()), group=mesh.get_group("copy"), group_src=0)
+            dist.broadcast(to_local(weight.detach()), group=mesh.get_group("replicate"), group_src=0)
     return model
 
 
 def has_only_linear_weights(module):
-    """Whether all weights below belong to linear layers."""
+    """Return whether all weights of a module belong to linear layers."""
     return all(isinstance(part, nn.Linear) for part in module.modules() if list(part.parameters(recurse=False)))
 
 
 def is_sharded(model):
+    """Return whether `shard_model` was applied to a model."""
     return isinstance(model, FSDPModule)
 
 
 def to_local(tensor):
-    """The part of a sharded tensor that this process holds; others as they are."""
+    """Return this rank's shard of a sharded tensor; any other tensor as it is."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def full_tensor(tensor):
-    """A sharded tensor put together, by all processes; others as they are."""
+    """Gather a sharded tensor, on all ranks; return any other tensor as it is."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def shard_like(pattern, tensor):
-    """A whole tensor as a sharded one like `pattern`, without communication; as it is where that is not sharded."""
+    """Shard a full tensor like `pattern`, without communication; return it as it is if `pattern` is not sharded."""
     if not isinstance(pattern, DTensor) or not torch.is_tensor(tensor) or tensor.shape != pattern.shape:
         return tensor
     mesh = pattern.device_mesh
-    parts = tensor.chunk(mesh.size(mesh.ndim - 1))
+    shards = tensor.chunk(mesh.size(mesh.ndim - 1))
     number = mesh.get_local_rank(mesh.ndim - 1)
-    part = parts[number] if number < len(parts) else tensor[:0]
-    return DTensor.from_local(part.to(pattern.device, copy=True), mesh, pattern.placements, run_check=False,
+    shard = shards[number] if number < len(shards) else tensor[:0]
+    return DTensor.from_local(shard.to(pattern.device, copy=True), mesh, pattern.placements, run_check=False,
                               shape=pattern.shape, stride=pattern.stride())
 
 
 def load_full_weights(model, sharded):
-    """Give a model without weights (on "meta") those of a sharded one. To be called by all processes."""
-    model.to_empty(device=next(sharded.parameters()).device)
+    """Fill a model on the meta device with the gathered weights of a sharded one. Called by all ranks."""
+    model.to_empty(device=sharded.device)
     with torch.no_grad():
-        for ours, theirs in zip((*model.parameters(), *model.buffers()), (*sharded.parameters(), *sharded.buffers())):
-            ours.copy_(full_tensor(theirs))
+        sources = (*sharded.parameters(), *sharded.buffers())
+        for target, source in zip((*model.parameters(), *model.buffers()), sources):
+            target.copy_(full_tensor(source))
 
 
 def total_grad_norm(grads):
-    """The norm over all gradients, of which each process may hold a part; the same number on all of them."""
+    """Return the norm of all gradients, sharded or not: a scalar on the device, the same on all ranks."""
     norm = nn.utils.get_total_norm([to_local(grad) for grad in grads])
     if not isinstance(grads[0], DTensor):
         return norm
     mesh, square = grads[0].device_mesh, norm.square()
-    dist.all_reduce(square)  # over all copies, so that not even rounding can part them
+    dist.all_reduce(square)  # over all replicas too, so that not even rounding can differ between them
     return (square / (mesh.size() // mesh.size(mesh.ndim - 1))).sqrt()
 
 
 @contextlib.contextmanager
 def grad_sync(network, is_last):
-    """A block that computes the gradients of a part of the batch, of the last one or another.
+    """Compute the gradients of a microbatch within this block; synchronize ranks after the last one.
 
-    DDP adds up in each process and averages after the last part. Sharded gradients are averaged after every part, since
-    whole ones would take the memory that is to be saved; the copies of other nodes wait for the last one.
+    DDP accumulates locally and averages after the last microbatch. FSDP averages after each, since full gradients would
+    take the memory that it saves; replicas on other nodes wait for the last one.
     """
     if is_sharded(network):
         network.set_requires_all_reduce(is_last)

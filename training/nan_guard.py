@@ -1,5 +1,4 @@
-"""Steps that must not change anything: a loss or gradient that is not finite, or a loss that jumps."""
-
+"""Steps that must not change anything: a non-finite loss or gradient, or a loss spike."""
 import logging
 import math
 import os
@@ -9,72 +8,84 @@ import torch
 from common import distributed
 from common.errors import UserError
 
-NOT_FINITE = "its gradient is not finite"
-AVERAGED_STEPS = 100  # the loss is compared with its average over about so many; before that many, nothing is a jump
+NON_FINITE = "its gradient is non-finite"
+AVERAGED_STEPS = 100  # window of the average loss; before that many steps no loss counts as a spike
 
 
 class NonFiniteGuard:
-    """Decides after each backward pass, alike on all processes, whether the optimiser may see its gradient.
+    """Decide after each backward pass, alike on all ranks, whether the optimizer may use the gradient.
 
-    max_bad_steps  so many bad steps in a row end the run
-    max_spike      a loss of so many times its average is bad, too; None: no loss is too large
-    logger         told of each bad step, on every process
+    Args:
+        max_bad_steps (int): Bad steps in a row that end the run.
+        max_loss_spike (float): Multiple of the average loss above which a step is bad. Default: no loss is too large.
+        sample_indices (callable): step -> data-set indices of the step's global batch, a list per rank.
+
+    Attributes:
+        logger (Logger): Receives a warning about each bad step, on every rank.
     """
 
     logger = logging.getLogger("dit")
 
-    def __init__(self, max_bad_steps, max_spike=None):
-        self.max_bad_steps, self.max_spike = max_bad_steps, max_spike
-        self.total, self.in_a_row, self.average, self.averaged = 0, 0, 0.0, 0
-        self.noted = None
+    def __init__(self, max_bad_steps, max_loss_spike=None, sample_indices=lambda step: [[]] * distributed.world_size()):
+        self.max_bad_steps, self.max_loss_spike, self.sample_indices = max_bad_steps, max_loss_spike, sample_indices
+        self.total, self.in_a_row = 0, 0
+        self.average, self.averaged = 0.0, 0
+        self.pending = None
 
     def state_dict(self):
-        """To be called when all processes have settled, since telling of a bad step takes all of them."""
-        if self.noted:
+        """Return the counters. All ranks call `settle` before it, since a warning takes all of them."""
+        if self.pending:
             raise RuntimeError("the guard has not been settled")
         return dict(total=self.total, in_a_row=self.in_a_row, average=self.average, averaged=self.averaged)
 
     def load_state_dict(self, state):
+        """Restore the counters. A run that ended by bad steps may try again when a person restarts it."""
         self.total, self.in_a_row, self.averaged = (int(state[name]) for name in ("total", "in_a_row", "averaged"))
         self.average = float(state["average"])
-        if self.exhausted and not int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
-            self.in_a_row = 0  # the run ended so, and a person who starts it again wants it tried again
+        if self.is_exhausted and not int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
+            self.in_a_row = 0
 
     @property
-    def exhausted(self):
+    def is_exhausted(self):
         """Whether there were too many bad steps in a row."""
         return self.in_a_row >= self.max_bad_steps
 
-    def note(self, step, is_finite, sample_losses, items):
-        """Hear of a step on which the device decided, by whether its gradient is finite, without waiting for it.
+    def check(self, step, loss, grad_norm, sample_losses):
+        """Return whether a step may be applied. Reads the norm from the device.
 
-        is_finite  a truth value on the device; the rest as for `allows`
+        Args:
+            step (int): Number of steps before this one.
+            loss (Tensor): Mean loss of the local rows, a scalar.
+            grad_norm (Tensor): Norm of the averaged gradient, a scalar, the same on all ranks.
+            sample_losses (Tensor): Losses of the local rows, shape (N,).
+
+        Returns:
+            bool: The same on all ranks.
+        """
+        fault = None if math.isfinite(grad_norm) else NON_FINITE
+        if fault is None and self.max_loss_spike is not None:
+            fault = self._find_spike(float(distributed.all_reduce_mean(loss)))
+        return self._count(step, fault, sample_losses)
+
+    def check_later(self, step, is_finite, sample_losses):
+        """Count a step on which the device decided, without waiting for it: the answer is read at the next call.
+
+        Args:
+            step (int): Number of steps before this one.
+            is_finite (Tensor): Whether the gradient is finite, a boolean scalar on the device.
+            sample_losses (Tensor): Losses of the local rows, shape (N,).
         """
         self.settle()
-        self.noted = step, distributed.AsyncHostCopy(is_finite), sample_losses, items
+        self.pending = step, distributed.AsyncHostCopy(is_finite), sample_losses
 
     def settle(self):
-        """Read what the device decided on the step that was noted last. To be called by all processes."""
-        noted, self.noted = self.noted, None
-        if noted:
-            step, is_finite, sample_losses, items = noted
-            self._judge(step, None if is_finite.read() else NOT_FINITE, sample_losses, items)
+        """Read the device's decision on the last step. Called by all ranks."""
+        pending, self.pending = self.pending, None
+        if pending:
+            step, is_finite, sample_losses = pending
+            self._count(step, None if is_finite.read() else NON_FINITE, sample_losses)
 
-    def allows(self, step, loss, grad_norm, sample_losses, items):
-        """Whether step number `step` may be applied.
-
-        loss           mean over this process' rows
-        grad_norm      of the averaged gradient, which is the same on all processes
-        sample_losses  (n,) of this process' rows
-        items          called with the step for the data-set indices of its samples: a list a process
-        """
-        fault = None if math.isfinite(grad_norm) else NOT_FINITE
-        if fault is None and self.max_spike is not None:
-            fault = self._spike(float(distributed.all_reduce_mean(loss)))
-        return self._judge(step, fault, sample_losses, items)
-
-    def _judge(self, step, fault, sample_losses, items):
-        """Count a step, and tell of its fault, if it has one. Returns whether it has none."""
+    def _count(self, step, fault, sample_losses):
         if fault is None:
             self.in_a_row = 0
             return True
@@ -82,32 +93,31 @@ class NonFiniteGuard:
         self.in_a_row += 1
         self.logger.info(
             f"WARNING: (step={step + 1:07d}) not applied, {fault} ({self.in_a_row} of {self.max_bad_steps} in a row "
-            f"that --max-bad-steps allows); {self._culprits(sample_losses, items(step))}")
+            f"that --max-bad-steps allows); {self._describe_samples(sample_losses, self.sample_indices(step))}")
         return False
 
-    def _spike(self, loss):
-        """What is wrong with the loss, or None; then it enters the average."""
-        if self.averaged >= AVERAGED_STEPS and loss > self.max_spike * self.average:
-            return (f"its loss {loss:.4g} is more than {self.max_spike:g} times (--max-loss-spike) the average "
+    def _find_spike(self, loss):
+        """Describe a loss spike, or return None after adding the loss to the average."""
+        if self.averaged >= AVERAGED_STEPS and loss > self.max_loss_spike * self.average:
+            return (f"its loss {loss:.4g} is more than {self.max_loss_spike:g} times (--max-loss-spike) the average "
                     f"{self.average:.4g}")
         self.averaged += 1
         weight = 1 / min(self.averaged, AVERAGED_STEPS)
         self.average += weight * (loss - self.average)
         return None
 
-    def _culprits(self, sample_losses, items):
-        """The data-set indices of the samples whose own loss is not finite, or of the whole batch if there are none."""
-        own = items[distributed.rank()]
-        bad = [own[row] for row in torch.nonzero(~torch.isfinite(sample_losses)).flatten().tolist()]
-        if distributed.world_size() > 1:
-            bad = distributed.gather_objects(bad)
+    def _describe_samples(self, sample_losses, indices):
+        """Name the samples with a non-finite loss on any rank, or the global batch if there are none."""
+        rows = torch.nonzero(~torch.isfinite(sample_losses)).flatten().tolist()
+        local_indices = indices[distributed.rank()]
+        bad = sorted(distributed.gather_objects([local_indices[row] for row in rows]))
         if bad:
-            return f"samples whose loss is not finite: {', '.join(map(str, sorted(bad)))}"
-        return f"samples of the step: {', '.join(str(index) for rows in items for index in rows)}"
+            return f"samples whose loss is non-finite: {', '.join(map(str, bad))}"
+        return f"samples of the step: {', '.join(str(index) for part in indices for index in part)}"
 
-    def check(self, path):
-        """End the run where there were too many bad steps in a row; `path`: where the last good state was saved."""
-        if self.exhausted:
+    def raise_if_exhausted(self, path):
+        """Raise a `UserError` after too many bad steps in a row; `path` names the checkpoint of the last good state."""
+        if self.is_exhausted:
             raise UserError(f"{self.in_a_row} steps in a row could not be applied (--max-bad-steps); log.txt names "
-                            f"their samples. The last good state is in {path}. Lower --lr, set --max-grad-norm or look "
-                            "at the data, and --resume it")
+                            f"their samples. The last good state is in {path}. Lower --lr, set --max-grad-norm or check "
+                            "the data, and --resume it.")

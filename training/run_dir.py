@@ -1,12 +1,13 @@
-"""The folders of training runs: results/000-DiT-XL-2."""
+"""Folders of training runs: results/000-DiT-XL-2 with log.txt and checkpoints/0050000.pt."""
 import os
 import re
 
-from common.errors import UserError
+from common.checkpoint_io import latest_checkpoint, latest_valid_checkpoint, verify_checkpoint
+from common.errors import ArgumentError
 
 
 def list_run_dirs(results_dir, model_name=None):
-    """Folders `NNN-DiT-XL-2` in results_dir, of one model or of all, in order of their numbers."""
+    """List the folders `NNN-DiT-XL-2` in `results_dir`, of one model or of all, in the order of their numbers."""
     model = re.escape(model_name.replace("/", "-")) if model_name else ".+"
     names = os.listdir(results_dir) if os.path.isdir(results_dir) else []
     numbered = sorted((int(match[1]), name) for name in names if (match := re.fullmatch(rf"(\d{{3,}})-{model}", name)))
@@ -14,12 +15,70 @@ def list_run_dirs(results_dir, model_name=None):
 
 
 def create_run_dir(results_dir, model_name):
-    """Make and return the next `results/NNN-DiT-XL-2`, with its `checkpoints` inside."""
-    taken = list_run_dirs(results_dir)
-    number = int(os.path.basename(taken[-1]).split("-")[0]) + 1 if taken else 0
-    folder = os.path.join(results_dir, f"{number:03d}-{model_name.replace('/', '-')}")
+    """Create the next `results/NNN-DiT-XL-2` with its folder `checkpoints`, and return its path."""
+    existing = list_run_dirs(results_dir)
+    number = int(os.path.basename(existing[-1]).split("-")[0]) + 1 if existing else 0
+    run_dir = os.path.join(results_dir, f"{number:03d}-{model_name.replace('/', '-')}")
     try:
-        os.makedirs(os.path.join(folder, "checkpoints"))
+        os.makedirs(os.path.join(run_dir, "checkpoints"))
     except OSError as error:
-        raise UserError(f"--results-dir {results_dir}: cannot make {folder} ({error})") from None
-    return folder
+        raise ArgumentError(f"cannot create {run_dir} ({error})", results_dir=results_dir) from None
+    return run_dir
+
+
+def open_run_dir(results_dir, model_name, resume=None):
+    """Find the folder of a run and the checkpoint that it resumes.
+
+    Args:
+        results_dir (str): Folder of all runs.
+        model_name (str): Model as in "DiT-XL/2"; "auto" resumes a run of the same one.
+        resume (str): A checkpoint, a run's folder, or "auto". Default: a new run.
+
+    Returns:
+        tuple[str, str, list[str]]: The run's folder, the checkpoint to resume (None: start a new run), and warnings
+        about damaged checkpoints.
+    """
+    warnings = []
+    path = find_checkpoint_to_resume(resume, results_dir, model_name, warnings.append) if resume else None
+    if path is None:
+        return create_run_dir(results_dir, model_name), None, warnings
+    run_dir, inner = os.path.split(os.path.dirname(os.path.abspath(path)))
+    # Resuming a foreign or an older checkpoint starts another run: in the same folder, "the latest" would then be a
+    # checkpoint that this run does not descend from. Unless the newer ones are damaged.
+    is_named = os.path.isfile(resume)
+    is_latest = inner == "checkpoints" and os.path.samefile(latest_checkpoint(run_dir) or os.devnull, path)
+    if is_named and not is_latest:
+        run_dir = create_run_dir(results_dir, model_name)
+    return run_dir, path, warnings
+
+
+def find_checkpoint_to_resume(resume, results_dir, model_name, warn):
+    """Find the checkpoint that `resume` names.
+
+    Args:
+        resume (str): A checkpoint; a run's folder, for its latest valid checkpoint; or "auto", for that of the run of
+            this model with the highest number that has a checkpoint.
+        results_dir (str): Folder of all runs.
+        model_name (str): Model as in "DiT-XL/2".
+        warn (callable): Called with a sentence about each damaged checkpoint that is skipped.
+
+    Returns:
+        str: Path of the checkpoint; None if "auto" finds none.
+
+    Raises:
+        ArgumentError: If there is no such file, or no checkpoint in the folder.
+        UserError: If the checkpoint, or all checkpoints of the run, are damaged.
+    """
+    if resume == "auto":
+        run_dirs = reversed(list_run_dirs(results_dir, model_name))
+        run_dir = next((run_dir for run_dir in run_dirs if latest_checkpoint(run_dir)), None)
+        return run_dir and latest_valid_checkpoint(run_dir, warn)
+    if os.path.isdir(resume):
+        path = latest_valid_checkpoint(resume, warn)
+        if path is None:
+            raise ArgumentError("this folder holds no checkpoints/NNNNNNN.pt", resume=resume)
+        return path
+    if not os.path.isfile(resume):
+        raise ArgumentError("there is no such checkpoint; pass a file, a run's folder, or auto", resume=resume)
+    verify_checkpoint(resume)
+    return resume

@@ -1,119 +1,131 @@
-"""One training step."""
+"""One training step of a DiT, top to bottom (DDPM, algorithm 1; Improved DDPM, section 3.1)."""
 import math
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from common.compute import DEFAULT_COMPUTE, ComputeConfig
 from common.seeding import LABEL_DROP, NOISE, POSTERIOR, BatchRNG
-from diffusion.timestep_sampler import UniformSampler
+from diffusion import GaussianDiffusion
+from diffusion.timestep_sampler import ScheduleSampler, UniformSampler
 from training.ema import EMA
 from training.fsdp import grad_sync, is_sharded, total_grad_norm
 from training.nan_guard import NonFiniteGuard
 
 
 @dataclass
-class TrainingStep:
-    """The gradients of a training step: encode, add noise, predict it, compare (algorithm 1 of DDPM).
+class TrainStep:
+    """Compute the gradients of a batch and apply them, unless they are non-finite.
 
-    Every random number comes from `random`, so that it follows from (seed, step, position in the global batch).
-    parts  the rows are computed in so many parts, to save memory
-    speed  how the network is computed
+    Every random number comes from `rng`, a function of (seed, step, position in the global batch): the number of ranks
+    and microbatches does not change what is computed.
+
+    Args:
+        model (DiT): The network with its weights; sharded with FSDP.
+        network (nn.Module): What computes the model: itself, or the model in DDP.
+        autoencoder (VAE): Encodes a batch of the data set to latents.
+        diffusion (GaussianDiffusion): The process with its training loss.
+        schedule_sampler (ScheduleSampler): Draws the timesteps.
+        optimizer (Optimizer): AdamW, as published.
+        emas (list[EMA]): Moving averages that follow the model.
+        guard (NonFiniteGuard): Decides whether a step is applied.
+        rng (BatchRNG): Random numbers of this rank's rows of the global batch.
+        num_microbatches (int): Parts of the local batch, computed one after the other to save memory.
+        max_grad_norm (float): Norm that the gradient is clipped to. Default: no clipping.
+        compute (ComputeConfig): Precision, compilation and attention kernel of the network.
     """
 
-    network: torch.nn.Module
-    autoencoder: object
-    diffusion: object
-    schedule_sampler: object
-    random: BatchRNG
-    parts: int
+    model: nn.Module
+    network: nn.Module
+    autoencoder: nn.Module
+    diffusion: GaussianDiffusion
+    schedule_sampler: ScheduleSampler
+    optimizer: torch.optim.Optimizer
+    emas: list[EMA]
+    guard: NonFiniteGuard
+    rng: BatchRNG
+    num_microbatches: int = 1
+    max_grad_norm: float = None
     compute: ComputeConfig = DEFAULT_COMPUTE
 
-    def backward(self, step, images, labels):
-        """Add the gradients over this process' rows of the global batch.
+    def __post_init__(self):
+        self.decides_on_device = can_decide_on_device(self.model, self.optimizer, self.guard, self.schedule_sampler)
 
-        images  (n, C, H, W) in [-1, 1], or what else the codec takes; labels (n,)
-        return  dictionary of scalars on the device: loss, mse, vb, weighted means over the rows
+    def __call__(self, step, images, cond):
+        """Train on the local rows of a global batch.
+
+        Args:
+            step (int): Number of steps before this one.
+            images (Tensor): Images in [-1, 1], shape (N, C, H, W), or whatever else the autoencoder encodes.
+            cond (dict): Condition of each image, tensors of shape (N, ...): {"y": labels}.
+
+        Returns:
+            tuple: Mean losses of the local rows (dict of scalars: loss, mse, vb), the norm of the gradient (scalar), and
+            whether the step was applied (bool, or a scalar on the device). Nothing is read from the device for it.
         """
-        model, network = getattr(self.network, "module", self.network), self.compute.of(self.network)
-        latent_shape = (model.in_channels, *model.x_embedder.input_size)
-        t, weights = self.random.timesteps(step, self.schedule_sampler)
-        noise = self.random.normal(NOISE, step, latent_shape)
-        posterior_noise = self.random.normal(POSTERIOR, step, latent_shape) if self.autoencoder.is_random else noise
-        drop = self.random.uniform(LABEL_DROP, step) < model.y_embedder.dropout_prob
-        has_null_class = model.y_embedder.has_null_class
+        model, network = self.model, self.compute.wrap(self.network)
+        t, weights = self.rng.timesteps(step, self.schedule_sampler)                                # (N,), (N,)
+        noise = self.rng.normal(NOISE, step, model.sample_shape)                                    # (N, C, H, W)
+        posterior_noise = self.rng.normal(POSTERIOR, step, model.sample_shape) if self.autoencoder.is_random else noise
+        if model.has_null_condition:
+            cond = cond | dict(force_drop_ids=self.rng.uniform(LABEL_DROP, step) < model.config.class_dropout_prob)
 
-        all_terms = []
-        share = len(labels) // self.parts
-        for part in range(self.parts):
-            rows, is_last = slice(part * share, (part + 1) * share), part == self.parts - 1
-            condition = dict(y=labels[rows], force_drop_ids=drop[rows] if has_null_class else None)
-            x = self.autoencoder.encode(images[rows], posterior_noise[rows])
-            with grad_sync(self.network, is_last), self.compute.kernels():
-                terms = self.diffusion.training_losses(network, x, t[rows], condition, noise[rows])
-                nan_if_not_finite((terms["loss"] * weights[rows]).mean() / self.parts).backward()
-            all_terms.append({name: values.detach() for name, values in terms.items()})
-        terms = {name: torch.cat([terms[name] for terms in all_terms]) for name in all_terms[0]}
-        self.timesteps, self.sample_losses = t, terms["loss"]
-        return {name: (values * weights).mean() for name, values in terms.items()}
+        microbatch_terms = []
+        size = len(images) // self.num_microbatches
+        for start in range(0, len(images), size):
+            rows, is_last = slice(start, start + size), start + size == len(images)
+            x_start = self.autoencoder.encode(images[rows], posterior_noise[rows])                  # (n, C, H, W)
+            model_kwargs = {name: value[rows] for name, value in cond.items()}
+            with grad_sync(self.network, is_last), self.compute.attention_kernel():
+                terms = self.diffusion.training_losses(network, x_start, t[rows], model_kwargs, noise[rows])
+                loss = (terms["loss"] * weights[rows]).mean() / self.num_microbatches
+                nan_if_non_finite(loss).backward()
+            microbatch_terms.append({name: value.detach() for name, value in terms.items()})
+        terms = {name: torch.cat([terms[name] for terms in microbatch_terms]) for name in microbatch_terms[0]}  # (N,)
+        losses = {name: (value * weights).mean() for name, value in terms.items()}
 
-    def learn(self):
-        """Tell the timestep sampler the losses of the last step, once it has been applied."""
-        self.schedule_sampler.update_with_local_losses(self.timesteps, self.sample_losses)
+        grad_norm = clip_grad_norm(model, self.max_grad_norm)
+        is_applied = self.apply(step, losses["loss"], grad_norm, terms["loss"])
+        if is_applied is not False:
+            self.schedule_sampler.update_with_local_losses(t, terms["loss"])
+        return losses, grad_norm, is_applied
+
+    def apply(self, step, loss, grad_norm, sample_losses):
+        """Update weights, optimizer and averages, unless the step is bad; returns whether it was applied.
+
+        If the device can decide, nothing is read from it: the fused optimizer skips a non-finite gradient by itself, and
+        the guard learns of it one step later.
+        """
+        if self.decides_on_device:
+            is_applied = torch.isfinite(grad_norm)
+            self.optimizer.found_inf = 1 - is_applied.float()
+        else:
+            is_applied = self.guard.check(step, loss, grad_norm, sample_losses)
+        if is_applied is not False:
+            self.optimizer.step()
+            for ema in self.emas:
+                ema.update(self.model, is_applied.float() if self.decides_on_device else None)
+        if self.decides_on_device:
+            self.guard.check_later(step, is_applied, sample_losses)
+        self.optimizer.zero_grad(set_to_none=True)
+        return is_applied
 
 
-def nan_if_not_finite(loss):
-    """The loss, whose gradient is NaN where the loss is not finite: so all processes hear of it by their gradients."""
+def can_decide_on_device(model, optimizer, guard, schedule_sampler):
+    """Return whether the device alone can decide on a step: only a non-finite gradient is bad, and AdamW is fused."""
+    return bool(model.device.type in ("cpu", "cuda") and optimizer.defaults["fused"] and guard.max_loss_spike is None
+                and isinstance(schedule_sampler, UniformSampler) and not is_sharded(model))
+
+
+def nan_if_non_finite(loss):
+    """Make the gradient of a non-finite loss NaN, so that all ranks learn of it through their averaged gradients."""
     return loss * torch.where(torch.isfinite(loss), 1.0, math.nan)
 
 
-def clip_grad_norm(model, max_norm):
-    """The gradient's norm (a scalar on the device), after which it is clipped to max_norm, if any."""
-    grads = [weight.grad for weight in model.parameters() if weight.grad is not None]
-    norm = total_grad_norm(grads)
+def clip_grad_norm(model, max_norm=None):
+    """Return the norm of the gradient, a scalar on the device, after which it is clipped to `max_norm` if given."""
+    norm = total_grad_norm([weight.grad for weight in model.parameters() if weight.grad is not None])
     if max_norm is not None:
-        torch.nn.utils.clip_grads_with_norm_(model.parameters(), max_norm, norm)
+        nn.utils.clip_grads_with_norm_(model.parameters(), max_norm, norm)
     return norm
-
-
-@dataclass
-class Update:
-    """Applies a step's gradients to weights, moments and average, unless something is wrong with them.
-
-    Where the device can decide, it does: then nothing that a step computes is read before the next one has been
-    launched, and the guard hears of a bad step a step late. It can where the only question is whether the gradient is
-    finite and the optimiser is fused, whose kernel then leaves all as it is.
-    """
-
-    model: torch.nn.Module
-    optimizer: torch.optim.Optimizer
-    ema: EMA
-    guard: NonFiniteGuard
-    step: TrainingStep
-
-    def __post_init__(self):
-        kind = next(self.model.parameters()).device.type
-        self.device_decides = bool(kind in ("cpu", "cuda") and self.optimizer.defaults["fused"]
-                                   and self.guard.max_spike is None
-                                   and isinstance(self.step.schedule_sampler, UniformSampler)
-                                   and not is_sharded(self.model))
-
-    def __call__(self, step, losses, grad_norm, items, monitor):
-        """Apply step number `step`; what it is told is as for `StepGuard.allows`. `monitor` counts it."""
-        if self.device_decides:
-            is_finite = torch.isfinite(grad_norm)
-            self.optimizer.found_inf = 1 - is_finite.float()
-            self._apply(is_finite.float())
-            self.guard.note(step, is_finite, self.step.sample_losses, items)
-            monitor.add(losses, is_finite)
-        elif self.guard.allows(step, losses["loss"], grad_norm, self.step.sample_losses, items):
-            self._apply(None)
-            monitor.add(losses)
-        else:
-            monitor.skip()
-        self.optimizer.zero_grad(set_to_none=True)
-
-    def _apply(self, weight):
-        self.optimizer.step()
-        self.ema.update(self.model, weight)
-        self.step.learn()
