@@ -50,7 +50,7 @@ class OurStep:
         self.model, self.step, self.losses = model, 0, []
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0, fused=fused or None)
         ema = EMA(model, 0.9999)
-        compute.set_up(model)
+        compute.prepare(model)
         diffusion = create_diffusion("")
         self.gradients = TrainingStep(model, IdentityAutoencoder(model.in_channels), diffusion,
                                       create_named_schedule_sampler("uniform", diffusion),

@@ -1,6 +1,6 @@
-"""Flags that several commands share, and the kinds of values that flags take."""
-
+"""Command lines: argument types, presets, read-only flags, and the compute flags that several commands share."""
 import argparse
+import os
 from dataclasses import replace
 
 from common.compute import (
@@ -14,7 +14,7 @@ from common.compute import (
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """Shows the description as it is written, and every flag's default."""
+    """Show the description as it is written, and the default of every flag that has one."""
 
     def _get_help_string(self, action):
         text = action.help or ""
@@ -24,70 +24,93 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
         return f"{text} (default: %(default)s)".strip()
 
 
+# ---------------------------------------------------------------- argument types
+
+def number(parse):
+    """Mark an argument type, so that argparse reports "invalid number value: 'x'" for text that is not a number."""
+    parse.__name__ = "number"
+    return parse
+
+
+@number
 def positive_int(text):
+    """Parse an integer of at least 1."""
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a positive whole number")
     return value
 
 
+@number
 def non_negative_int(text):
+    """Parse an integer that a seed or a count can be: 0 to 2^63 - 1."""
     value = int(text)
     if not 0 <= value < 2**63:
         raise argparse.ArgumentTypeError(f"{text} is not a whole number in 0 .. 2^63 - 1")
     return value
 
 
+@number
 def positive_float(text):
+    """Parse a finite number above 0."""
     value = float(text)
     if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"{text} is not a positive number")
     return value
 
 
+@number
 def minutes(text):
+    """Parse a positive number of minutes that a timeout can hold."""
     value = positive_float(text)
     if value > 1e6:
         raise argparse.ArgumentTypeError(f"{text} minutes are more than a year")
     return value
 
 
+@number
 def fraction(text):
+    """Parse a number in [0, 1]."""
     value = float(text)
     if not 0 <= value <= 1:
         raise argparse.ArgumentTypeError(f"{text} does not lie in 0 .. 1")
     return value
 
 
+@number
 def decay(text):
+    """Parse the decay of a moving average: a number in [0, 1)."""
     value = fraction(text)
     if value == 1:
         raise argparse.ArgumentTypeError("an average with decay 1 never leaves the initial weights; it must be below 1")
     return value
 
 
+@number
 def guidance_scale(text):
+    """Parse a scale of classifier-free guidance: a finite number of at least 1."""
     value = float(text)
     if not 1 <= value < float("inf"):
         raise argparse.ArgumentTypeError(f"guidance starts at 1, which means none; {text} is not possible")
     return value
 
 
+@number
 def channels(text):
+    """Parse a number of channels, or "all"."""
     return text if text == "all" else positive_int(text)
 
 
+@number
 def sampling_steps(text):
-    """A number of steps, or "ddimN"."""
+    """Parse a number of sampling steps, or "ddimN"."""
     return text if text.startswith("ddim") else positive_int(text)
 
 
-for kind in (positive_int, non_negative_int, positive_float, minutes, fraction, decay, guidance_scale, channels, sampling_steps):
-    kind.__name__ = "number"  # argparse says "invalid number value: 'x'" where the text is none
-
+# ---------------------------------------------------------------- parsing
 
 class ReadOnlyFlags(argparse.Namespace):
-    """Flags of a command. After parsing they cannot be changed, so that they mean the same everywhere."""
+    """Flags of a command; once locked, assigning one raises `AttributeError`."""
 
     __slots__ = ("is_locked",)
 
@@ -97,12 +120,18 @@ class ReadOnlyFlags(argparse.Namespace):
         super().__setattr__(name, value)
 
 
+def path_or_name(text):
+    """Return a directory as an absolute path, so that a checkpoint can store it; any other text as it is."""
+    return os.path.abspath(text) if os.path.isdir(text) else text
+
+
 def parse_args(parser, presets=None, argv=None):
-    """Parse the command line twice: the second time with the defaults that follow from what was typed.
+    """Parse the command line twice: the second time with the defaults that follow from the explicit arguments.
 
     Args:
         parser (ArgumentParser): The parser of the command; its defaults are changed.
-        presets (callable): (flags, explicit) -> dict of defaults for flags that were not typed. --fast adds its own.
+        presets (callable): (flags, explicit_args) -> dict of defaults for flags that were not typed. --fast adds its
+            own.
         argv (list[str]): The command line. Default: `sys.argv[1:]`.
 
     Returns:
@@ -111,14 +140,14 @@ def parse_args(parser, presets=None, argv=None):
     flags = parser.parse_args(argv)
     untouched = object()
     probe = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(flags), untouched)))
-    explicit = {name for name, value in vars(probe).items() if value is not untouched}
-    defaults = presets(flags, explicit) if presets else {}
+    explicit_args = {name for name, value in vars(probe).items() if value is not untouched}
+    defaults = presets(flags, explicit_args) if presets else {}
     if getattr(flags, "fast", False):
         defaults = vars(fastest_config(local_device_type())) | dict(fused_adamw=True) | defaults
     parser.set_defaults(**{name: value for name, value in defaults.items() if name in vars(flags)})
     flags = parser.parse_args(argv, ReadOnlyFlags())
     # flags.is_locked = True  (once train.py keeps to it)
-    return flags, explicit
+    return flags, explicit_args
 
 
 def add_alias(parser, alias, flag):
@@ -137,16 +166,25 @@ def flag_name(name):
     return "--" + name.replace("_", "-")
 
 
+# ---------------------------------------------------------------- compute flags
+
 def add_compute_flags(parser):
-    """How the network is computed; without them as published. Returns the group."""
+    """Add the flags that make up a `ComputeConfig`; their defaults compute as the published code does.
+
+    Returns:
+        The group of the flags, to which a command can add others.
+    """
     group = parser.add_argument_group("speed")
-    group.add_argument("--fast", action="store_true", help="what is fastest on this device; flags that are typed win")
+    group.add_argument("--fast", action="store_true",
+                       help="the fastest settings of this device; explicit flags take precedence")
     group.add_argument("--precision", choices=PRECISIONS, default="tf32",
-                       help="of the network: tf32 where the GPU has it (as published), fp32, or bf16 by autocast")
-    group.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False, help="by torch.compile")
+                       help="precision of the network: TF32 matrix products on GPUs that have them (as published), "
+                            "fp32, or bf16 by autocast")
+    group.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False,
+                       help="compile the model with torch.compile")
     group.add_argument("--cuda-graphs", action="store_true",
-                       help="with --compile: launch a pass as a whole; for small models, and sampling few at once")
-    group.add_argument("--attention", choices=ATTENTION_CHOICES, default="auto", help="which kernel")
+                       help="CUDA graphs, with --compile: one launch per pass; for small models and small batches")
+    group.add_argument("--attention", choices=ATTENTION_CHOICES, default="auto", help="attention kernel")
     return group
 
 

@@ -1,22 +1,36 @@
 """Data sets, the order in which training sees them, and loading."""
-from common.errors import UserError
+from common import distributed
+from common.errors import ArgumentError
 from data.builtin import BUILTIN_DATASETS, parse_builtin_name
-from data.image_folder import ImageFolderDataset
+from data.image_folder import ImageFolderDataset, list_image_folder
 
 
-def build_dataset(data_path, image_size, max_bad_images=0, num_classes=None):
-    """The data set that a path names: "digits", "fractals", one of them with "-held-out", or a folder of class folders.
+def build_dataset(data_path, image_size, max_bad_images=0, num_classes=None, collective=False):
+    """Build the data set that a path names.
 
-    num_classes  of the fractals, which have as many as are asked for; None: as usual
+    Args:
+        data_path (str): "digits", "fractals", either with "-held-out" for its validation set, or a folder with one
+            folder of images per class.
+        image_size (int): Pixels a side.
+        max_bad_images (int): Number of corrupt images in a batch above which it cannot be read.
+        num_classes (int): Number of classes of the fractals. Default: as in `BUILTIN_DATASETS`.
+        collective (bool): Whether all ranks make this call together. If so, only rank 0 lists the folder.
+
+    Returns:
+        LabeledImageDataset: The data set.
+
+    Raises:
+        ArgumentError: For a folder that is not a data set, and for digits of another size than theirs.
     """
     name, split = parse_builtin_name(data_path)
     if name is None:
-        return ImageFolderDataset(data_path, image_size, max_bad_images)
+        listing = distributed.run_on_rank0_and_broadcast(lambda: list_image_folder(data_path)) if collective else None
+        return ImageFolderDataset(data_path, image_size, max_bad_images, listing)
     if name == "fractals":
         from data.fractals import FractalsDataset
         return FractalsDataset(image_size, num_classes or BUILTIN_DATASETS[name]["num_classes"], split)
     from data.digits import DigitsDataset
     if image_size != DigitsDataset.image_size:
-        raise UserError(f"--image-size {image_size}: the digits are {DigitsDataset.image_size} pixels wide, "
-                        f"pass --image-size {DigitsDataset.image_size} or leave it out")
+        raise ArgumentError(f"the digits are {DigitsDataset.image_size} pixels wide. Pass {DigitsDataset.image_size}, "
+                            "or leave the flag out", image_size=image_size)
     return DigitsDataset(split)

@@ -1,9 +1,11 @@
-"""Data sets that need no files."""
-# The data sets that need no files, with their sizes where nothing else is asked for. NAME-held-out is for measuring.
+"""Names of the data sets that need no files."""
+# Each with its default sizes. NAME is the training set, NAME-held-out the validation set.
 BUILTIN_DATASETS = dict(digits=dict(image_size=8, num_classes=10), fractals=dict(image_size=32, num_classes=100))
 
 
 def parse_builtin_name(data_path):
-    """The name and the split ("train", "held-out") of an embedded data set; (None, None) of any other path."""
+    """Split a path into the name and the split ("train", "held-out") of a built-in data set; (None, None) of others."""
     name = (data_path or "").removesuffix("-held-out")
-    return (name, "train" if name == data_path else "held-out") if name in BUILTIN_DATASETS else (None, None)
+    if name not in BUILTIN_DATASETS:
+        return None, None
+    return name, "train" if name == data_path else "held-out"

@@ -2,36 +2,57 @@
 import os
 from dataclasses import dataclass
 
-from common.errors import UserError
+from common.errors import ArgumentError, UserError
+
+
+@dataclass
+class CorruptImage:
+    """An image file that cannot be read. Worker processes return it as a value instead of raising.
+
+    Attributes:
+        path (str): The file.
+        reason (str): One line.
+        is_damaged (bool): False if the machine is at fault (no permission, a failing disk, no memory). Such an image
+            may be readable the next time, so it is never skipped.
+    """
+
+    path: str
+    reason: str
+    is_damaged: bool = True
 
 
 class CorruptImageLog:
-    """Counts and names the images of a run that could not be read; one too many ends the run.
+    """List of the corrupt images of a run, shared by its ranks and its restarts; one too many ends the run.
 
-    They are listed in a file, which all processes of a run and all its restarts share.
-    limit  --max-bad-images
-    path   of the list: a line is the image's path, a tab, and the reason
-    warn   called with a sentence for every new one
+    Args:
+        max_bad_images (int): Number of different images that may be corrupt.
+        path (str): File of the list; a line is the image's path, a tab, and the reason.
+        warn (callable): Called with a sentence for every new image.
     """
 
-    def __init__(self, limit, path, warn):
-        self.limit, self.path, self.warn = limit, path, warn
+    def __init__(self, max_bad_images, path, warn):
+        self.max_bad_images, self.path, self.warn = max_bad_images, path, warn
 
-    def add(self, bad):
-        """Count a batch's `CorruptImage`s; raises a `UserError` for one too many, and for one that is not damaged."""
-        for image in bad:
+    def add(self, images):
+        """Count the `CorruptImage`s of a batch.
+
+        Raises:
+            UserError: If one is too many, or is not damaged but unreadable.
+        """
+        for image in images:
             raise_if_unreadable(image)
-            known = self._known()
-            if image.path in known:
+            known_paths = self._read_paths()
+            if image.path in known_paths:
                 continue
-            if len(known) >= self.limit:
-                raise UserError(too_many_corrupt(image, len(known) + 1, self.limit))
-            with open(self.path, "ab") as file:  # appended in one write: lines of several processes do not mix
+            count = len(known_paths) + 1
+            if count > self.max_bad_images:
+                raise corrupt_image_error(image, count, self.max_bad_images)
+            with open(self.path, "ab") as file:  # one appending write: lines of several processes do not mix
                 file.write(f"{image.path}\t{image.reason}\n".encode(errors="surrogateescape"))
             self.warn(f"WARNING: skipped the image {image.path} ({image.reason}), "
-                      f"{len(known) + 1} of {self.limit} that --max-bad-images allows")
+                      f"{count} of {self.max_bad_images} that --max-bad-images allows")
 
-    def _known(self):
+    def _read_paths(self):
         if not os.path.exists(self.path):
             return set()
         with open(self.path, encoding="utf-8", errors="surrogateescape", newline="\n") as file:
@@ -39,25 +60,13 @@ class CorruptImageLog:
 
 
 def raise_if_unreadable(image):
-    """A file that cannot be read is no damaged image: what a run sees must not hang on the state of a disk."""
+    """Raise a `UserError` unless the image is damaged: what a run sees must not depend on the state of a disk."""
     if not image.is_damaged:
         raise UserError(f"cannot read {image.path} ({image.reason})")
 
 
-def too_many_corrupt(image, count, limit):
-    """The sentence that ends a run at a bad image."""
-    met = f", number {count} in all; --max-bad-images {limit} allows no more" if limit else ""
-    return f"cannot read the image {image.path} ({image.reason}){met}. Repair it, or allow more with --max-bad-images"
-
-
-@dataclass
-class CorruptImage:
-    """A file that holds no image, or half of one. Worker processes hand it over as a value, not as a traceback.
-
-    reason      one line
-    is_damaged  False where the machine is at fault (no permission, a broken disk, no memory): such an image may be
-                there the next time, so that it is never skipped
-    """
-    path: str
-    reason: str
-    is_damaged: bool = True
+def corrupt_image_error(image, count, max_bad_images):
+    """Return the error for the corrupt image number `count`, which is one too many."""
+    number = f", number {count} in all" if max_bad_images else ""
+    return ArgumentError(f"cannot read the image {image.path} ({image.reason}){number}. Repair it, or allow more "
+                         "corrupt images", max_bad_images=max_bad_images)

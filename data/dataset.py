@@ -1,5 +1,4 @@
 """The interface of a data set: labeled images, read in batches."""
-import warnings
 from typing import NamedTuple
 
 import torch
@@ -7,57 +6,71 @@ from torch.utils.data import Dataset
 
 from data.corrupt_images import CorruptImage
 
-# How many workers there are is said by a flag; where the cores are fewer, they wait for each other, and that is all.
-warnings.filterwarnings("ignore", "This DataLoader will create")
-
 
 class Batch(NamedTuple):
-    """What a data set answers for a list of (index, flip).
+    """What a data set returns for a list of (index, flip).
 
-    images  (n, C, H, W) in [-1, 1], or whatever the codec of the data takes
-    labels  (n,) integers
-    bad     the `CorruptImage`s met on the way; where they are too many, images and labels are None
+    Attributes:
+        images (Tensor): Images in [-1, 1], shape (n, C, H, W), or what the autoencoder of the data encodes. None if
+            too many images are corrupt.
+        cond (dict[str, Tensor]): The condition, {"y": class labels}, shape (n,), int64; keyword arguments of the model.
+        corrupt (list[CorruptImage]): The corrupt images that were replaced.
     """
-    images: torch.Tensor
-    labels: torch.Tensor
-    bad: list
+
+    images: torch.Tensor | None
+    cond: dict[str, torch.Tensor] | None
+    corrupt: list[CorruptImage]
 
 
 class LabeledImageDataset(Dataset):
-    """Images with labels, asked for in batches of (index, flip).
+    """Images with class labels, read in batches of (index, flip).
 
-    A subclass has channels, flips (does a mirror image belong to the same class?), class_names, labels and paths
-    (lists, one entry an image), and read(index) -> (C, H, W) float32 in [-1, 1], or a `CorruptImage`.
+    A corrupt image is replaced by the next one that can be read, in the order of the data set: the images that a run
+    sees stay a function of the data and the seed. A subclass sets the attributes and defines `read`.
 
-    An image that cannot be read is replaced by the next one that can, in the order of the data set: so the images
-    that a run sees stay a function of the data and the seed.
+    Attributes:
+        channels (int): C of the images.
+        flips (bool): Whether a mirror image belongs to the same class.
+        class_names (list[str]): Names of the classes, by label.
+        labels (ndarray): Class label of each image, shape (N,), int64.
+        paths (Sequence[str]): Path or name of each image.
+        max_bad_images (int): Number of corrupt images in a batch above which it cannot be read.
+        on_device (bool): Whether batches are on the device already, so that worker processes are of no use.
     """
 
-    on_device = False  # batches come from host memory
-    max_bad_images = 0  # more than so many different bad images in one batch, and it is given up
+    on_device = False
+    max_bad_images = 0
 
     def __len__(self):
         return len(self.labels)
 
+    def read(self, index):
+        """Return image `index`, shape (C, H, W), float32 in [-1, 1], or a `CorruptImage`."""
+        raise NotImplementedError
+
     def __getitems__(self, keys):
-        images, labels, bad = [], [], {}
+        images, labels, corrupt = [], [], {}
         for index, flip in keys:
             while isinstance(image := self.read(index), CorruptImage):
-                bad[index] = image
-                if not image.is_damaged or len(bad) > self.max_bad_images or len(bad) == len(self):
-                    return Batch(None, None, list(bad.values()))
+                corrupt[index] = image
+                if not image.is_damaged or len(corrupt) > self.max_bad_images or len(corrupt) == len(self):
+                    return Batch(None, None, list(corrupt.values()))
                 index = (index + 1) % len(self)
             images.append(image.flip(-1) if flip else image)
-            labels.append(self.labels[index])
-        return Batch(torch.stack(images), torch.tensor(labels), list(bad.values()))
+            labels.append(int(self.labels[index]))
+        return Batch(torch.stack(images), {"y": torch.tensor(labels)}, list(corrupt.values()))
 
     def examples(self, count):
-        """Up to `count` images that can be read, from all over the data set: (n, C, H, W), or None."""
-        read = [self.read(index) for index in evenly_spaced_indices(len(self), count)]
-        images = [image for image in read if not isinstance(image, CorruptImage)]
+        """Read up to `count` images, evenly spaced over the data set.
+
+        Returns:
+            Tensor | None: Those that can be read, shape (n, C, H, W); None if there are none.
+        """
+        images = [self.read(index) for index in evenly_spaced_indices(len(self), count)]
+        images = [image for image in images if not isinstance(image, CorruptImage)]
         return torch.stack(images) if images else None
 
 
 def evenly_spaced_indices(length, count):
-    """`count` different indices below `length`, or all, at equal distances."""
+    """List `count` different indices below `length`, or all of them, at equal distances."""
     return torch.linspace(0, length - 1, count).long().unique().tolist()

@@ -1,4 +1,4 @@
-"""Image files as RGB pixels of one size, and images as files: grids, uint8 conversion."""
+"""Image files: reading them as RGB pixels of one size, and writing grids."""
 import json
 import warnings
 
@@ -12,38 +12,66 @@ from common.errors import UserError
 from data.corrupt_images import CorruptImage
 
 UINT8_RULE = "clamp(127.5 x + 128, 0, 255), truncated"
+MIN_TILE_PIXELS = 64  # tiles of smaller images are enlarged in a grid
 
+# Pillow refuses images above 0.18 gigapixels by default; scans and panoramas are larger. It raises above twice this
+# number: 0.54 gigapixels take 6 GB to read.
+Image.MAX_IMAGE_PIXELS = 1 << 28
+# The transposition that undoes each value of EXIF's orientation tag.
+EXIF_TRANSPOSES = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+MAX_ASPECT_RATIO = 16
+
+
+# ---------------------------------------------------------------- tensors to pictures
 
 def to_uint8(images):
-    """(N, C, H, W) in [-1, 1] -> (N, H, W, 3) uint8 by the rule of published sample sets: 127.5 x + 128, truncated.
+    """Convert images to bytes by the rule of published sample sets: 127.5 x + 128, truncated.
 
-    One channel is repeated to three. raise: UserError for what is not finite, which would come out black.
+    Args:
+        images (Tensor): Images in [-1, 1], shape (N, C, H, W); one channel is repeated to three.
+
+    Returns:
+        Tensor: Pixels, shape (N, H, W, 3), uint8.
+
+    Raises:
+        UserError: If a value is non-finite; it would come out black.
     """
     if not torch.isfinite(images).all():
-        raise UserError("the model makes images that are not finite: its weights are spoilt")
-    images = (127.5 * images.float() + 128.0).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
-    return images.expand(*images.shape[:3], 3) if images.shape[3] == 1 else images
-
-
-# Tiles of tiny images are enlarged to this, so that a person can see them.
-MIN_TILE_PIXELS = 64
+        raise UserError("the model makes non-finite images: its weights are damaged. Use an earlier checkpoint")
+    pixels = (127.5 * images.float() + 128.0).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
+    return pixels.expand(*pixels.shape[:3], 3) if pixels.shape[3] == 1 else pixels
 
 
 def make_image_grid(images, columns):
-    """(N, C, H, W) in [-1, 1] -> one (3, H', W') image in [0, 1], `columns` images a row."""
-    enlarge = max(1, MIN_TILE_PIXELS // images.shape[-1])
-    images = images.float().cpu().repeat_interleave(enlarge, dim=2).repeat_interleave(enlarge, dim=3)
+    """Arrange images in [-1, 1], shape (N, C, H, W), as one of shape (3, H', W') in [0, 1], `columns` in a row."""
+    factor = max(1, MIN_TILE_PIXELS // images.shape[-1])
+    images = images.float().cpu().repeat_interleave(factor, dim=2).repeat_interleave(factor, dim=3)
     return make_grid(images, nrow=columns, normalize=True, value_range=(-1, 1))
 
 
-def save_image_grid(images, columns, path, record=None):
-    """Write images (N, C, H, W) in [-1, 1] as one picture, `columns` a row.
+def save_image_grid(images, columns, path, metadata=None):
+    """Write images as one picture.
 
-    record  a dictionary to keep inside a PNG, as its text "DiT"
+    Args:
+        images (Tensor): Images in [-1, 1], shape (N, C, H, W).
+        columns (int): Number of images in a row.
+        path (str): File to write; its extension is the format.
+        metadata (dict): Plain values to keep in a PNG, as its text "DiT".
+
+    Raises:
+        UserError: If the file cannot be written.
     """
     picture, info = to_pil(make_image_grid(images, columns)), PngInfo()
-    if record:
-        info.add_text("DiT", json.dumps(record))
+    if metadata:
+        info.add_text("DiT", json.dumps(metadata))
     try:
         picture.save(path, pnginfo=info)
     except (OSError, ValueError) as error:
@@ -51,50 +79,51 @@ def save_image_grid(images, columns, path, record=None):
 
 
 def to_pil(grid):
-    """(3, H, W) in [0, 1] -> a PIL image, rounded to 8 bits as the published picture is."""
+    """Convert an image in [0, 1], shape (3, H, W), to a PIL image, rounded to 8 bits as the published picture is."""
     return Image.fromarray((grid * 255 + 0.5).clamp(0, 255).permute(1, 2, 0).to(torch.uint8).numpy())
 
 
-# Pillow refuses 0.18 gigapixels, taking them for an attack. Scans and panoramas are larger, and the files are the
-# user's own. It refuses twice this number: 0.54 gigapixels, which take 6 GB to read.
-Image.MAX_IMAGE_PIXELS = 1 << 28
-# What undoes each value of EXIF's orientation tag.
-EXIF_TRANSPOSES = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
-           5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
-           8: Image.Transpose.ROTATE_90}
-MAX_ASPECT_RATIO = 16  # times the shorter side
-
+# ---------------------------------------------------------------- files to pixels
 
 def read_image(path, size):
-    """The file's image as (size, size, 3) uint8, upright, its centre cropped; or a `CorruptImage`.
+    """Read an image file as RGB, upright, center-cropped.
 
-    size  None: as large as it is, (H, W, 3)
+    Args:
+        path (str): The file.
+        size (int): Pixels a side. None: as large as it is.
+
+    Returns:
+        ndarray | CorruptImage: Pixels, shape (size, size, 3), uint8, or what is wrong with the file.
     """
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # odd metadata: not the picture
+            warnings.simplefilter("ignore")  # Pillow's, on odd metadata
             with Image.open(path) as file:
                 file.load()
                 image = to_rgb(apply_exif_orientation(file))
                 return np.array(image if size is None else center_crop(image, size))
-    except Exception as error:  # a damaged file fails in many ways; each means the same
-        not_its_fault = isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno is not None)
+    except Exception as error:  # a damaged file fails in many ways
+        machine_failed = isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno is not None)
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        return CorruptImage(path, reason, is_damaged=not not_its_fault)
+        return CorruptImage(path, reason, is_damaged=not machine_failed)
 
 
 def apply_exif_orientation(image):
-    """Turn a loaded image as its EXIF orientation says."""
+    """Rotate or mirror a loaded PIL image upright by its EXIF orientation."""
     try:
         orientation = image.getexif().get(ExifTags.Base.Orientation)
-    except Exception:  # metadata that cannot be read turns nothing
+    except Exception:  # unreadable metadata means no rotation
         orientation = None
     return image.transpose(EXIF_TRANSPOSES[orientation]) if orientation in EXIF_TRANSPOSES else image
 
 
 def to_rgb(image):
-    """Any kind of image as RGB: grey is repeated, 16 bits become 8, alpha is dropped as published loaders drop it."""
-    if image.mode.startswith("I"):  # 16 bits; Pillow would cut off what is above 255
+    """Convert a PIL image of any mode to RGB: gray is repeated, 16 bits become 8, alpha is dropped as in torchvision.
+
+    Raises:
+        ValueError: For 32-bit and floating-point pixels, which have no agreed range.
+    """
+    if image.mode.startswith("I"):  # 16 bits; Pillow would clip above 255
         values = np.asarray(image)
         if values.min() < 0 or values.max() > 65535:
             raise ValueError("32-bit pixels have no agreed range")
@@ -105,19 +134,21 @@ def to_rgb(image):
 
 
 def center_crop(image, size):
-    """ADM's preprocessing: a PIL image -> the `size` x `size` centre of it, its shorter side scaled to `size`.
+    """Scale and crop a PIL image to `size` x `size` pixels as ADM's preprocessing does.
 
-    Halved by box filtering while twice as large as needed, then scaled bicubically: sharper than one bicubic step and
-    free of aliasing (the published latents and reference statistics are made so).
+    It is halved by box filtering while it is at least twice as large as needed, then scaled bicubically: sharper than
+    one bicubic step and free of aliasing. Published latents and reference statistics are made so.
     """
-    longest = MAX_ASPECT_RATIO * min(image.size)
-    if max(image.size) > longest:  # a thread of an image would grow beyond any memory, for ends that are cut off
-        width, height = (min(side, longest) for side in image.size)
-        left, top = (image.width - width) // 2, (image.height - height) // 2
-        image = image.crop((left, top, left + width, top + height))
+    max_side = MAX_ASPECT_RATIO * min(image.size)
+    if max(image.size) > max_side:  # scaling a very long image would need any amount of memory for what is cut off
+        image = _crop_center(image, *(min(side, max_side) for side in image.size))
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = size / min(image.size)
     image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
-    left, top = (image.width - size) // 2, (image.height - size) // 2
-    return image.crop((left, top, left + size, top + size))
+    return _crop_center(image, size, size)
+
+
+def _crop_center(image, width, height):
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))

@@ -2,60 +2,72 @@
 import collections
 import contextlib
 import signal
+import warnings
 
 from torch.utils.data import DataLoader
 
 from common.errors import UserError
 from common.signals import DeferredSignalHandler, ignore_stop_signals_in_worker
 
+# The number of workers is a flag; with fewer cores they wait for each other, which does no harm.
+warnings.filterwarnings("ignore", "This DataLoader will create")
+
 
 class PrefetchLoader:
-    """The batches that a `StepBatchSampler` asks for, loaded ahead: pairs of images (n, C, H, W) and labels (n,).
+    """The batches that a `StepBatchSampler` lists, loaded ahead: pairs of images and condition, on the device.
 
-    So a fault is known two steps before the batch that it concerns is missed: time for all processes to hear of it
-    (`AsyncFlagReducer`) and to stop after the same step. It is in `fault`, an exception, and is raised where the batches end.
+    A fault is known two steps before the batch that it concerns is missing: time for all ranks to learn of it
+    (`AsyncFlagReducer`) and to stop after the same step. Until then it is kept in `fault`; it is raised where the
+    batches end.
 
-    num_workers  worker processes; 0: load in this one
-    on_bad       called with the `CorruptImage`s of each batch, if any; it must raise where a batch could not be filled
+    Args:
+        dataset (Dataset): A data set that returns `Batch`es.
+        batches (Sampler): Lists of (index, flip).
+        num_workers (int): Number of worker processes; 0 loads in this process.
+        device (torch.device): Where the batches are needed.
+        on_corrupt (callable): Called with the `CorruptImage`s of a batch that has any; it must raise if the batch
+            could not be filled.
     """
 
-    AHEAD = 2
+    NUM_AHEAD = 2
 
-    def __init__(self, data, batches, num_workers, device, on_bad):
-        self.device, self.on_bad = device, on_bad
-        self.pinned = device.type == "cuda" and not data.on_device
-        self.num_workers = num_workers = 0 if data.on_device else num_workers
-        loader = DataLoader(data, batch_sampler=batches, num_workers=num_workers, collate_fn=identity_collate,
-                            pin_memory=self.pinned, prefetch_factor=4 if num_workers else None,
+    def __init__(self, dataset, batches, num_workers, device, on_corrupt):
+        self.device, self.on_corrupt = device, on_corrupt
+        self.is_pinned = device.type == "cuda" and not dataset.on_device
+        self.num_workers = num_workers = 0 if dataset.on_device else num_workers
+        loader = DataLoader(dataset, batch_sampler=batches, num_workers=num_workers, collate_fn=identity_collate,
+                            pin_memory=self.is_pinned, prefetch_factor=4 if num_workers else None,
                             worker_init_fn=ignore_stop_signals_in_worker)
         self.fault, self.queue, self.source = None, collections.deque(), iter(loader)
-        # torch answers the death of a worker with an exception wherever this process happens to be, in the middle of
-        # the optimiser's step too. Here it comes where a batch is waited for.
-        self.deaths = DeferredSignalHandler.of(signal.SIGCHLD) if num_workers else contextlib.nullcontext()
-        self._load(self.AHEAD)
+        # torch answers the death of a worker with an exception at any line of this process, be it inside the
+        # optimizer's step. Deferred, it is raised while a batch is waited for.
+        self.worker_deaths = DeferredSignalHandler.of(signal.SIGCHLD) if num_workers else contextlib.nullcontext()
+        self._load(self.NUM_AHEAD)
         self.check()
 
     def __iter__(self):
         while True:
-            self._load(self.AHEAD + 1)
+            self._load(self.NUM_AHEAD + 1)
             if not self.queue:
                 return self.check()
             yield self.queue.popleft()
 
     def _load(self, count):
-        """Have `count` batches in the queue, or what there is up to the end or to a fault."""
+        """Fill the queue up to `count` batches, or up to the end or a fault."""
         try:
             while self.source is not None and len(self.queue) < count:
-                with self.deaths:
-                    images, labels, bad = next(self.source)
-                if bad:
-                    self.on_bad(bad)
-                self.queue.append((images.to(self.device, non_blocking=self.pinned),
-                                   labels.to(self.device, non_blocking=self.pinned)))
+                with self.worker_deaths:
+                    images, cond, corrupt = next(self.source)
+                if corrupt:
+                    self.on_corrupt(corrupt)
+                self.queue.append((self._to_device(images), {name: self._to_device(cond[name]) for name in cond}))
         except StopIteration:
             self.source = None
         except Exception as error:
             self.source, self.fault = None, (self.num_workers and describe_worker_death(error)) or error
+
+    def _to_device(self, tensor):
+        return tensor.to(self.device, non_blocking=self.is_pinned)
 
     def check(self):
         """Raise the fault, if there is one."""
@@ -64,14 +76,14 @@ class PrefetchLoader:
 
 
 def describe_worker_death(error):
-    """What is met where a worker died, as a sentence with what to do; None of any other error."""
-    told = isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker (pid")
-    if told or isinstance(error, (ConnectionError, EOFError)):  # the latter where it died while it was sending
-        return UserError(f"a process that loads data died: {str(error).rstrip('. ')}. Where memory is short, lower "
+    """Return the `UserError` for an error that follows from the death of a worker, None for any other error."""
+    is_reported = isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker (pid")
+    if is_reported or isinstance(error, (ConnectionError, EOFError)):  # the latter if it died while it was sending
+        return UserError(f"a process that loads data died: {str(error).rstrip('. ')}. If memory is short, lower "
                          "--num-workers")
     return None
 
 
 def identity_collate(batch):
-    """Data sets answer with whole batches: nothing is left to collate."""
+    """Return the batch: data sets collate by themselves."""
     return batch

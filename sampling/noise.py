@@ -1,13 +1,14 @@
-"""Where the noise of sampling comes from."""
+"""Noise of a sampling run: the initial latents and the noise of each step."""
 import torch
 
 from common.seeding import SAMPLE_NOISE, seeded_generator
 
 
 class GlobalRNG:
-    """Noise of the global generator in the published order: x_T of N samples, then at every step a draw for the doubled
-    batch of guidance, of which the first half is used. So a seed gives the picture that it gave with published code,
-    also at guidance scale 1, where the second half of the network's batch is not computed.
+    """Noise of torch's global generator, drawn in the published order, so that a seed gives the published picture.
+
+    The published sampler draws x_T of N samples, then at each step noise for the doubled batch of guidance, of which
+    only the first half matters. It is drawn here too, and also without guidance.
     """
 
     def __init__(self, seed, device):
@@ -15,16 +16,22 @@ class GlobalRNG:
         self.device = device
 
     def initial(self, shape):
+        """Draw x_T, of shape (N, C, H, W)."""
         return torch.randn(shape, device=self.device)
 
     def step(self, x):
+        """Draw the noise of one step, of the shape of `x`."""
         return torch.randn(2 * len(x), *x.shape[1:], device=x.device)[: len(x)]
 
 
 class PerSampleRNG:
-    """Noise of each sample from a generator of its own: sample i is a function of (seed, i), whatever its batch.
+    """Noise with one generator per sample: sample i is a function of (seed, i), whatever its batch.
 
-    stream  of `common.seeding`: what the noise is for
+    Args:
+        seed (int): Seed of all samples.
+        indices (Iterable[int]): Indices of the samples of the batch, N of them.
+        device (torch.device): Where the noise is drawn.
+        stream (int): What the noise is for; a constant of `common.seeding`.
     """
 
     def __init__(self, seed, indices, device, stream=SAMPLE_NOISE):
@@ -32,11 +39,13 @@ class PerSampleRNG:
         self.device = device
 
     def initial(self, shape):
-        # Not like another tensor: where that lies in memory channels last, numbers would come in another order.
+        """Draw x_T, of shape (N, C, H, W)."""
+        # Not `empty_like`: a tensor in channels-last memory would be filled in another order.
         noise = torch.empty(shape, device=self.device)
-        for row, own in zip(noise, self.generators):
-            row.normal_(generator=own)
+        for row, generator in zip(noise, self.generators):
+            row.normal_(generator=generator)
         return noise
 
     def step(self, x):
+        """Draw the noise of one step, of the shape of `x`."""
         return self.initial(x.shape)

@@ -1,4 +1,4 @@
-"""The path from noise to image, as an animation."""
+"""Animations of the path from noise to image."""
 import torch
 
 from common.errors import UserError
@@ -6,18 +6,22 @@ from data.image_io import make_image_grid, to_pil
 
 
 class TrajectoryRecorder:
-    """Keeps x_t at about `frames` moments of a sampling run (an `on_step` of `SamplingPipeline`), to show as an animation."""
+    """Keep x_t of about `frames` evenly spaced steps of a sampling run, to save as an animation.
+
+    An instance is an `on_step` of `SamplingPipeline`.
+    """
 
     def __init__(self, num_steps, frames=50):
-        self.kept = {round(i) - 1 for i in torch.linspace(0, num_steps, min(frames, num_steps) + 1).tolist()}
+        self.steps = {round(i) - 1 for i in torch.linspace(0, num_steps, min(frames, num_steps) + 1).tolist()}
         self.latents = []
 
     def __call__(self, step, x):
-        if step in self.kept:
+        """Keep x_t if this is one of the steps to show."""
+        if step in self.steps:
             self.latents.append(x)
 
     def save(self, autoencoder, columns, path, milliseconds=60):
-        """Decode the kept latents and write an animated GIF that rests on its last frame."""
+        """Decode the latents and write a looping GIF, with a pause on the last frame."""
         frames = [to_pil(make_image_grid(autoencoder.decode(x), columns)) for x in self.latents]
         try:
             frames[0].save(path, save_all=True, append_images=frames[1:], loop=0,

@@ -154,7 +154,7 @@ def _add_gradients(model, diffusion, compute, batch, passes):
     shape = (batch, model.in_channels, *model.x_embedder.input_size)
     x, noise, t = torch.empty(shape), torch.empty(shape), torch.empty(batch, dtype=torch.long)
     drop = torch.empty(batch) if model.y_embedder.has_null_class else None
-    losses = diffusion.training_losses(compute.of(model), x, t, dict(y=t, force_drop_ids=drop), noise)
+    losses = diffusion.training_losses(compute.wrap(model), x, t, dict(y=t, force_drop_ids=drop), noise)
     (losses["loss"].mean() / passes).backward()
 
 

@@ -29,8 +29,8 @@ class CheckpointManager:
         keep_every (int): Steps between milestones that are kept for good. Default: none.
         protected (str): Path of a checkpoint that is never removed: the one that the run resumed.
         async_save (bool): Write a copy in the background while training continues.
-        **stateful: The objects; their names are the keys in a checkpoint. If an object has `settle()`, all ranks call it
-            before it is saved.
+        **stateful: The objects; their names are the keys in a checkpoint. An object's `settle()`, if it has one, is
+            called by all ranks before it is saved.
     """
 
     def __init__(self, run_dir, metadata, keep_checkpoints=None, keep_every=None, protected=None, async_save=False,
@@ -156,7 +156,7 @@ class CheckpointManager:
 
 
 def _to_host(value, copy, keep):
-    """Gather sharded tensors to host memory, and with `copy` all others too; keep=False: only take part in gathering."""
+    """Gather sharded tensors to host memory, with `copy` all others too; keep=False: only take part in gathering."""
     if torch.is_tensor(value):
         if not copy and not isinstance(value, DTensor):
             return value

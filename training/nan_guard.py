@@ -119,5 +119,5 @@ class NonFiniteGuard:
         """Raise a `UserError` after too many bad steps in a row; `path` names the checkpoint of the last good state."""
         if self.is_exhausted:
             raise UserError(f"{self.in_a_row} steps in a row could not be applied (--max-bad-steps); log.txt names "
-                            f"their samples. The last good state is in {path}. Lower --lr, set --max-grad-norm or check "
-                            "the data, and --resume it.")
+                            f"their samples. The last good state is in {path}. Lower --lr, set --max-grad-norm or "
+                            "check the data, and --resume it.")

@@ -9,9 +9,9 @@ from common.errors import UserError
 from training.fsdp import shard_like
 
 # Flags that a resumed run may change silently. Loop lengths, logs, storage and retention:
-CHANGEABLE_FLAGS = {"resume", "results_dir", "epochs", "max_steps", "num_workers", "log_every", "ckpt_every", "sample_every",
-                    "grad_accum_steps", "cache_on_device", "max_bad_images", "allow_config_change", "keep_checkpoints",
-                    "keep_every", "async_save", "dist_timeout", "max_bad_steps"}
+CHANGEABLE_FLAGS = {"resume", "results_dir", "epochs", "max_steps", "num_workers", "log_every", "ckpt_every",
+                    "sample_every", "grad_accum_steps", "cache_on_device", "max_bad_images", "allow_config_change",
+                    "keep_checkpoints", "keep_every", "async_save", "dist_timeout", "max_bad_steps"}
 # Where the data are (what they are is compared by the configuration):
 CHANGEABLE_FLAGS |= {"data_path", "features_path", "vae"}
 # How fast, not what: another rounding is as acceptable as that of another GPU. (Another precision is not.)
@@ -79,7 +79,7 @@ class OptimizerState:
         self._check_moments()
 
     def _check_moments(self):
-        """Compare shapes and values with the weights. A state without any moments is that of a run before its first step."""
+        """Compare shapes and values with the weights. Before the first applied step there are no moments."""
         if not self.optimizer.state:
             return
         for name, weight in self.model.named_parameters():

@@ -61,15 +61,15 @@ class TrainStep:
             cond (dict): Condition of each image, tensors of shape (N, ...): {"y": labels}.
 
         Returns:
-            tuple: Mean losses of the local rows (dict of scalars: loss, mse, vb), the norm of the gradient (scalar), and
-            whether the step was applied (bool, or a scalar on the device). Nothing is read from the device for it.
+            tuple: Mean losses of the local rows (dict of scalars: loss, mse, vb), the norm of the gradient (scalar),
+            and whether the step was applied (bool, or a scalar on the device).
         """
         model, network = self.model, self.compute.wrap(self.network)
         t, weights = self.rng.timesteps(step, self.schedule_sampler)                                # (N,), (N,)
         noise = self.rng.normal(NOISE, step, model.sample_shape)                                    # (N, C, H, W)
         posterior_noise = self.rng.normal(POSTERIOR, step, model.sample_shape) if self.autoencoder.is_random else noise
         if model.has_null_condition:
-            cond = cond | dict(force_drop_ids=self.rng.uniform(LABEL_DROP, step) < model.config.class_dropout_prob)
+            cond = cond | dict(force_drop_ids=self.rng.uniform(LABEL_DROP, step) < model.y_embedder.dropout_prob)
 
         microbatch_terms = []
         size = len(images) // self.num_microbatches
@@ -94,8 +94,8 @@ class TrainStep:
     def apply(self, step, loss, grad_norm, sample_losses):
         """Update weights, optimizer and averages, unless the step is bad; returns whether it was applied.
 
-        If the device can decide, nothing is read from it: the fused optimizer skips a non-finite gradient by itself, and
-        the guard learns of it one step later.
+        If the device can decide, nothing is read from it: the fused optimizer skips a non-finite gradient by itself,
+        and the guard learns of it one step later.
         """
         if self.decides_on_device:
             is_applied = torch.isfinite(grad_norm)

@@ -122,9 +122,9 @@ def test_resuming_another_model_is_refused(command, tmp_path):
     status, _, err = command("train", *DIGITS, "--depth", 2, *again)
     assert status == 2 and "depth=1" in err and "depth=2" in err
     status, _, err = command("train", *DIGITS, "--lr", 0.5, *again)
-    assert status == 2 and "--lr is 0.5, it was 0.0001" in err and "--override" in err
-    status, out, _ = command("train", *DIGITS, "--lr", 0.5, *again, "--override")
-    assert status == 0 and "WARNING: --lr is 0.5, it was 0.0001 (--override)" in out
+    assert status == 2 and "--lr is 0.5, it was 0.0001" in err and "--allow-config-change" in err
+    status, out, _ = command("train", *DIGITS, "--lr", 0.5, *again, "--allow-config-change")
+    assert status == 0 and "WARNING: --lr is 0.5, it was 0.0001 (--allow-config-change)" in out
     assert trained(tmp_path, 2)["opt"]["param_groups"][0]["lr"] == 0.5
 
 

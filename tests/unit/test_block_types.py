@@ -188,7 +188,7 @@ def test_the_rest_is_the_same_for_all(conditioning):
     out = model(x, t, y)
     assert (out - model(x, t + 300, y)).abs().max() > 1e-3 and (out - model(x, t, (y + 1) % 7)).abs().max() > 1e-3
     for kernel in ("math", "flash"):
-        torch.testing.assert_close(ComputeConfig(attention=kernel).of(model)(x, t, y), out, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(ComputeConfig(attention=kernel).wrap(model)(x, t, y), out, rtol=1e-4, atol=1e-4)
     null = model(x[:2], t[:2], torch.full_like(y[:2], 7))
     guided = model.forward_with_cfg(x, t[:2].repeat(2), torch.cat([y[:2], torch.full_like(y[:2], 7)]), 2.0)
     torch.testing.assert_close(guided[:2, :3], (2 * out[:2] - null)[:, :3], rtol=1e-3, atol=1e-3)
