@@ -7,4 +7,6 @@
     python -m experiments.ema_decay         the decay of the EMA
     python -m experiments.variance          learned against fixed variances in few steps
     python -m experiments.report            docs/experiments.md and its pictures from the stored results
+
+Flags are those of experiments/runner.py; docs/experiments.md has the results.
 """

@@ -1,10 +1,8 @@
 """How the studies' pictures look: labeled, with error bars, distinct by markers and lines also in gray."""
 from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
 
-from evaluation.plots import new_figure
 from experiments.statistics import mean_std
 
-__all__ = ["COLORS", "MARKERS", "add_legend", "distance_label", "draw_lines", "new_figure", "set_log_axes"]
 COLORS = ("#000000", "#3b3a8c", "#1f7a8c", "#2e9e6b", "#c77b30", "#b0a030")  # from dark to light
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 LINES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (8, 2)))
@@ -13,20 +11,15 @@ LINES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (8, 2)))
 def draw_lines(axis, lines, xlabel, ylabel, log="", xticks=None):
     """Draw {label: {x: values of the seeds}} as means with error bars of one standard deviation.
 
-    Args:
-        axis (Axes): Where to draw.
-        lines (dict): The lines; their order chooses their styles.
-        xlabel (str): Label of the x axis.
-        ylabel (str): Label of the y axis.
-        log (str): Logarithmic axes: "y" or "xy".
-        xticks (dict): {x: label}. Default: chosen by the axis.
+    `log` names logarithmic axes ("y", "xy"); `xticks` are {x: label}.
     """
     for i, (label, points) in enumerate(lines.items()):
         means, stds = zip(*map(mean_std, points.values()))
         errors = [std or 0 for std in stds]
         axis.errorbar(list(points), means, yerr=errors if any(errors) else None, label=label,
-                      color=COLORS[i % len(COLORS)], marker=MARKERS[i % len(MARKERS)], linestyle=LINES[i % len(LINES)],
-                      markersize=4, linewidth=1.2, capsize=2, elinewidth=0.8, markerfacecolor="white" if i % 2 else None)
+                      color=COLORS[i % len(COLORS)], marker=MARKERS[i % len(MARKERS)],
+                      linestyle=LINES[i % len(LINES)], markerfacecolor="white" if i % 2 else None,
+                      markersize=4, linewidth=1.2, capsize=2, elinewidth=0.8)
     set_log_axes(axis, log)
     axis.set(xlabel=xlabel, ylabel=ylabel)
     if xticks:

@@ -13,6 +13,7 @@ import time
 from dataclasses import dataclass
 
 from common.errors import EXIT_RESTARTABLE, Stopped, UserError
+from common.files import sha256_file
 from common.signals import StopSignals
 from evaluation.records import try_read, write_record
 
@@ -28,15 +29,17 @@ class Task:
         name (str): Path of the task's files below `folder`, without an ending.
         request (dict): What the result depends on, plain values.
         argv (tuple): The command after the interpreter.
+        output (str): The file that the command makes, if it does not write the record itself.
         cost (float): Estimated work in any unit; the most expensive task starts first.
-        classifier (Task): The classifier in whose features the result is measured, or None. Results of another
-            classifier are not comparable, so a task is repeated with a new one.
+        classifier (Task): The classifier in whose features the result is measured, or None. Results of different
+            classifiers are not comparable, so that with a new one the task is not done.
     """
 
     folder: str
     name: str
     request: dict
     argv: tuple = ()
+    output: str = None
     cost: float = 0
     classifier: "Task" = None
 
@@ -46,9 +49,9 @@ class Task:
         return os.path.join(self.folder, self.name)
 
     def full_request(self):
-        """Return the request with the checksum of the classifier, as it is stored in the record."""
+        """Return the request with the checksum of the classifier, as the record has it."""
         judge = dict(classifier=self.classifier.record().get("sha256")) if self.classifier else {}
-        return json.loads(json.dumps(self.request | judge))  # tuples become lists, as in a record
+        return json.loads(json.dumps(self.request | judge))  # tuples become lists
 
     def record(self):
         """Return the record of the finished task; {} if there is none for this request."""
@@ -57,19 +60,15 @@ class Task:
 
     def is_done(self):
         """Return whether there is nothing left to do."""
-        return bool(self.record())
+        return bool(self.record()) and (not self.output or os.path.exists(self.output))
 
     def command(self):
         """Return the command line after the interpreter."""
         return [str(argument) for argument in self.argv]
 
     def collect(self):
-        """Return what the record holds after a successful run, or None if the command wrote the record itself."""
-
-    def finish(self, seconds):
-        """Write the record after the command ended with status 0."""
-        if (values := self.collect()) is not None:
-            write_record(self.path + ".json", dict(asked=self.full_request(), seconds=seconds) | values)
+        """Return what the record holds after a successful run; None: the command wrote it, or must run again."""
+        return dict(sha256=sha256_file(self.output)) if self.output and os.path.exists(self.output) else None
 
     def seconds(self):
         """Return the time of all starts of the command, whichever study needed it first."""
@@ -81,7 +80,7 @@ class Task:
 
 
 class RunningTask:
-    """A task whose command runs in a process. The process inherits the file `lock`."""
+    """A task whose command runs in a process, which inherits the file `lock`."""
 
     def __init__(self, task, threads, lock):
         self.task, self.start, self.log = task, time.monotonic(), task.path + ".log"
@@ -89,34 +88,31 @@ class RunningTask:
         self.command = [sys.executable, *task.command()]
         self.process = start_process(self.command, self.log, threads, lock)
 
+    def count_seconds(self):
+        """Add the time of this start to the task's and return the sum."""
+        seconds = round(self.task.seconds() + time.monotonic() - self.start, 1)
+        with open(self.task.path + ".seconds", "w") as file:
+            file.write(f"{seconds}")
+        return seconds
+
     def has_ended(self):
-        """Return whether the task is done. Raises `Stopped` if it was told to stop, `UserError` if it failed."""
+        """Return whether the task is done. Raises `Stopped` if it was stopped by a signal, `UserError` if it failed."""
         status = self.process.poll()
         if status is None:
             return False
-        seconds = self._add_seconds()
+        task, seconds = self.task, self.count_seconds()
         if status == EXIT_RESTARTABLE:
             raise Stopped
         if status:
             with open(self.log, encoding="utf-8", errors="replace") as file:
                 tail = "\n".join(file.read().splitlines()[-5:])
-            raise UserError(f"{self.task.name} failed with exit status {status}: {shlex.join(self.command)}\n{tail}\n"
+            raise UserError(f"{task.name} failed with exit status {status}: {shlex.join(self.command)}\n{tail}\n"
                             f"(full log: {self.log})")
-        self.task.finish(round(seconds, 1))
-        if not self.task.is_done():
-            raise UserError(f"{self.task.name} ended without its result; see {self.log}")
+        if (values := task.collect()) is not None:
+            write_record(task.path + ".json", dict(asked=task.full_request(), seconds=seconds) | values)
+        if not task.is_done():
+            raise UserError(f"{task.name} ended without its result; see {self.log}")
         return True
-
-    def _add_seconds(self):
-        seconds = self.task.seconds() + time.monotonic() - self.start
-        with open(self.task.path + ".seconds", "w") as file:
-            file.write(f"{seconds:.1f}")
-        return seconds
-
-    def wait(self):
-        """Wait for a process that was told to stop."""
-        self.process.wait()
-        self._add_seconds()
 
 
 def start_process(command, log, threads, lock):
@@ -141,14 +137,9 @@ def _stop_with_parent():
 
 @contextlib.contextmanager
 def exclusive_lock(folder, check, log):
-    """Wait until no other study works in a folder, and hold its lock file in the block.
+    """Wait until no other study works in a folder, calling `check`, and hold its lock file in the block.
 
     Child processes inherit the lock: after a kill, the next study waits for what the killed one left running.
-
-    Args:
-        folder (str): The folder.
-        check (callable): Called while waiting; may raise.
-        log (callable): Called with a line if there is something to wait for.
     """
     os.makedirs(folder, exist_ok=True)
     with open(os.path.join(folder, "lock"), "a") as lock:
@@ -171,7 +162,7 @@ def run_tasks(tasks, workers, threads=1, deadline=None, log=print):
         workers (int): Number of processes.
         threads (int): CPU threads of each process; None: torch's default.
         deadline (float): Value of `time.monotonic()` at which the processes are told to save and stop.
-        log (callable): Called with a line of progress.
+        log (callable): Called with lines of progress.
 
     Raises:
         Stopped: At the deadline, and on SIGTERM or SIGUSR1, once the processes have saved.
@@ -179,31 +170,33 @@ def run_tasks(tasks, workers, threads=1, deadline=None, log=print):
     """
     if all(task.is_done() for task in tasks):
         return
+    running = []
     with StopSignals() as signals:
         def check():
             if signals.received or (deadline is not None and time.monotonic() > deadline):
                 raise Stopped
 
         with exclusive_lock(tasks[0].folder, check, log) as lock:
-            _run_locked(tasks, workers, threads, lock, check, log)
+            waiting = sorted((task for task in tasks if not task.is_done()), key=lambda task: -task.cost)
+            count = len(waiting)
+            try:
+                while waiting or running:
+                    check()
+                    while waiting and len(running) < workers:
+                        running.append(RunningTask(waiting.pop(0), threads, lock))
+                    time.sleep(0.05)
+                    for job in [job for job in running if job.has_ended()]:
+                        running.remove(job)
+                        log(f"[{count - len(waiting) - len(running)}/{count}] {job.task.name}: "
+                            f"{time.monotonic() - job.start:.0f} s")
+            finally:
+                _stop_all(running)
 
 
-def _run_locked(tasks, workers, threads, lock, check, log):
-    waiting = sorted((task for task in tasks if not task.is_done()), key=lambda task: -task.cost)
-    count, running = len(waiting), []
-    try:
-        while waiting or running:
-            check()
-            while waiting and len(running) < workers:
-                running.append(RunningTask(waiting.pop(0), threads, lock))
-            time.sleep(0.05)
-            for job in [job for job in running if job.has_ended()]:
-                running.remove(job)
-                log(f"[{count - len(waiting) - len(running)}/{count}] {job.task.name}: "
-                    f"{time.monotonic() - job.start:.0f} s")
-    finally:
-        alive = [job for job in running if job.process.poll() is None]
-        for job in alive:  # all at once, so that each has as long to save as the others
-            job.process.terminate()
-        for job in alive:
-            job.wait()
+def _stop_all(jobs):
+    alive = [job for job in jobs if job.process.poll() is None]
+    for job in alive:  # all at once, so that each has as long to save as the others
+        job.process.terminate()
+    for job in alive:
+        job.process.wait()
+        job.count_seconds()

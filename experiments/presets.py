@@ -62,6 +62,11 @@ class StudyPreset:
     variance_steps: tuple = (5, 10, 25, 50, 250)
     fast: bool = False  # --fast
 
+    @property
+    def snapshot_steps(self):
+        """Steps after which `ema_decay` samples, in order."""
+        return sorted({max(1, round(share * self.steps)) for share in self.snapshots})
+
 
 MINIATURE = StudyPreset("miniature", {"2x32": (2, 32, 2), "3x48": (3, 48, 3), "4x64": (4, 64, 4), "5x80": (5, 80, 5)},
                         patches=(4, 2, 1), network=("4x64", 2))

@@ -1,7 +1,4 @@
-"""Write the tables of docs/experiments.md and draw its pictures from the stored results.
-
-    python -m experiments.report
-"""
+"""Write the tables of docs/experiments.md and draw its pictures from the stored results."""
 import argparse
 import importlib
 import os
@@ -58,11 +55,11 @@ def format_section(results, folder):
     errors = f"± and error bars: standard deviation over the seeds {', '.join(map(str, seeds))}"
     picture = f"{os.path.basename(os.path.normpath(folder))}/{results_name(results)}.png"
     return (f"*{title}*: {training['steps']:,} steps of {training['batch_size']} images, learning rate "
-            f"{training['lr']:g}, EMA {training['ema_decay']:g}. {sampled}. Frechet distances ({results['features']}) of "
-            f"{results['samples']} samples to {results['held_out']} held-out images; that of {real['images']} real "
+            f"{training['lr']:g}, EMA {training['ema_decay']:g}. {sampled}. Frechet distances ({results['features']}) "
+            f"of {results['samples']} samples to {results['held_out']} held-out images; that of {real['images']} real "
             f"training images is {real['distance']:.2f}. {errors if len(seeds) > 1 else f'One seed, {seeds[0]}'}. "
-            f"{minutes:.0f} minutes of work, the sum over all trainings and scores, shared ones included: {environments}."
-            f"\n\n{format_markdown(study.table(results))}\n![{study.title}, {title}]({picture})\n")
+            f"{minutes:.0f} minutes of work, the sum over all trainings and scores, shared ones included: "
+            f"{environments}.\n\n{format_markdown(study.table(results))}\n![{study.title}, {title}]({picture})\n")
 
 
 def _format_sampler(steps):
@@ -111,6 +108,7 @@ def draw_results(results, folder):
 
 
 def main():
+    """Draw all pictures and write all tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("--output", default="docs/experiments", metavar="DIR",
                         help="folder of the results; the page is DIR.md")

@@ -20,6 +20,7 @@ from experiments.report import draw_results, results_name, write_page
 
 
 def build_parser(description):
+    """Build the parser of the flags that all studies have."""
     parser = argparse.ArgumentParser(description=description, formatter_class=HelpFormatter)
     parser.add_argument("--data", choices=STUDY_DATA, default="digits", help="digits: two CPU cores; fractals: a GPU")
     parser.add_argument("--scale", choices=sorted({name for _, name in PRESETS}), default="miniature",
@@ -88,7 +89,7 @@ def select_preset(flags):
                          curve_every=min(every, flags.steps))
     if flags.sizes:
         if unknown := [size for size in flags.sizes if size not in preset.sizes]:
-            raise ArgumentError(f"--scale {flags.scale} has {', '.join(preset.sizes)}. Choose among these.", sizes=unknown)
+            raise ArgumentError(f"--scale {flags.scale} has {', '.join(preset.sizes)}. Choose of these.", sizes=unknown)
         sizes = {name: size for name, size in preset.sizes.items() if name in flags.sizes}
         network = preset.network if preset.network[0] in sizes else (list(sizes)[-1], preset.network[1])
         preset = replace(preset, name=f"{preset.name}-{'-'.join(sizes)}", sizes=sizes, network=network)

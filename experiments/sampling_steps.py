@@ -1,33 +1,27 @@
-"""Figure 10: compute of sampling does not make up for compute of the network. The networks are those of `scaling`.
-
-    python -m experiments.sampling_steps
-"""
+"""Figure 10: compute of sampling does not make up for compute of the network. The networks are those of `scaling`."""
 import itertools
 
 from common.errors import run_command
-from experiments.figures import add_legend, distance_label, draw_lines, new_figure
-from experiments.job_types import network_cost
+from evaluation.plots import new_figure
+from experiments.figures import add_legend, distance_label, draw_lines
 from experiments.runner import run_study
 from experiments.statistics import mean_std, verdict_of_share
-from experiments.study import Study, make_table
+from experiments.study import Study
 
 
-def rows(context):
-    preset = context.preset
-    for size, patch in itertools.product(preset.sizes, preset.step_patches):
-        trainings = {seed: context.training(size, patch, seed) for seed in preset.grid_seeds}
-        yield (dict(size=size, patch=patch) | network_cost(context.network(size, patch)),
-               {steps: [context.score(training, samples=preset.step_samples, steps=steps, seed=seed)
-                        for seed, training in trainings.items()] for steps in preset.step_counts})
+def rows(preset, data):
+    """Networks of all sizes in all numbers of sampling steps."""
+    sampling = {steps: dict(samples=preset.step_samples, steps=steps) for steps in preset.step_counts}
+    networks = [dict(size=size, patch=patch) for size, patch in itertools.product(preset.sizes, preset.step_patches)]
+    return [(network, network, sampling) for network in networks]
 
 
-def table(results):
-    return make_table(results["rows"], {
-        "network": lambda row: f"{row['size']}/{row['patch']}",
-        "multiply-adds": lambda row: f"{row['multiply_adds'] / 1e6:.2f} M"}, "{} steps".format)
+COLUMNS = {"network": lambda row: f"{row['size']}/{row['patch']}",
+           "multiply-adds": lambda row: f"{row['multiply_adds'] / 1e6:.2f} M"}
 
 
 def draw(results):
+    """Draw the distance against the compute of sampling, a panel for each patch size."""
     patches = list(dict.fromkeys(row["patch"] for row in results["rows"]))
     figure, axes = new_figure(len(patches), width=4.4, height=3.6)
     counts = ", ".join(str(steps) for steps, _ in results["rows"][0]["distance"])
@@ -35,12 +29,14 @@ def draw(results):
         lines = {f"{row['size']}/{patch}": {steps * row["multiply_adds"] / 1e9: values
                                             for steps, values in row["distance"]}
                  for row in results["rows"] if row["patch"] == patch}
-        draw_lines(axis, lines, f"multiply-adds of sampling an image, 10⁹\n({counts} steps)", distance_label(results), "xy")
+        draw_lines(axis, lines, f"multiply-adds of sampling an image, 10⁹\n({counts} steps)", distance_label(results),
+                   "xy")
         add_legend(axis)
     return figure
 
 
 def claims(results):
+    """Compare small networks in most steps with larger ones of no more compute."""
     wins = []
     for small, large in itertools.permutations(results["rows"], 2):
         if small["patch"] != large["patch"] or small["multiply_adds"] >= large["multiply_adds"]:
@@ -56,7 +52,8 @@ def claims(results):
                f"so in {sum(wins)} of {len(wins)} pairs of the same patch size", verdict_of_share(wins))
 
 
-STUDY = Study("sampling_steps", "Distance against the compute of sampling", rows, table, draw, claims, seeds="grid_seeds",
+STUDY = Study("sampling_steps", "Distance against the compute of sampling", rows, COLUMNS, draw, claims,
+              "{} steps".format, seeds="grid_seeds",
               sampled="Samples without guidance, by DDPM in the steps of the table")
 
 if __name__ == "__main__":

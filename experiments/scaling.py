@@ -1,27 +1,24 @@
-"""Figures 6 to 8: depth and width, and patch size: distance over training, and against multiply-adds.
-
-    python -m experiments.scaling
-"""
+"""Figures 6 to 8: depth and width, and patch size: distance over training, and against multiply-adds."""
 import itertools
 import math
 import statistics
 
 from common.errors import run_command
-from experiments.figures import COLORS, MARKERS, add_legend, distance_label, draw_lines, new_figure, set_log_axes
-from experiments.job_types import network_cost
+from evaluation.plots import new_figure
+from experiments.figures import COLORS, MARKERS, add_legend, distance_label, draw_lines, set_log_axes
 from experiments.runner import run_study
 from experiments.statistics import correlation_interval, format_mean_std, mean_std, verdict_of_share
-from experiments.study import Study, make_table
+from experiments.study import Study
 
 
-def rows(context):
-    preset = context.preset
-    for size, patch in itertools.product(preset.sizes, preset.patches):
-        yield (dict(size=size, patch=patch) | network_cost(context.network(size, patch)),
-               [context.score(context.training(size, patch, seed), seed=seed) for seed in preset.grid_seeds])
+def rows(preset, data):
+    """All sizes with all patch sizes."""
+    networks = [dict(size=size, patch=patch) for size, patch in itertools.product(preset.sizes, preset.patches)]
+    return [(network, network, {}) for network in networks]
 
 
 def summarize(rows):
+    """Return the correlation of distance and log multiply-adds over the networks."""
     if len(rows) < 2:
         return {}
     x, y = [math.log10(row["multiply_adds"]) for row in rows], [mean_std(row["distance"])[0] for row in rows]
@@ -37,31 +34,33 @@ def _grid(results):
     return sizes, patches, rows
 
 
-def table(results):
+def columns(results):
+    """A row of the table for each size, a column for each patch size."""
     sizes, patches, rows = _grid(results)
 
     def cell(patch):
         return lambda size: (f"{rows[size, patch]['multiply_adds'] / 1e6:.2f} M, "
                              f"{format_mean_std(rows[size, patch]['distance'])}")
 
-    columns = {f"patch {patch}: multiply-adds, distance of {results['samples']}": cell(patch) for patch in patches}
-    return make_table(sizes, {"depth x width": str} | columns)
+    return sizes, {"depth x width": str} | {f"patch {patch}: multiply-adds, distance of {{samples}}": cell(patch)
+                                            for patch in patches}
 
 
 def draw(results):
+    """Draw the distance over training by size and by patch size, and at its end against multiply-adds."""
     figure, axes = new_figure(3, width=4.0, height=3.6)
     sizes, patches, rows = _grid(results)
     middle = patches[len(patches) // 2]
-    for axis, shown in zip(axes, ([(size, middle) for size in sizes], [(sizes[-1], patch) for patch in patches])):
+    panels = [(size, middle) for size in sizes], [(sizes[-1], patch) for patch in patches]
+    for axis, shown in zip(axes, panels):
         draw_lines(axis, {f"{size}/{patch}": dict(rows[size, patch]["curve"]) for size, patch in shown},
                    "training steps", distance_label(results, "curve_samples"), "y")
         add_legend(axis)
-    faces = [(color, "white", "0.75") for color in COLORS]
     for (size, patch), row in rows.items():
         i, (mean, std) = sizes.index(size), mean_std(row["distance"])
         axes[2].errorbar(row["multiply_adds"] / 1e6, mean, yerr=std, color=COLORS[i], marker=MARKERS[i],
                          linestyle="none", capsize=2, elinewidth=0.8, markersize=6,
-                         markerfacecolor=faces[i][patches.index(patch) % 3])
+                         markerfacecolor=(COLORS[i], "white", "0.75")[patches.index(patch) % 3])
     set_log_axes(axes[2], "xy")
     title = f"correlation with log multiply-adds: {results['correlation']:.2f}" if "correlation" in results else ""
     axes[2].set(xlabel="multiply-adds of a forward pass, 10⁶",
@@ -77,6 +76,7 @@ def draw(results):
 
 
 def claims(results):
+    """Correlate distance and compute, and compare neighbors in the grid."""
     if "correlation" in results:
         low, high = results["interval"]
         yield ("more multiply-adds, lower distance: the logarithm of one is correlated with the other", "-0.93",
@@ -95,7 +95,7 @@ def claims(results):
                    verdict_of_share(comparisons))
 
 
-STUDY = Study("scaling", "Distance over training steps, and against multiply-adds", rows, table, draw, claims,
+STUDY = Study("scaling", "Distance over training steps, and against multiply-adds", rows, columns, draw, claims,
               metrics=("curve", "distance"), seeds="grid_seeds", summarize=summarize)
 
 if __name__ == "__main__":

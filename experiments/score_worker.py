@@ -1,6 +1,4 @@
-"""Score samples of trained networks, one setting after the other. A study starts it as
-
-    python -m experiments.score_worker REQUEST.json
+"""Score samples of trained networks, one setting after the other: `python -m experiments.score_worker REQUEST.json`.
 
 On SIGTERM it stops at the next sampling step; finished batches of samples are kept, and the next start continues.
 """
@@ -15,7 +13,7 @@ import torch
 
 from common import distributed
 from common.compute import DEFAULT_COMPUTE, fastest_config
-from common.errors import Stopped, UserError, run_command
+from common.errors import Stopped, run_command
 from common.provenance import collect_environment
 from common.signals import StopSignals
 from data.dataset import evenly_spaced_indices
@@ -33,6 +31,7 @@ from sampling.sample_set import SampleSet
 
 
 def main():
+    """Compute the scores of the request."""
     request = read_record(sys.argv[1])
     data, batch_size = STUDY_DATA[request["images"]], request["batch"]
     distributed.init()
@@ -89,21 +88,13 @@ FIXED_OUTPUTS = {"fixed_small": -1.0, "fixed_large": 1.0}
 
 @contextlib.contextmanager
 def fixed_variance(model, variance=None):
-    """Replace a network's learned variance in the block; its mean stays.
+    """Replace a network's learned variance in the block by "fixed_small" (btilde_t) or "fixed_large" (beta_t).
 
-    Args:
-        model (DiT): A network that has learned its variance.
-        variance (str): "fixed_small" (btilde_t), "fixed_large" (beta_t); None or "learned": nothing changes.
-
-    Raises:
-        UserError: If the network has no learned variance.
+    None and "learned" change nothing; the mean never changes.
     """
     if variance in (None, "learned"):
         yield
         return
-    if not model.learn_sigma:
-        raise UserError(f"variance {variance}: this network has no learned variance that could be replaced")
-
     def replace_variance(module, inputs, output):
         eps = output[:, : module.in_channels]
         return torch.cat([eps, torch.full_like(eps, FIXED_OUTPUTS[variance])], dim=1)
@@ -115,7 +106,7 @@ def fixed_variance(model, variance=None):
         hook.remove()
 
 
-class ImageSubset:
+class _Subset:
     """Some images of a source, by their indices."""
 
     hashes = False
@@ -127,14 +118,13 @@ class ImageSubset:
         return len(self.indices)
 
     def batch(self, start, end):
-        """Return images start .. end - 1, uint8, shape (n, H, W, 3)."""
         return torch.cat([self.source.batch(i, i + 1) for i in self.indices[start:end]])
 
 
 def score_real_images(name, count, space, reference, batch_size):
     """Return the distance of `count` real training images, or of all."""
     source = open_image_source(name)
-    subset = ImageSubset(source, evenly_spaced_indices(len(source), min(count, len(source))))
+    subset = _Subset(source, evenly_spaced_indices(len(source), min(count, len(source))))
     scores = compute_scores(compute_statistics(subset, space, batch_size), reference, space)
     return dict(real=dict(images=len(subset), distance=scores[primary_score(space)]), held_out=reference.count,
                 made=collect_environment(distributed.device()))

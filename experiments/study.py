@@ -1,8 +1,8 @@
-"""A study: which networks it scores, and how its results are stored, shown as a table, drawn and judged."""
+"""A study: which networks it samples and how, and how its results are shown and judged."""
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from experiments.job_types import merge_curves
+from experiments.job_types import network_cost
 from experiments.statistics import format_mean_std
 
 
@@ -13,12 +13,14 @@ class Study:
     Attributes:
         name (str): Name of its module.
         title (str): Title of its picture.
-        rows (Callable): (context) -> iterable of (fields, scores). The fields describe a row of the results; the scores
-            are one of each seed, or {x: scores of the seeds} if the row is a function of x.
-        table (Callable): (results) -> rows of strings, headings first.
+        rows (Callable): (preset, data) -> iterable of (fields, training, sampling): what describes a row of the
+            results, arguments of `StudyContext.training` and of `StudyContext.score`; all seeds share them.
+        columns (dict | Callable): {heading: function of a row}, or (results) -> (rows, such a dictionary).
         draw (Callable): (results) -> matplotlib figure.
         claims (Callable): (results) -> iterable of (claim, the paper, here, verdict).
-        metrics (tuple[str]): What is stored of a row's scores; "curve" stands for the distance over training.
+        x_heading (Callable): If a row is a function of x: the heading of x in the table. `sampling` is then
+            {x: arguments}, and the row's distance a list of pairs (x, values of the seeds).
+        metrics (tuple[str]): Otherwise, what is stored of a row; "curve" is the distance over training.
         sampled (str): How samples are made; {} stands for the preset's sampler.
         seeds (str): Field of the preset with the seeds.
         summarize (Callable): (rows of the results) -> further fields of the results.
@@ -27,45 +29,58 @@ class Study:
     name: str
     title: str
     rows: Callable
-    table: Callable
+    columns: dict | Callable
     draw: Callable
     claims: Callable
+    x_heading: Callable = None
     metrics: tuple = ("distance",)
     sampled: str = "Samples without guidance, by {}"
     seeds: str = "seeds"
     summarize: Callable = lambda rows: {}
 
+    def scores(self, context):
+        """Yield the fields of each row and its scores: those of the seeds, or {x: those of the seeds}."""
+        def of_seeds(sampling):
+            return [context.score(training, seed=seed, **sampling) for seed, training in trainings.items()]
+
+        for fields, training, sampling in self.rows(context.preset, context.data):
+            trainings = {seed: context.training(seed, **training) for seed in getattr(context.preset, self.seeds)}
+            network = {name: value for name, value in training.items() if name != "decays"}
+            yield (fields | network_cost(context.network(**network)),
+                   {x: of_seeds(sampling[x]) for x in sampling} if self.x_heading else of_seeds(sampling))
+
     def list_scores(self, context):
-        """Return all scores of the study; its trainings follow from them."""
-        by_row = (scores.values() if isinstance(scores, dict) else [scores] for _, scores in self.rows(context))
-        return [score for groups in by_row for group in groups for score in group]
+        """Return all scores; the trainings follow from them."""
+        groups = [scores.values() if self.x_heading else [scores] for _, scores in self.scores(context)]
+        return [score for group in groups for seeds in group for score in seeds]
 
     def collect_results(self, context):
         """Return the results as plain values, once all scores are done."""
-        rows = [fields | self._measured(scores) for fields, scores in self.rows(context)]
-        network = {} if self.seeds == "grid_seeds" else dict(network="{}/{}".format(*context.preset.network))
-        return (dict(seeds=getattr(context.preset, self.seeds), rows=rows) | network | self.summarize(rows)
+        rows = [fields | self._measured(scores) for fields, scores in self.scores(context)]
+        network = "{}/{}".format(*context.preset.network)
+        return (dict(seeds=getattr(context.preset, self.seeds), network=network, rows=rows) | self.summarize(rows)
                 | context.metadata(self.list_scores(context)))
 
     def _measured(self, scores):
-        if isinstance(scores, dict):
-            return dict(distance=[[x, [score.value() for score in group]] for x, group in scores.items()])
-        return {metric: merge_curves(scores) if metric == "curve" else [score.value(metric) for score in scores]
-                for metric in self.metrics}
+        if self.x_heading:
+            return dict(distance=[[x, [score.value() for score in seeds]] for x, seeds in scores.items()])
+        return {name: _merge_curves(scores) if name == "curve" else [score.value(name) for score in scores]
+                for name in self.metrics}
+
+    def table(self, results):
+        """Return rows of strings, headings first."""
+        rows, columns = self.columns(results) if callable(self.columns) else (results["rows"], self.columns)
+        all_x = [x for x, _ in rows[0]["distance"]] if self.x_heading else []
+        lines = [[heading.format(**results) for heading in columns] + [self.x_heading(x) for x in all_x]]
+        for row in rows:
+            values = dict(row["distance"]) if self.x_heading else {}
+            lines.append([cell(row) for cell in columns.values()]
+                         + [format_mean_std(values[x]) if x in values else "" for x in all_x])
+        return lines
 
 
-def make_table(rows, columns, x_heading=None):
-    """Return rows of strings.
-
-    Args:
-        rows (list): Rows of the results, or whatever the columns' functions take.
-        columns (dict): {heading: function of a row}.
-        x_heading (callable): x -> heading of another column, with the distances of rows that are functions of x.
-    """
-    counts = [x for x, _ in rows[0]["distance"]] if x_heading else []
-    lines = [[*columns, *map(x_heading, counts)]] if x_heading else [list(columns)]
-    for row in rows:
-        values = dict(map(tuple, row["distance"])) if x_heading else {}
-        lines.append([*(cell(row) for cell in columns.values()),
-                      *(format_mean_std(values[x]) if x in values else "" for x in counts)])
-    return lines
+def _merge_curves(scores):
+    """Return [[step, distances of the seeds]] at the steps at which all trainings were measured."""
+    curves = [score.training.record()["curve"] for score in scores]
+    steps = sorted(int(step) for step in set.intersection(*map(set, curves)))
+    return [[step, [curve[str(step)] for curve in curves]] for step in steps]

@@ -1,38 +1,31 @@
 """Learned against fixed variances in few steps: why the network learns its variance (Improved DDPM).
 
-    python -m experiments.variance
-
 The networks are those of `block_types` with adaLN-Zero; only the noise of a sampling step differs. DDIM adds none.
 """
 from common.errors import run_command
-from experiments.figures import add_legend, distance_label, draw_lines, new_figure
+from evaluation.plots import new_figure
+from experiments.figures import add_legend, distance_label, draw_lines
 from experiments.runner import run_study
 from experiments.statistics import mean_std, verdict_lower, verdict_of_all
-from experiments.study import Study, make_table
+from experiments.study import Study
 
 NAMES = {"learned": "learned", "fixed_small": "fixed, posterior's (small)", "fixed_large": "fixed, beta (large)",
          "ddim": "DDIM"}
 FEW = 25  # sampling steps
 
 
-def rows(context):
-    trainings = {seed: context.training(*context.preset.network, seed) for seed in context.preset.seeds}
-    for name in NAMES:
-        scores = {}
-        for steps in context.preset.variance_steps:
-            sampling = dict(steps=f"ddim{steps}") if name == "ddim" else dict(steps=steps, variance=name)
-            if name != "ddim" or 1000 % steps == 0:  # DDIM needs evenly spaced steps
-                scores[steps] = [context.score(training, seed=seed, **sampling) for seed, training in trainings.items()]
-        yield dict(variance=name), scores
-
-
-def table(results):
-    return make_table(results["rows"], {"variance": lambda row: NAMES[row["variance"]]}, "{} steps".format)
+def rows(preset, data):
+    """Each variance, and DDIM, in all numbers of sampling steps; DDIM needs evenly spaced ones."""
+    for name in ("learned", "fixed_small", "fixed_large"):
+        yield dict(variance=name), {}, {steps: dict(steps=steps, variance=name) for steps in preset.variance_steps}
+    yield dict(variance="ddim"), {}, {steps: dict(steps=f"ddim{steps}") for steps in preset.variance_steps
+                                      if 1000 % steps == 0}
 
 
 def draw(results):
+    """Draw the distance over sampling steps, a line for each variance."""
     figure, (axis,) = new_figure(1, width=5.0, height=3.6)
-    draw_lines(axis, {NAMES[row["variance"]]: dict(map(tuple, row["distance"])) for row in results["rows"]},
+    draw_lines(axis, {NAMES[row["variance"]]: dict(row["distance"]) for row in results["rows"]},
                "sampling steps", distance_label(results), "xy",
                {steps: str(steps) for steps, _ in results["rows"][0]["distance"]})
     add_legend(axis, f"{results['network']}, {len(results['seeds'])} seeds")
@@ -40,7 +33,8 @@ def draw(results):
 
 
 def claims(results):
-    distance = {row["variance"]: dict(map(tuple, row["distance"])) for row in results["rows"]}
+    """Compare the learned variance with the fixed ones in few steps."""
+    distance = {row["variance"]: dict(row["distance"]) for row in results["rows"]}
     few = [steps for steps in distance["learned"] if steps <= FEW]
     for name in ("fixed_large", "fixed_small"):
         pairs = {steps: (distance["learned"][steps], distance[name][steps]) for steps in few}
@@ -51,7 +45,8 @@ def claims(results):
                verdict_of_all(verdict_lower(*pair) for pair in pairs.values()))
 
 
-STUDY = Study("variance", "Distance over sampling steps, by the variance of a step", rows, table, draw, claims,
+STUDY = Study("variance", "Distance over sampling steps, by the variance of a step", rows,
+              {"variance": lambda row: NAMES[row["variance"]]}, draw, claims, "{} steps".format,
               sampled="Samples without guidance, by DDPM with these variances, or DDIM, in the steps of the table")
 
 if __name__ == "__main__":
