@@ -67,7 +67,7 @@ def test_an_old_checkpoint_of_another_block_type_gives_its_samples(tmp_path):
 def test_an_old_latent_cache_trains(command, tmp_path):
     cache = shutil.copytree(FIXTURES / "latent_cache", tmp_path / "latent_cache")
     assert verify(str(cache)) == [] and len(LatentCache(str(cache))) == 8
-    status, out, err = command("train", "--features-path", cache, "--model", "DiT-S/2", "--depth", 1, "--hidden-size", 16,
+    status, _, err = command("train", "--features-path", cache, "--model", "DiT-S/2", "--depth", 1, "--hidden-size", 16,
                                "--num-heads", 2, "--num-classes", 2, "--global-batch-size", 4, "--max-steps", 2,
                                "--num-workers", 0, "--results-dir", tmp_path / "results")
     assert status == 0, err
