@@ -48,6 +48,7 @@ def build_parser():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("measurement", choices=["throughput", "listing"])
     parser.add_argument("--num-images", type=int, default=1_281_000, help="files to list (default: %(default)s)")
+    parser.add_argument("--num-rounds", type=int, default=3, help="rounds of listing (default: %(default)s)")
     parser.add_argument("--json", metavar="FILE", help="file for the results")
     return parser
 
@@ -57,7 +58,10 @@ def main():
     flags = build_parser().parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     environment = collect_environment(device) | dict(cores=len(psutil.Process().cpu_affinity()))
-    rows = measure_throughput(device) if flags.measurement == "throughput" else measure_listing(flags.num_images)
+    if flags.measurement == "throughput":
+        rows = measure_throughput(device)
+    else:
+        rows = measure_listing(flags.num_images, flags.num_rounds)
     for name, row in rows.items():
         print(f"{name:34s} " + "   ".join(f"{key} {value:,.1f}" for key, value in row.items()))
     if flags.json:
@@ -184,7 +188,7 @@ def write_jpegs(folder, count):
 
 # ---------------------------------------------------------------- listing
 
-def measure_listing(num_images, num_rounds=3):
+def measure_listing(num_images, num_rounds):
     """Measure the seconds and the memory of listing a data set, in 1 and 2 processes.
 
     The ways take turns; seconds are the median of the rounds, memory is that of the last one. A process is measured
@@ -219,7 +223,7 @@ def write_empty_images(folder, count, num_classes):
 
 
 def list_with_torchvision(folder):
-    """List a folder as the code did before 2026-11-25: every process by itself, in Python lists."""
+    """List a folder in every process, in Python lists."""
     from torchvision.datasets import ImageFolder
     dataset = ImageFolder(folder)
     return dataset.classes, dataset.targets, [os.path.relpath(path, folder) for path, _ in dataset.samples]
