@@ -70,10 +70,11 @@ def expected_moments(images, vae_folder):
     return torch.stack([autoencoder.moments(pixels), autoencoder.moments(pixels.flip(-1))], dim=1)
 
 
-# ---------------------------------------------------------------- what is in it
+# ---------------------------------------------------------------- contents
 
 @pytest.mark.parametrize("dtype, tolerance", [("fp32", 1e-5), ("fp16", 2**-11), ("bf16", 2**-8)])
-def test_cache_holds_the_moments_of_both_orientations(extract, few_images, vae_folder, tmp_path, monkeypatch, dtype, tolerance):
+def test_moments_are_those_of_both_orientations(extract, few_images, vae_folder, tmp_path, monkeypatch, dtype,
+                                                tolerance):
     """Over several files, in the order of the data set, each value rounded once."""
     small_files(monkeypatch)
     extract(few_images, tmp_path / "cache", "--dtype", dtype)
@@ -460,7 +461,7 @@ def test_values_beyond_the_dtype_are_refused(few_images, vae_folder, tmp_path, d
     assert (writer.progress() == MISSING).sum() == (13 if dtype == "fp16" else 10)
 
 
-# ---------------------------------------------------------------- images that cannot be read
+# ---------------------------------------------------------------- corrupt images
 
 @pytest.fixture
 def spoilt_images(few_images, tmp_path):
@@ -623,7 +624,8 @@ def replace(folder, name, change):
     (incomplete, r"is not complete: 7 of 13 images are encoded"),
     (lambda folder: (folder / "manifest.json").unlink(), r"holds no manifest\.json"),
     (lambda folder: replace(folder, "manifest.json", lambda raw: raw[:-20]), r"manifest\.json is damaged"),
-    (lambda folder: replace(folder, "manifest.json", lambda raw: raw.replace(b"0.5", b"0.6")), r"checksum does not match"),
+    (lambda folder: replace(folder, "manifest.json", lambda raw: raw.replace(b"0.5", b"0.6")),
+     r"checksum does not match"),
     (lambda folder: replace(folder, "manifest.json", lambda raw: raw.replace(b"latents-1", b"latents-9")),
      r"format 'dit-latents-9', this code reads 'dit-latents-1'"),
     (lambda folder: replace(folder, "manifest.json", lambda raw: b"[1]"), r"manifest\.json is damaged"),
