@@ -167,6 +167,18 @@ def test_code_in_the_docs_reads_the_cache(extract, few_images, vae_folder, tmp_p
         assert space["latent"].dtype == np.float32
 
 
+def test_code_in_the_docs_draws_latents(extract, few_images, vae_folder, tmp_path, monkeypatch):
+    extract(few_images, tmp_path / "latents", "--dtype", "fp32")
+    text = (ROOT / "docs" / "latents.md").read_text()
+    code = next(block for block in text.split("```python\n")[1:] if "load_cached_latents" in block).split("```")[0]
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(code, names)
+    mean = expected_moments(few_images, vae_folder)[[0, 7], [0, 1]].chunk(2, dim=1)[0]
+    torch.testing.assert_close(names["latents"], 0.5 * mean, rtol=1e-5, atol=1e-5)
+    assert names["cond"]["y"].tolist() == ImageFolderDataset(few_images, SIZE).labels[[0, 7]].tolist()
+
+
 # ---------------------------------------------------------------- the same bytes
 
 @pytest.fixture(scope="module")

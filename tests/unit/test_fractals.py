@@ -18,7 +18,7 @@ from evaluation.feature_statistics import FeatureStatistics
 from evaluation.features import load_feature_space
 from evaluation.image_sources import open_image_source
 from evaluation.scores import compute_scores
-from helpers import TINY, call
+from helpers import ROOT, TINY, call, pixels
 
 FRACTALS = ["--data-path", "fractals", "--num-classes", 3, "--image-size", 8, *TINY, "--global-batch-size", 8]
 
@@ -123,6 +123,14 @@ def test_chaos_game_draws_the_sierpinski_triangle():
     assert np.allclose(counts[want], counts.sum() / 27, rtol=0.1)
     # The last map that a point went through decides in which half of the picture it lies.
     assert (points[0][color_indices // 3 == 1] >= 0.5).all() and (points[0][color_indices // 3 != 1] <= 0.5).all()
+
+
+def test_code_in_the_docs_draws_their_picture(tmp_path, monkeypatch):
+    code = (ROOT / "docs" / "fractals.md").read_text().split("```python\n")[1].split("```")[0]
+    (tmp_path / "docs").mkdir()
+    monkeypatch.chdir(tmp_path)
+    exec(code, {})
+    assert np.abs(pixels("docs/fractals.png") - pixels(ROOT / "docs" / "fractals.png")).mean() < 0.5
 
 
 # ---------------------------------------------------------------- commands
