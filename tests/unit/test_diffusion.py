@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from diffusion import GaussianDiffusion, create_diffusion
-from diffusion.likelihood import discretized_gaussian_log_likelihood, normal_kl
+from diffusion.losses import discretized_gaussian_log_likelihood, normal_kl
 from diffusion.schedules import named_betas, space_timesteps
 
 BETAS = np.linspace(1e-4, 0.02, 1000)  # DDPM, section 4
@@ -616,12 +616,12 @@ def test_a_warm_step_needs_nothing_from_the_host(kwargs):
 
     t = torch.zeros(3, dtype=torch.long, device="meta")
     all_steps(t)
-    tables = {key: id(table) for key, table in diffusion._on_device.items()}
+    tables = {key: id(table) for key, table in diffusion._device_tables.items()}
     with NoHostData():
         all_steps(t)
         diffusion.p_sample_loop(network, SHAPE, device="meta")
         diffusion.ddim_sample_loop(network, SHAPE, device="meta")
-    assert tables == {key: id(table) for key, table in diffusion._on_device.items()} != {}
+    assert tables == {key: id(table) for key, table in diffusion._device_tables.items()} != {}
 
 
 def test_a_network_in_bfloat16_leaves_the_arithmetic_in_float32():
