@@ -114,8 +114,9 @@ def load_model(path, model, image_size, num_classes, vae, given, device):
             raise UserError(f"{path} is of a model that this code does not know: {flags['model']}")
         else:
             model = build_dit(
-                flags["model"], input_size=latent_size(autoencoder, flags["image_size"]), in_channels=autoencoder.channels,
-                num_classes=flags["num_classes"], **_infer_options(state_dict, flags["num_classes"]))
+                flags["model"], input_size=latent_size(autoencoder, flags["image_size"]),
+                in_channels=autoencoder.channels, num_classes=flags["num_classes"],
+                **_infer_options(state_dict, flags["num_classes"]))
     except (TypeError, ValueError) as error:
         raise UserError(f"{path} describes a model that cannot be built: {error}") from None
     if autoencoder.channels != model.in_channels:
