@@ -62,7 +62,7 @@ def main():
             labels = sample_labels(flags.label_distribution, flags.global_seed, range(start, end), loaded.num_classes)
             noise = PerSampleRNG(flags.global_seed, range(start, end), device)
             images = pipeline(dict(y=torch.from_numpy(labels).to(device)), noise)
-            writer.do(samples.add, start, to_uint8(images).cpu().numpy(), labels, flags.png)
+            writer.submit(samples.add, start, to_uint8(images).cpu().numpy(), labels, flags.png)
             bar.update(min((end - start) * world_size, bar.total - bar.n))
     bar.close()
 

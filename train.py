@@ -17,7 +17,7 @@ import torch
 
 import networks
 from autoencoder.checks import NUM_CHECK_IMAGES, check_autoencoder
-from autoencoder.vae import latent_size, load_autoencoder
+from autoencoder.vae import latent_size, load_autoencoder, load_cached_latents
 from common import distributed
 from common.cli import build_compute_config, parse_args
 from common.errors import ArgumentError, UserError, rename_arguments, run_command
@@ -48,6 +48,7 @@ from training.train_step import TrainStep
 
 
 def main():
+    """Train as the command line says."""
     flags, explicit_args = parse_args(build_parser(description=__doc__), choose_defaults)
     check_flags(flags)
     with StopSignals() as signals:
@@ -89,7 +90,8 @@ def prepare(flags, explicit_args, device):
     with distributed.raise_on_all_ranks():
         checkpoints = CheckpointManager(
             run_dir, dict(args=args, config=config), flags.keep_checkpoints, flags.keep_every, resumed,
-            flags.async_save, model=ModelState(model), ema=ModelState(emas[0].model), opt=OptimizerState(optimizer, model),
+            flags.async_save, model=ModelState(model),
+            ema=ModelState(emas[0].model), opt=OptimizerState(optimizer, model),
             schedule_sampler=schedule_sampler, guard=guard, **extra_emas)
         start_step, changes = resume(checkpoints, resumed, args, config, flags) if resumed else (0, [])
         end_step = min(flags.epochs * (len(dataset) // flags.global_batch_size), flags.max_steps or math.inf)
@@ -192,7 +194,7 @@ def open_dataset(flags, explicit_args, device):
         dataset = LatentCache(flags.features_path)
         vae, image_size = (getattr(flags, name) if name in explicit_args else None for name in ("vae", "image_size"))
         autoencoder = load_cached_latents(dataset, vae, image_size, device,
-                                          decodes=bool(flags.sample_every or flags.eval_every))
+                                          needs_decoder=bool(flags.sample_every or flags.eval_every))
         if flags.cache_on_device:
             dataset = dataset.in_memory(device)
         if flags.flip and not dataset.flips:
@@ -216,7 +218,8 @@ def build_model(flags, dataset, autoencoder):
         return networks.build_dit(
             flags.model, flags.conditioning, input_size=latent_size(autoencoder, dataset.image_size),
             in_channels=autoencoder.channels, num_classes=flags.num_classes,
-            class_dropout_prob=flags.class_dropout_prob, **{name: value for name, value in sizes.items() if value is not None})
+            class_dropout_prob=flags.class_dropout_prob,
+            **{name: value for name, value in sizes.items() if value is not None})
     except ValueError as error:
         raise ArgumentError(f"{error}", model=flags.model, image_size=dataset.image_size) from None
 

@@ -1,8 +1,8 @@
-"""Pieces of work: commands that go on where they were, run side by side. What is done is never done again."""
-
+"""Commands that run once: a finished one is not repeated, several run at once, and one that was killed continues."""
 import contextlib
 import ctypes
 import fcntl
+import itertools
 import json
 import os
 import shlex
@@ -20,36 +20,58 @@ from evaluation.records import try_read, write_record
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
-def to_json_types(values):
-    """Values as they come back from JSON: tuples as lists."""
-    return json.loads(json.dumps(values))
-
-
+@dataclass(frozen=True, kw_only=True)
 class Task:
-    """Work that is done once, by one command. Subclasses have these:
+    """A command that is done when its record FOLDER/NAME.json answers the same request.
 
-    folder   where the studies' work is kept
-    name     of this one; its files begin with FOLDER/NAME
-    cost     about how much work it is, in any unit: the largest is begun first
-    command()          the command line after the interpreter
-    is_done()          whether nothing is left to do
-    finish(seconds)    called after the command ended well; seconds: that it took, with those of earlier, broken starts
+    Attributes:
+        folder (str): Where the work is kept; one study at a time runs tasks in it.
+        name (str): Path of the task's files below `folder`, without an ending.
+        request (dict): What the result depends on, plain values.
+        argv (tuple): The command after the interpreter.
+        output (str): The file that the command makes, if it does not write the record itself.
+        cost (float): Estimated work in any unit; the most expensive task starts first.
+        classifier (Task): The classifier in whose features the result is measured, or None. Results of different
+            classifiers are not comparable, so that with a new one the task is not done.
     """
+
+    folder: str
+    name: str
+    request: dict
+    argv: tuple = ()
+    output: str = None
+    cost: float = 0
+    classifier: "Task" = None
 
     @property
     def path(self):
+        """Path of the task's files without an ending: .json, .log, .seconds."""
         return os.path.join(self.folder, self.name)
 
-    def metadata(self):
-        """What is known of it once it is done; {} before, and where something else was asked for then."""
-        found = try_read(self.path + ".json")
-        return found if found.get("asked") == to_json_types(self.asked) else {}
+    def full_request(self):
+        """Return the request with the checksum of the classifier, as the record has it."""
+        judge = dict(classifier=self.classifier.record().get("sha256")) if self.classifier else {}
+        return json.loads(json.dumps(self.request | judge))  # tuples become lists
+
+    def record(self):
+        """Return the record of the finished task; {} if there is none for this request."""
+        record = try_read(self.path + ".json")
+        return record if record.get("asked") == self.full_request() else {}
 
     def is_done(self):
-        return bool(self.metadata())
+        """Return whether there is nothing left to do."""
+        return bool(self.record()) and (not self.output or os.path.exists(self.output))
+
+    def command(self):
+        """Return the command line after the interpreter."""
+        return [str(argument) for argument in self.argv]
+
+    def collect(self):
+        """Return what the record holds after a successful run; None: the command wrote it, or must run again."""
+        return dict(sha256=sha256_file(self.output)) if self.output and os.path.exists(self.output) else None
 
     def seconds(self):
-        """How long it took, in all its starts, whichever study it was that needed it first."""
+        """Return the time of all starts of the command, whichever study needed it first."""
         try:
             with open(self.path + ".seconds") as file:
                 return float(file.read())
@@ -57,170 +79,124 @@ class Task:
             return 0.0
 
 
-@dataclass(frozen=True)
-class CommandTask(Task):
-    """A command that makes a file; a later call of it is no work.
+class RunningTask:
+    """A task whose command runs in a process, which inherits the file `lock`."""
 
-    output  that file
-    judge   the command whose output it reads, if any: where that becomes another file, this is to be done again
-    """
-    folder: str
-    name: str
-    arguments: tuple
-    output: str
-    cost: float = 0
-    judge: Task = None
+    def __init__(self, task, threads, lock):
+        self.task, self.start, self.log = task, time.monotonic(), task.path + ".log"
+        os.makedirs(os.path.dirname(task.path), exist_ok=True)
+        self.command = [sys.executable, *task.command()]
+        self.process = start_process(self.command, self.log, threads, lock)
 
-    def command(self):
-        return [str(argument) for argument in self.arguments]
+    def count_seconds(self):
+        """Add the time of this start to the task's and return the sum."""
+        seconds = round(self.task.seconds() + time.monotonic() - self.start, 1)
+        with open(self.task.path + ".seconds", "w") as file:
+            file.write(f"{seconds}")
+        return seconds
 
-    @property
-    def asked(self):
-        """Paths by their last names alone: the folder may be moved."""
-        names = [os.path.basename(name) if os.path.isabs(name) else name for name in self.command()]
-        return dict(arguments=names) | judged_by(self.judge)
+    def has_ended(self):
+        """Return whether the task is done. Raises `Stopped` if it was stopped by a signal, `UserError` if it failed."""
+        status = self.process.poll()
+        if status is None:
+            return False
+        task, seconds = self.task, self.count_seconds()
+        if status == EXIT_RESTARTABLE:
+            raise Stopped
+        if status:
+            with open(self.log, encoding="utf-8", errors="replace") as file:
+                tail = "\n".join(file.read().splitlines()[-5:])
+            raise UserError(f"{task.name} failed with exit status {status}: {shlex.join(self.command)}\n{tail}\n"
+                            f"(full log: {self.log})")
+        if (values := task.collect()) is not None:
+            write_record(task.path + ".json", dict(asked=task.full_request(), seconds=seconds) | values)
+        if not task.is_done():
+            raise UserError(f"{task.name} ended without its result; see {self.log}")
+        return True
 
-    def is_done(self):
-        return super().is_done() and os.path.exists(self.output)
 
-    def finish(self, seconds):
-        if os.path.exists(self.output):
-            write_record(self.path + ".json", dict(asked=self.asked, seconds=seconds, sha256=sha256_file(self.output)))
+def start_process(command, log, threads, lock):
+    """Start a command in the project's folder; its output is appended to the file `log`."""
+    environment = os.environ | (dict(OMP_NUM_THREADS=str(threads)) if threads else {})
+    with open(log, "a") as output:
+        # A new session: Ctrl-C reaches the study alone, which then tells its processes to save and end.
+        return subprocess.Popen(command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=output,
+                                stderr=output, pass_fds=[lock.fileno()], start_new_session=True,
+                                preexec_fn=_stop_with_parent)
 
 
-def judged_by(judge):
-    """What a piece asks for beside its own, so that nothing is compared across two classifiers; judge: a `CommandTask`."""
-    return dict(classifier=judge.metadata().get("sha256")) if judge else {}
+_PR_SET_PDEATHSIG = 1
+_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
+
+
+def _stop_with_parent():
+    """In a new process: ask the kernel for SIGTERM when the parent is killed (Linux only)."""
+    if _LIBC:
+        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 @contextlib.contextmanager
-def alone_in(folder, check, say):
-    """A block for which nobody else works in a folder; it waits for that. Gives the lock, a file.
+def exclusive_lock(folder, check, log):
+    """Wait until no other study works in a folder, calling `check`, and hold its lock file in the block.
 
-    check  called while it waits; may raise
-    The processes that are started inherit it: where the study was killed and they were not, its next start waits for
-    them, so that no work is done twice.
+    Child processes inherit the lock: after a kill, the next study waits for what the killed one left running.
     """
     os.makedirs(folder, exist_ok=True)
     with open(os.path.join(folder, "lock"), "a") as lock:
-        is_told = False
-        while not _is_locked(lock):
-            if not is_told:
-                say(f"another study is at work in {folder}, or what a killed one has left; waiting for it")
-            is_told = True
+        for attempt in itertools.count():
+            with contextlib.suppress(BlockingIOError):
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            if attempt == 0:
+                log(f"another study, or a process of a killed one, works in {folder}: waiting for it")
             check()
             time.sleep(0.2)
         yield lock
 
 
-def _is_locked(file):
-    """Lock a file, if nobody else has; returns whether that was so."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
+def run_tasks(tasks, workers, threads=1, deadline=None, log=print):
+    """Run the tasks that are not done, `workers` at once.
 
+    Args:
+        tasks (list[Task]): Tasks of one folder that do not need each other's results.
+        workers (int): Number of processes.
+        threads (int): CPU threads of each process; None: torch's default.
+        deadline (float): Value of `time.monotonic()` at which the processes are told to save and stop.
+        log (callable): Called with lines of progress.
 
-class RunningTask:
-    """A piece that is being worked on by a process of its own, with a file that it inherits."""
-
-    def __init__(self, piece, threads, lock):
-        self.piece, self.start = piece, time.monotonic()
-        os.makedirs(os.path.dirname(piece.path), exist_ok=True)
-        self.log, self.command = piece.path + ".log", [sys.executable, *piece.command()]
-        self.process = start_process(self.command, self.log, threads, lock)
-
-    def has_ended(self):
-        """Whether it is over; raises `Stopped` where it was told to stop, a `UserError` where it failed."""
-        status = self.process.poll()
-        if status is None:
-            return False
-        seconds = self._count_seconds()
-        if status == EXIT_RESTARTABLE:
-            raise Stopped
-        if status:
-            raise UserError(f"{self.piece.name} failed with exit status {status}: {shlex.join(self.command)}\n"
-                            f"{_tail(self.log)}\n(all of it: {self.log})")
-        self.piece.finish(round(seconds, 1))
-        if not self.piece.is_done():
-            raise UserError(f"{self.piece.name} ended without its result; see {self.log}")
-        return True
-
-    def _count_seconds(self):
-        """Add the time that this start took to that of those before."""
-        path = self.piece.path + ".seconds"
-        seconds = self.piece.seconds() + time.monotonic() - self.start
-        with open(path, "w") as file:
-            file.write(f"{seconds:.1f}")
-        return seconds
-
-    def wait(self):
-        """Wait for its end, which it has been told."""
-        self.process.wait()
-        self._count_seconds()
-
-
-def start_process(command, log, threads, lock):
-    """Start a command, in the folder of this project; its output goes to the end of the file `log`."""
-    environment = os.environ | (dict(OMP_NUM_THREADS=str(threads)) if threads else {})
-    with open(log, "a") as output:
-        # A session of its own: Ctrl-C is for the study, which then tells its processes to save and end.
-        return subprocess.Popen(command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=output,
-                                stderr=output, pass_fds=[lock.fileno()], start_new_session=True,
-                                preexec_fn=_end_with_parent)
-
-
-PR_SET_PDEATHSIG = 1
-LIBRARY = ctypes.CDLL(None) if sys.platform == "linux" else None
-
-
-def _end_with_parent():
-    """In a new process: be told to stop where the one that started it is killed. Linux alone knows that."""
-    if LIBRARY:
-        LIBRARY.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-
-
-def _tail(path, lines=5):
-    with open(path, encoding="utf-8", errors="replace") as file:
-        return "\n".join(file.read().splitlines()[-lines:])
-
-
-def run_tasks(pieces, workers, threads=1, deadline=None, say=print):
-    """Do the pieces that are not done, `workers` at once; the largest first, so that they end together.
-
-    threads   of each on the CPU; None: as it likes
-    deadline  of time.monotonic(), at which all is saved and given up
-    raise     `Stopped` then, and where this process is told to stop; `UserError` where a piece fails
+    Raises:
+        Stopped: At the deadline, and on SIGTERM or SIGUSR1, once the processes have saved.
+        UserError: If a task fails.
     """
-    if all(piece.is_done() for piece in pieces):
+    if all(task.is_done() for task in tasks):
         return
+    running = []
     with StopSignals() as signals:
         def check():
             if signals.received or (deadline is not None and time.monotonic() > deadline):
                 raise Stopped
 
-        with alone_in(pieces[0].folder, check, say) as lock:
-            _run(pieces, workers, threads, lock, check, say)
+        with exclusive_lock(tasks[0].folder, check, log) as lock:
+            waiting = sorted((task for task in tasks if not task.is_done()), key=lambda task: -task.cost)
+            count = len(waiting)
+            try:
+                while waiting or running:
+                    check()
+                    while waiting and len(running) < workers:
+                        running.append(RunningTask(waiting.pop(0), threads, lock))
+                    time.sleep(0.05)
+                    for job in [job for job in running if job.has_ended()]:
+                        running.remove(job)
+                        log(f"[{count - len(waiting) - len(running)}/{count}] {job.task.name}: "
+                            f"{time.monotonic() - job.start:.0f} s")
+            finally:
+                _stop_all(running)
 
 
-def _run(pieces, workers, threads, lock, check, say):
-    """The same, alone; check: called again and again, raises `Stopped`."""
-    waiting = sorted((piece for piece in pieces if not piece.is_done()), key=lambda piece: -piece.cost)
-    count, running = len(waiting), []
-    try:
-        while waiting or running:
-            check()
-            while waiting and len(running) < workers:
-                running.append(RunningTask(waiting.pop(0), threads, lock))
-            time.sleep(0.05)
-            for job in [job for job in running if job.has_ended()]:
-                running.remove(job)
-                say(f"[{count - len(waiting) - len(running)}/{count}] {job.piece.name}: "
-                    f"{time.monotonic() - job.start:.0f} s")
-    finally:  # all are told before any is waited for: each has as long to save as the others
-        told = [job for job in running if job.process.poll() is None]
-        for job in told:
-            job.process.terminate()
-        for job in told:
-            job.wait()
+def _stop_all(jobs):
+    alive = [job for job in jobs if job.process.poll() is None]
+    for job in alive:  # all at once, so that each has as long to save as the others
+        job.process.terminate()
+    for job in alive:
+        job.process.wait()
+        job.count_seconds()

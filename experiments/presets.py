@@ -1,5 +1,4 @@
-"""How large the studies are: the data, the networks, how long each is trained, how many samples judge it."""
-
+"""How large the studies are: data, networks, training length, number of samples."""
 from dataclasses import dataclass, replace
 
 import models
@@ -7,12 +6,14 @@ import models
 
 @dataclass(frozen=True)
 class StudyData:
-    """A data set that train.py knows, and what samples of it are judged by.
+    """A built-in data set, and the feature space in which its samples are compared with the validation images.
 
-    name         as --data-path takes it
-    num_workers  processes that load images
-    features     the space of distances, as evaluate.py's --features; "classifier": one that the studies train first
+    Attributes:
+        name (str): Value of --data-path.
+        num_workers (int): Processes that load images.
+        features (str): Value of evaluate.py's --features; "classifier" stands for one that the studies train first.
     """
+
     name: str
     image_size: int
     channels: int
@@ -21,88 +22,70 @@ class StudyData:
     features: str
 
     @property
-    def held_out(self):
-        """The images that samples are compared with, as evaluate.py names them."""
-        return f"{self.name}-held-out"
-
-    @property
-    def data_flags(self):
+    def flags(self):
+        """Flags of the commands that read these images."""
         return "--data-path", self.name, "--image-size", self.image_size, "--num-classes", self.num_classes
 
-    @property
-    def flags(self):
-        """Of train.py."""
-        return *self.data_flags, "--vae", "none", "--num-workers", self.num_workers
 
-
-DIGITS = StudyData("digits", 8, 1, 10, 0, "pixels")
-FRACTALS = StudyData("fractals", 32, 3, 100, 8, "classifier")
-STUDY_DATA = {images.name: images for images in (DIGITS, FRACTALS)}
+STUDY_DATA = {"digits": StudyData("digits", 8, 1, 10, num_workers=0, features="pixels"),
+              "fractals": StudyData("fractals", 32, 3, 100, num_workers=8, features="classifier")}
 
 
 @dataclass(frozen=True)
 class StudyPreset:
-    """How large the studies are. All networks of a scale are trained alike, as the paper's are.
+    """How large the studies are. All networks of a preset are trained alike, as the paper's are."""
 
-    sizes            {name: (depth, width, heads)}, the smallest first
-    patches          the largest first; the grid of `scaling` is sizes x patches
-    one              (size, patch): the network of the studies of a single one
-    seeds            of the trainings of that one; grid_seeds: of the grid's
-    steps            optimiser steps
-    curve_*          the distance over the training's steps: how often, of how many samples, sampled how
-    samples          that judge a trained network; sampled with `sampling`, as --num-sampling-steps says it
-    step_*           figure 10: numbers of sampling steps, patches of the networks, samples
-    guidance_scales  1 is none; interval_scales: with guidance in one of `intervals` of timesteps (low, high) alone
-    decays           of the moving average; 0: the weights themselves. snapshots: shares of the training
-    variance_steps   numbers of sampling steps
-    fast             --fast
-    """
     name: str
-    sizes: dict
-    patches: tuple
-    one: tuple
+    sizes: dict  # {name: (depth, hidden size, heads)}, the smallest first
+    patches: tuple  # the largest first; `scaling` trains all sizes x patches
+    network: tuple  # (size, patch) of the studies of a single network
     seeds: tuple = (0, 1, 2)
-    grid_seeds: tuple = (0,)
+    grid_seeds: tuple = (0,)  # seeds of `scaling` and `sampling_steps`
     steps: int = 1500
     batch_size: int = 64
     lr: float = 2e-3
     ema_decay: float = 0.995
-    curve_every: int = 300
+    curve_every: int = 300  # steps between two points of the distance over training
     curve_samples: int = 400
     curve_sampling: str = "ddim25"
-    samples: int = 1000
-    sampling: str = "ddim50"
+    samples: int = 1000  # samples of a trained network
+    sampling: str = "ddim50"  # as --num-sampling-steps takes it
     sample_batch: int = 250
-    step_counts: tuple = (16, 32, 64, 128, 256, 1000)
+    step_counts: tuple = (16, 32, 64, 128, 256, 1000)  # sampling steps of figure 10, with its patches and samples
     step_patches: tuple = (4, 2)
     step_samples: int = 500
     guidance_scales: tuple = (1, 1.25, 1.5, 2, 3, 4, 6)
-    interval_scales: tuple = (2, 4)
+    interval_scales: tuple = (2, 4)  # guidance scales in each of the intervals of timesteps (low, high)
     intervals: tuple = ((667, 999), (334, 666), (0, 333))
-    decays: tuple = (0, 0.9, 0.98, 0.995, 0.999, 0.9997)
-    snapshots: tuple = (0.25, 1)
+    decays: tuple = (0, 0.9, 0.98, 0.995, 0.999, 0.9997)  # of the EMA; 0: the weights themselves
+    snapshots: tuple = (0.25, 1)  # shares of the training, multiples of the first one
     variance_steps: tuple = (5, 10, 25, 50, 250)
-    fast: bool = False
+    fast: bool = False  # --fast
+
+    @property
+    def snapshot_steps(self):
+        """Steps after which `ema_decay` samples, in order."""
+        return sorted({max(1, round(share * self.steps)) for share in self.snapshots})
 
 
 MINIATURE = StudyPreset("miniature", {"2x32": (2, 32, 2), "3x48": (3, 48, 3), "4x64": (4, 64, 4), "5x80": (5, 80, 5)},
-                  patches=(4, 2, 1), one=("4x64", 2))
+                        patches=(4, 2, 1), network=("4x64", 2))
 PRESETS = {
     ("digits", "miniature"): MINIATURE,
-    # for tests: every study in seconds
+    # For tests: every study in seconds.
     ("digits", "toy"): replace(
-        MINIATURE, name="toy", sizes={"1x16": (1, 16, 2), "2x16": (2, 16, 2)}, patches=(4,), one=("1x16", 4),
-        seeds=(0, 1), grid_seeds=(0,), steps=4, lr=0.02, batch_size=8, curve_every=2, curve_samples=8,
-        curve_sampling="ddim2", samples=12, sampling="ddim2", sample_batch=8, step_counts=(2, 3), step_patches=(4,),
-        step_samples=6, guidance_scales=(1, 2), interval_scales=(2,), intervals=((500, 999),), decays=(0, 0.5, 0.9),
+        MINIATURE, name="toy", sizes={"1x16": (1, 16, 2), "2x16": (2, 16, 2)}, patches=(4,), network=("1x16", 4),
+        seeds=(0, 1), steps=4, lr=0.02, batch_size=8, curve_every=2, curve_samples=8, curve_sampling="ddim2",
+        samples=12, sampling="ddim2", sample_batch=8, step_counts=(2, 3), step_patches=(4,), step_samples=6,
+        guidance_scales=(1, 2), interval_scales=(2,), intervals=((500, 999),), decays=(0, 0.5, 0.9),
         variance_steps=(2, 3)),
-    # 32 x 32 pixels: with these patches the paper's 16, 64 and 256 tokens
+    # With 32 x 32 pixels these patches make the paper's 16, 64 and 256 tokens.
     ("fractals", "miniature"): replace(
         MINIATURE, patches=(8, 4, 2), step_patches=(8, 4), steps=10_000, batch_size=128, lr=1e-3, ema_decay=0.999,
         curve_every=2500, curve_samples=2000, samples=5000, step_samples=2000, sample_batch=500, fast=True),
     ("fractals", "paper"): replace(
         MINIATURE, name="paper", sizes={name: models.SIZES[name] for name in ("S", "B", "L", "XL")}, patches=(8, 4, 2),
-        one=("XL", 2), grid_seeds=(0,), steps=20_000, batch_size=256, lr=1e-4, ema_decay=0.9995, curve_every=2500,
+        network=("XL", 2), steps=20_000, batch_size=256, lr=1e-4, ema_decay=0.9995, curve_every=2500,
         curve_samples=2000, samples=5000, sample_batch=500, step_patches=(8, 4, 2), step_samples=2000,
         decays=(0, 0.99, 0.999, 0.9995, 0.9999), fast=True),
 }

@@ -1,5 +1,4 @@
-"""What all studies share: flags, running the pieces, and keeping what was found as JSON, PNG and tables."""
-
+"""The command line of all studies: run the tasks, then store the results as JSON, picture and table."""
 import argparse
 import functools
 import os
@@ -11,94 +10,91 @@ from dataclasses import replace
 import torch
 
 from common.cli import HelpFormatter, positive_float, positive_int
-from common.errors import Stopped, UserError
+from common.errors import ArgumentError, Stopped
 from common.provenance import collect_environment
 from evaluation.records import write_record
 from experiments.job_types import StudyContext
 from experiments.jobs import run_tasks
 from experiments.presets import PRESETS, STUDY_DATA
-from experiments.report import name_of, page_of, write_page
+from experiments.report import draw_results, results_name, write_page
 
 
 def build_parser(description):
+    """Build the parser of the flags that all studies have."""
     parser = argparse.ArgumentParser(description=description, formatter_class=HelpFormatter)
     parser.add_argument("--data", choices=STUDY_DATA, default="digits", help="digits: two CPU cores; fractals: a GPU")
     parser.add_argument("--scale", choices=sorted({name for _, name in PRESETS}), default="miniature",
-                        help="how large: see experiments/scales.py; paper: the paper's own networks, on the fractals")
-    parser.add_argument("--steps", type=positive_int, help="train for so many steps; default: as the scale says")
-    parser.add_argument("--sizes", nargs="+", metavar="SIZE", help="only these networks; default: those of the scale")
-    parser.add_argument("--minutes", type=positive_float, help="end after so many, with all saved (exit status 75); "
-                                                               "the same command goes on")
-    parser.add_argument("--workers", type=positive_int, help="pieces at once; default: one a core, or one on a GPU")
-    parser.add_argument("--work", default="results/experiments", help="where trainings and scores are kept")
+                        help="preset of experiments/presets.py; paper: the paper's networks, on the fractals")
+    parser.add_argument("--steps", type=positive_int, help="training steps (default: of the scale)")
+    parser.add_argument("--sizes", nargs="+", metavar="SIZE", help="subset of the networks (default: all of the scale)")
+    parser.add_argument("--minutes", type=positive_float,
+                        help="time limit: exit status 75 with all work saved; the same command continues")
+    parser.add_argument("--workers", type=positive_int, help="processes at once (default: one per core, one on a GPU)")
+    parser.add_argument("--work", default="results/experiments", help="folder of trainings and scores")
     parser.add_argument("--output", default="docs/experiments", metavar="DIR",
-                        help="where JSON and PNG go; the tables go to the page DIR.md, if there is one")
+                        help="folder of JSON and PNG; tables are written to the page DIR.md, if it exists")
     return parser
 
 
 def run_study(study):
-    """Run a study, a module of this package, from its command line. Each has
+    """Run a `Study` as its command line says.
 
-    TITLE             of its picture and table
-    SAMPLED           how its samples are made, where that is not the scale's way without guidance; {}: the scale's way
-    scores(setup)     {key: Score}; what is trained follows from them
-    results(setup, scores)  what was found, when all is done: a dictionary of plain values
-    table(results)    rows of texts, the first of which are the headings
-    draw(results, path)
-    claims(results)   (claim, the paper, what is seen here, verdict) each
+    Raises:
+        Stopped: At the time limit or on a signal, with all work saved.
+        UserError: If the flags do not fit, or a training or a score fails.
     """
-    flags = build_parser(study.__doc__).parse_args()
+    flags = build_parser(sys.modules[study.rows.__module__].__doc__).parse_args()
     is_cpu = not torch.accelerator.is_available()
-    setup = open_setup(flags, flags.workers or (_cores() if is_cpu else 1))
-    name = study.__spec__.name.removeprefix("experiments.")
+    context = StudyContext(STUDY_DATA[flags.data], select_preset(flags), flags.work,
+                           flags.workers or (_cpu_cores() if is_cpu else 1))
     deadline = time.monotonic() + 60 * flags.minutes if flags.minutes else None
-    scores, say = study.scores(setup), functools.partial(print, flush=True)
-    stages = setup.stages(name, list(scores.values()))
+    stages = context.stages(study.name, study.list_scores(context))
     trainings = stages[-2]
-    kept = sum(piece.disk for piece in trainings) / 1e9
-    say(f"{len(trainings)} trainings, of which {kept:.3g} GB are kept in {setup.folder}")
+    disk_gb = sum(task.disk_bytes for task in trainings) / 1e9
+    print(f"{len(trainings)} trainings, whose checkpoints take {disk_gb:.3g} GB in {context.folder}", flush=True)
     try:
-        for pieces in stages:
-            run_tasks(pieces, setup.workers, 1 if is_cpu else None, deadline, say)
+        for tasks in stages:
+            run_tasks(tasks, context.workers, 1 if is_cpu else None, deadline, functools.partial(print, flush=True))
     except Stopped:
-        print(f"stopped, all is saved; to go on: python -m experiments.{name} {shlex.join(sys.argv[1:])}", flush=True)
+        print(f"stopped, all work is saved; to continue: python -m experiments.{study.name} {shlex.join(sys.argv[1:])}",
+              flush=True)
         raise
-    seconds = sum(piece.seconds() for pieces in stages for piece in pieces)
-    found = dict(study=name, data=setup.images.name, scale=setup.scale.name, steps=setup.scale.steps,
-                 work_minutes=round(seconds / 60, 1),
-                 made=collect_environment("cpu" if is_cpu else torch.accelerator.current_accelerator().type))
-    found |= study.results(setup, scores)
-    write_record(os.path.join(flags.output, name_of(found) + ".json"), found)
-    study.draw(found, os.path.join(flags.output, name_of(found) + ".png"))
-    print("\n".join(" | ".join(row) for row in study.table(found)))
-    for claim, _, here, verdict in study.claims(found):
+    seconds = sum(task.seconds() for tasks in stages for task in tasks)
+    device = "cpu" if is_cpu else torch.accelerator.current_accelerator().type
+    results = dict(study=study.name, data=context.data.name, scale=context.preset.name, steps=context.preset.steps,
+                   work_minutes=round(seconds / 60, 1), made=collect_environment(device))
+    results |= study.collect_results(context)
+    path = os.path.join(flags.output, results_name(results))
+    write_record(path + ".json", results)
+    draw_results(results, flags.output)
+    print("\n".join(" | ".join(row) for row in study.table(results)))
+    for claim, _, here, verdict in study.claims(results):
         print(f"{verdict}: {claim} ({here})")
-    print(f"wrote {flags.output}/{name_of(found)}.json and .png")
-    if os.path.exists(page := page_of(flags.output)):
-        write_page(page, flags.output)
-        print(f"wrote the tables of {page}")
+    print(f"wrote {path}.json and .png")
+    write_page(flags.output)
 
 
-def open_setup(flags, workers):
-    """The `StudyContext` that the flags say. raise: UserError"""
-    scale = PRESETS.get((flags.data, flags.scale))
-    if scale is None:
-        there = ", ".join(name for data, name in PRESETS if data == flags.data)
-        raise UserError(f"--scale {flags.scale}: for --data {flags.data} there are {there}")
+def select_preset(flags):
+    """Return the preset of --data and --scale, changed by --steps and --sizes."""
+    preset = PRESETS.get((flags.data, flags.scale))
+    if preset is None:
+        names = ", ".join(name for data, name in PRESETS if data == flags.data)
+        raise ArgumentError(f"for --data {flags.data} there are only {names}. Choose one of them.", scale=flags.scale)
     if flags.steps:
-        if flags.steps > scale.curve_every and flags.steps % scale.curve_every:
-            raise UserError(f"--steps {flags.steps}: --scale {flags.scale} measures every {scale.curve_every} steps; "
-                            "pass a multiple of that, or fewer")
-        scale = replace(scale, name=f"{scale.name}-{flags.steps}-steps", steps=flags.steps,
-                        curve_every=min(scale.curve_every, flags.steps))
+        every = preset.curve_every
+        if flags.steps > every and flags.steps % every:
+            raise ArgumentError(f"--scale {flags.scale} scores every {every} steps. Use a multiple of that, or fewer.",
+                                steps=flags.steps)
+        preset = replace(preset, name=f"{preset.name}-{flags.steps}-steps", steps=flags.steps,
+                         curve_every=min(every, flags.steps))
     if flags.sizes:
-        if unknown := set(flags.sizes) - set(scale.sizes):
-            raise UserError(f"--sizes {' '.join(sorted(unknown))}: --scale {flags.scale} has {', '.join(scale.sizes)}")
-        sizes = {name: size for name, size in scale.sizes.items() if name in flags.sizes}
-        one = scale.one if scale.one[0] in sizes else (list(sizes)[-1], scale.one[1])
-        scale = replace(scale, name=f"{scale.name}-{'-'.join(sizes)}", sizes=sizes, one=one)
-    return StudyContext(STUDY_DATA[flags.data], scale, flags.work, workers)
+        if unknown := [size for size in flags.sizes if size not in preset.sizes]:
+            raise ArgumentError(f"--scale {flags.scale} has {', '.join(preset.sizes)}. Choose of these.", sizes=unknown)
+        sizes = {name: size for name, size in preset.sizes.items() if name in flags.sizes}
+        network = preset.network if preset.network[0] in sizes else (list(sizes)[-1], preset.network[1])
+        preset = replace(preset, name=f"{preset.name}-{'-'.join(sizes)}", sizes=sizes, network=network)
+    return preset
 
 
-def _cores():
+def _cpu_cores():
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

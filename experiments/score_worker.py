@@ -1,10 +1,7 @@
-"""How good a trained network's samples are, sampled in one way after the other. The studies start it as
+"""Score samples of trained networks, one setting after the other: `python -m experiments.score_worker REQUEST.json`.
 
-    python -m experiments.scoring REQUEST.json
-
-Told to stop, it ends at the next sampling step; what was made of a set of samples is kept, and a later start goes on.
+On SIGTERM it stops at the next sampling step; finished batches of samples are kept, and the next start continues.
 """
-
 import contextlib
 import os
 import shutil
@@ -16,124 +13,121 @@ import torch
 
 from common import distributed
 from common.compute import DEFAULT_COMPUTE, fastest_config
-from common.errors import Stopped, UserError, run_command
-from common.files import read_npz_array
+from common.errors import Stopped, run_command
 from common.provenance import collect_environment
 from common.signals import StopSignals
 from data.dataset import evenly_spaced_indices
-from data.image_io import to_uint8
 from evaluation.digits_classifier import DigitsClassifier
 from evaluation.feature_statistics import compute_statistics
 from evaluation.features import load_feature_space
-from evaluation.image_sources import NpzImages, open_image_source
+from evaluation.image_sources import GeneratedImages, GenerationInterrupted, NpzImages, open_image_source
 from evaluation.records import read_record, write_record
 from evaluation.reference import open_reference
 from evaluation.scores import compute_scores, primary_score
 from experiments.presets import STUDY_DATA
 from sampling.load_model import load_model
-from sampling.noise import PerSampleRNG
 from sampling.pipeline import build_pipeline
-from sampling.sample_set import SampleSet, sample_labels
+from sampling.sample_set import SampleSet
 
 
 def main():
+    """Compute the scores of the request."""
     request = read_record(sys.argv[1])
-    images = STUDY_DATA[request["images"]]
+    data, batch_size = STUDY_DATA[request["images"]], request["batch"]
     distributed.init()
     space = load_feature_space(request["features"], distributed.device())
-    reference, _ = open_reference(request["reference"], space, request["batch"])
+    reference, _ = open_reference(request["reference"], space, batch_size)
+    digits = DigitsClassifier() if data.name == "digits" else None
     with StopSignals() as signals:
-        if "scores" not in request:
-            return measure_baseline(request, images, space, reference)
-        digits, trained = DigitsClassifier() if images.name == "digits" else None, None
         for score in request["scores"]:
-            start = time.monotonic()
-            if trained is None or trained.path != score["checkpoint"]:
-                trained = load_model(score["checkpoint"], "DiT-S/2", images.image_size, images.num_classes, "none",
-                                       set(), distributed.device())
-            samples = make_samples(trained, score, request, signals)
-            measured = compute_statistics(samples, space, request["batch"])
-            labels = read_npz_array(samples.path, "arr_1")
-            found = compute_scores(measured, reference, space, labels)
-            found["agreement"] = digits.agreement(samples.images, labels) if digits else found.pop("class_agreement")
-            write_record(score["path"] + ".json", dict(
-                asked=score["asked"], scores=found, seconds=round(time.monotonic() - start, 1), made=trained.metadata()
-                | collect_environment(distributed.device())))
+            if "real_images" in score["asked"]:
+                values = score_real_images(data.name, score["asked"]["real_images"], space, reference, batch_size)
+            else:
+                loaded = load_model(score["checkpoint"], "DiT-S/2", data.image_size, data.num_classes, "none", set(),
+                                    distributed.device(), ema_decay=score["asked"].get("decay"))
+                values = score_samples(loaded, score, request, signals, space, reference, digits)
+            write_record(score["path"] + ".json", dict(asked=score["asked"]) | values)
             shutil.rmtree(score["path"], ignore_errors=True)
 
 
-def make_samples(trained, score, request, signals):
-    """The set of samples that is asked for, which grows in parts; raises `Stopped` on a signal."""
-    asked, device = score["asked"], trained.model.pos_embed.device
-    compute = replace(fastest_config(device), compile=False) if request["fast"] else DEFAULT_COMPUTE
+def score_samples(loaded, score, request, signals, space, reference, digits):
+    """Sample a network and return the scores of the samples. Raises `Stopped` on a signal."""
+    start = time.monotonic()
+    samples = generate_samples(loaded, score, request, signals)
+    labels = samples.class_labels()
+    scores = compute_scores(compute_statistics(samples, space, request["batch"]), reference, space, labels)
+    scores["agreement"] = digits.agreement(samples.images, labels) if digits else scores.pop("class_agreement")
+    made = loaded.metadata() | collect_environment(distributed.device())
+    return dict(scores=scores, seconds=round(time.monotonic() - start, 1), made=made)
 
-    def check(step, x):
-        if signals.received:
-            raise Stopped
 
+def generate_samples(loaded, score, request, signals):
+    """Return a set of samples, which is kept batch by batch. Raises `Stopped` on a signal."""
+    asked = score["asked"]
+    compute = replace(fastest_config(loaded.model.device), compile=False) if request["fast"] else DEFAULT_COMPUTE
     samples = SampleSet(os.path.join(score["path"], "set"))
     samples.open()
-    with with_variance(trained.model, asked.get("variance")):  # before the maker: in bf16 it samples a copy
-        make = build_pipeline(trained.model, trained.autoencoder, asked["steps"], asked.get("cfg_scale", 1.0),
-                           asked.get("cfg_channels"), asked.get("cfg_interval"), compute=compute)
-        for first, end in samples.missing(asked["samples"], request["batch"]):
-            labels = sample_labels("balanced", asked["seed"], range(first, end), trained.num_classes)
-            noise = PerSampleRNG(asked["seed"], range(first, end), device)
-            samples.add(first, to_uint8(make(torch.from_numpy(labels).to(device), noise, check)).cpu().numpy(), labels)
-    samples.assemble(asked["samples"])
+    with fixed_variance(loaded.model, asked.get("variance")):  # before the pipeline, which in bf16 copies the model
+        pipeline = build_pipeline(loaded.model, loaded.autoencoder, asked["steps"], asked.get("cfg_scale", 1.0),
+                                  asked.get("cfg_channels"), asked.get("cfg_interval"), compute=compute)
+        images = GeneratedImages(pipeline, loaded.num_classes, asked["samples"], asked["seed"], "balanced")
+        images.stopped = lambda: signals.received
+        labels = images.class_labels()
+        try:
+            for start, end in samples.missing(len(images), request["batch"]):
+                samples.add(start, images.batch(start, end).cpu().numpy(), labels[start:end])
+        except GenerationInterrupted:
+            raise Stopped from None
+    samples.assemble(len(images))
     return NpzImages(samples.npz)
 
 
-# Improved DDPM, eq. 15: the network's values v = (output + 1) / 2 choose between log btilde_t and log beta_t.
-FIXED = {"fixed_small": -1.0, "fixed_large": 1.0}
+# Improved DDPM, eq. 15: the network's v = (output + 1) / 2 interpolates between log btilde_t and log beta_t.
+FIXED_OUTPUTS = {"fixed_small": -1.0, "fixed_large": 1.0}
 
 
 @contextlib.contextmanager
-def with_variance(model, variance=None):
-    """A block in which a network that has learned its variance answers with a fixed one; its mean stays.
+def fixed_variance(model, variance=None):
+    """Replace a network's learned variance in the block by "fixed_small" (btilde_t) or "fixed_large" (beta_t).
 
-    variance  "fixed_small" (btilde_t), "fixed_large" (beta_t); None or "learned": its own
+    None and "learned" change nothing; the mean never changes.
     """
     if variance in (None, "learned"):
         yield
         return
-    if not model.learn_sigma:
-        raise UserError(f"variance {variance}: this network has learned none that could be replaced")
-
-    def fix(module, inputs, output):
+    def replace_variance(module, inputs, output):
         eps = output[:, : module.in_channels]
-        return torch.cat([eps, torch.full_like(eps, FIXED[variance])], dim=1)
+        return torch.cat([eps, torch.full_like(eps, FIXED_OUTPUTS[variance])], dim=1)
 
-    hook = model.register_forward_hook(fix)
+    hook = model.register_forward_hook(replace_variance)
     try:
         yield
     finally:
         hook.remove()
 
 
-class Subset:
-    """Some images of a source, chosen by their numbers."""
+class _Subset:
+    """Some images of a source, by their indices."""
 
     hashes = False
 
-    def __init__(self, source, numbers):
-        self.source, self.numbers = source, numbers
+    def __init__(self, source, indices):
+        self.source, self.indices = source, indices
 
     def __len__(self):
-        return len(self.numbers)
+        return len(self.indices)
 
-    def batch(self, first, end):
-        return torch.cat([self.source.batch(i, i + 1) for i in self.numbers[first:end]])
+    def batch(self, start, end):
+        return torch.cat([self.source.batch(i, i + 1) for i in self.indices[start:end]])
 
 
-def measure_baseline(request, images, space, reference):
-    """What the best samples could reach: distances of real images, as many as there are samples."""
-    train = open_image_source(images.name)
-    rows = evenly_spaced_indices(len(train), min(request["asked"]["count"], len(train)))
-    found = compute_scores(compute_statistics(Subset(train, rows), space, request["batch"]), reference, space)
-    write_record(request["path"] + ".json", dict(
-        asked=request["asked"], real=dict(images=len(rows), distance=found[primary_score(space)]),
-        held_out=reference.count, made=collect_environment(distributed.device())))
+def score_real_images(name, count, space, reference, batch_size):
+    """Return the distance of `count` real training images, or of all."""
+    source = open_image_source(name)
+    subset = _Subset(source, evenly_spaced_indices(len(source), min(count, len(source))))
+    scores = compute_scores(compute_statistics(subset, space, batch_size), reference, space)
+    return dict(real=dict(images=len(subset), distance=scores[primary_score(space)]), held_out=reference.count,
+                made=collect_environment(distributed.device()))
 
 
 if __name__ == "__main__":

@@ -1,74 +1,53 @@
-"""Learned against fixed variances in few steps: the reason why the network learns its variance (Improved DDPM).
+"""Learned against fixed variances in few steps: why the network learns its variance (Improved DDPM).
 
-    python -m experiments.variance
-
-The same networks throughout, those of `block_types` with adaLN-Zero: only the noise that a sampling step adds differs.
-DDIM, which adds none, beside them.
+The networks are those of `block_types` with adaLN-Zero; only the noise of a sampling step differs. DDIM adds none.
 """
-
-import sys
-
 from common.errors import run_command
-from experiments.figures import curve, finish, log_axes, new_figure
+from evaluation.plots import new_figure
+from experiments.figures import add_legend, distance_label, draw_lines
 from experiments.runner import run_study
-from experiments.statistics import format_mean_std, mean_std, verdict_lower, verdict_of_all
+from experiments.statistics import mean_std, verdict_lower, verdict_of_all
+from experiments.study import Study
 
-TITLE = "Distance over sampling steps, by the variance of a step"
-SAMPLED = "Samples without guidance, by DDPM with these variances, or DDIM, in the steps of the table"
 NAMES = {"learned": "learned", "fixed_small": "fixed, posterior's (small)", "fixed_large": "fixed, beta (large)",
          "ddim": "DDIM"}
 FEW = 25  # sampling steps
 
 
-def scores(setup):
-    """{(variance, steps, seed): score}"""
-    return {(name, steps, seed): setup.score(setup.training(*setup.scale.one, seed), seed=seed, **(
-        dict(steps=f"ddim{steps}") if name == "ddim" else dict(steps=steps, variance=name)))
-        for name in NAMES for steps in setup.scale.variance_steps for seed in setup.scale.seeds
-        if name != "ddim" or 1000 % steps == 0}  # DDIM takes steps at one distance
+def rows(preset, data):
+    """Each variance, and DDIM, in all numbers of sampling steps; DDIM needs evenly spaced ones."""
+    for name in ("learned", "fixed_small", "fixed_large"):
+        yield dict(variance=name), {}, {steps: dict(steps=steps, variance=name) for steps in preset.variance_steps}
+    yield dict(variance="ddim"), {}, {steps: dict(steps=f"ddim{steps}") for steps in preset.variance_steps
+                                      if 1000 % steps == 0}
 
 
-def results(setup, scores):
-    seeds, distances = setup.scale.seeds, {}
-    for (name, steps, _), score in scores.items():
-        distances.setdefault(name, {}).setdefault(steps, []).append(score.found())
-    rows = [dict(variance=name, distance=[[steps, values] for steps, values in own.items()])
-            for name, own in distances.items()]
-    size, patch = setup.scale.one
-    return dict(seeds=seeds, network=f"{size}/{patch}", rows=rows, **setup.judged(scores))
-
-
-def table(found):
-    counts = [steps for steps, _ in found["rows"][0]["distance"]]
-    yield "variance", *(f"{steps} steps" for steps in counts)
-    for row in found["rows"]:
-        values = dict(map(tuple, row["distance"]))
-        yield NAMES[row["variance"]], *(format_mean_std(values[steps]) if steps in values else "" for steps in counts)
-
-
-def draw(found, path):
+def draw(results):
+    """Draw the distance over sampling steps, a line for each variance."""
     figure, (axis,) = new_figure(1, width=5.0, height=3.6)
-    for number, row in enumerate(found["rows"]):
-        curve(axis, dict(map(tuple, row["distance"])), NAMES[row["variance"]], number)
-    log_axes(axis, "xy")
-    axis.set(xlabel="sampling steps",
-             ylabel=f"Frechet distance ({found['features']}, {found['samples']} samples)")
-    counts = [steps for steps, _ in found["rows"][0]["distance"]]
-    axis.set_xticks(counts, [str(steps) for steps in counts])
-    axis.minorticks_off()
-    finish(figure, axis, path, f"{found['network']}, {len(found['seeds'])} seeds")
+    draw_lines(axis, {NAMES[row["variance"]]: dict(row["distance"]) for row in results["rows"]},
+               "sampling steps", distance_label(results), "xy",
+               {steps: str(steps) for steps, _ in results["rows"][0]["distance"]})
+    add_legend(axis, f"{results['network']}, {len(results['seeds'])} seeds")
+    return figure
 
 
-def claims(found):
-    distance = {row["variance"]: dict(map(tuple, row["distance"])) for row in found["rows"]}
+def claims(results):
+    """Compare the learned variance with the fixed ones in few steps."""
+    distance = {row["variance"]: dict(row["distance"]) for row in results["rows"]}
     few = [steps for steps in distance["learned"] if steps <= FEW]
     for name in ("fixed_large", "fixed_small"):
-        numbers = "; ".join(f"{mean_std(distance['learned'][steps])[0]:.2f} against "
-                            f"{mean_std(distance[name][steps])[0]:.2f} in {steps}" for steps in few)
+        pairs = {steps: (distance["learned"][steps], distance[name][steps]) for steps in few}
+        numbers = "; ".join(f"{mean_std(learned)[0]:.2f} against {mean_std(fixed)[0]:.2f} in {steps}"
+                            for steps, (learned, fixed) in pairs.items())
         yield (f"in few steps the learned variance is better than the {NAMES[name]} one",
                "no comparison; as we remember Improved DDPM: so", numbers,
-               verdict_of_all(verdict_lower(distance["learned"][steps], distance[name][steps]) for steps in few))
+               verdict_of_all(verdict_lower(*pair) for pair in pairs.values()))
 
+
+STUDY = Study("variance", "Distance over sampling steps, by the variance of a step", rows,
+              {"variance": lambda row: NAMES[row["variance"]]}, draw, claims, "{} steps".format,
+              sampled="Samples without guidance, by DDPM with these variances, or DDIM, in the steps of the table")
 
 if __name__ == "__main__":
-    run_command(lambda: run_study(sys.modules[__name__]))
+    run_command(lambda: run_study(STUDY))

@@ -11,6 +11,7 @@ from common.checkpoint_io import load_checkpoint, load_weights, select_weights
 from common.download import download
 from common.errors import ArgumentError, UserError
 from common.files import sha256_weights
+from networks import build_dit, infer_conditioning
 
 PUBLISHED_CHECKPOINTS = ("DiT-XL-2-512x512.pt", "DiT-XL-2-256x256.pt")
 PUBLISHED_URL = "https://dl.fbaipublicfiles.com/DiT/models/"
@@ -75,19 +76,19 @@ class LoadedModel:
     @property
     def num_classes(self):
         """Number of classes with training data, which can be fewer than the rows of the class table."""
-        rows = self.model.config["num_classes"]
+        rows = self.model.config.num_classes
         return min(rows, len(self.class_names)) if self.class_names else rows
 
     def description(self):
         """Return a line about what was loaded."""
         after = "" if self.step is None else f" after {self.step:,} steps"
         return (f"{self.path}: {self.weights} weights of {self.name}{after}, {self.num_classes} classes, "
-                f"{self.image_size} pixels, VAE {self.autoencoder.name}, {self.model.config['conditioning']} blocks")
+                f"{self.image_size} pixels, VAE {self.autoencoder.name}, {self.model.conditioning} blocks")
 
     def metadata(self):
         """Return all that its images depend on; plain values."""
         vae = getattr(self.autoencoder, "vae", None)
-        return dict(model=self.name, conditioning=self.model.config["conditioning"],
+        return dict(model=self.name, conditioning=self.model.conditioning,
                     checkpoint=os.path.abspath(self.path),
                     weights_sha256=sha256_weights(self.model), weights=self.weights, step=self.step,
                     ema_decay=self.ema_decay if self.weights == "ema" else None, image_size=self.image_size,
@@ -135,12 +136,13 @@ def _build_model(config, state_dict, options, autoencoder, path):
     """Build the network of a checkpoint: from its configuration, or from the options and the shapes of its weights."""
     try:
         if "model" in config:
-            return models.DiT(**config["model"])
+            return build_dit(**config["model"])
         if options["model"] not in models.DiT_models:
             raise UserError(f"{path} is a checkpoint of an unknown model: {options['model']}")
-        return models.DiT_models[options["model"]](
-            input_size=latent_size(autoencoder, options["image_size"]), in_channels=autoencoder.channels,
-            num_classes=options["num_classes"], **_infer_options(state_dict, options["num_classes"]))
+        return build_dit(
+            options["model"], input_size=latent_size(autoencoder, options["image_size"]),
+            in_channels=autoencoder.channels, num_classes=options["num_classes"],
+            **_infer_options(state_dict, options["num_classes"]))
     except (TypeError, ValueError) as error:
         raise UserError(f"{path} describes a model that cannot be built: {error}") from None
 
@@ -153,20 +155,7 @@ def _infer_options(state_dict, num_classes):
     if table is None or output is None or patches is None:
         return {}  # `load_weights` reports what is missing
     return dict(class_dropout_prob=0.0 if len(table) == num_classes else 0.1,
-                learn_sigma=len(output) != patches[0].numel(),
-                conditioning=_infer_conditioning(state_dict, len(patches)))
-
-
-def _infer_conditioning(state_dict, hidden_size):
-    """Return the conditioning whose blocks have weights of these names and shapes, or else the published one."""
-    shapes = {name.removeprefix("blocks.0."): value.shape for name, value in state_dict.items()
-              if name.startswith("blocks.0.")}
-    with torch.device("meta"):
-        for conditioning, (_, block, _) in models.CONDITIONINGS.items():
-            weights = block(hidden_size, num_heads=1).state_dict()
-            if shapes == {name: value.shape for name, value in weights.items()}:
-                return conditioning
-    return "adaln-zero"
+                learn_sigma=len(output) != patches[0].numel(), conditioning=infer_conditioning(state_dict))
 
 
 # ---------------------------------------------------------------- what a checkpoint stores

@@ -1,0 +1,1 @@
+"""Training: one step, its state on disk, its faults, and what is logged of it."""

@@ -4,7 +4,9 @@ from common.errors import Stopped
 
 
 class FaultTolerance:
-    """Agrees between ranks, once a step and without waiting, whether to stop. The training loop makes two calls:
+    """Agree between ranks, once a step and without waiting, whether to stop.
+
+    The training loop makes two calls:
 
         is_stopping = faults.poll()       # after each step
         faults.finish(step, path)         # after the last checkpoint

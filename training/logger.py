@@ -16,7 +16,7 @@ from data.image_io import make_image_grid, save_image_grid
 
 
 def open_log(run_dir):
-    """Return the logger of a run: stdout and log.txt on rank 0, silent on other ranks. raise: ArgumentError"""
+    """Return the logger of a run: stdout and log.txt on rank 0, silent on other ranks."""
     logger = logging.getLogger("dit")
     logger.propagate = False
     logger.setLevel(logging.INFO)

@@ -2,13 +2,12 @@
 import os
 import re
 from functools import partial
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 from common import distributed
-from common.errors import UserError
+from common.errors import ArgumentError
 from helpers import DIGITS, Spoils, differences, folder_of, scalars, stored
 from training.checkpoint_manager import CheckpointManager
 from training.fsdp import has_only_linear_weights, init_mesh, to_local
@@ -27,23 +26,23 @@ class Watched:
         if self.a_node:
             os.environ["LOCAL_WORLD_SIZE"] = str(self.a_node)
         torch.compile = partial(torch.compile, backend="eager")  # whether it can be traced, without a C++ compiler
-        finish = CheckpointManager.finish
+        wait = CheckpointManager.wait
 
-        def finish_and_tell(saver):
-            finish(saver)
-            state = saver.state
-            moments = [value for moments in state.optimizer.state.values() for value in moments.values() if value.ndim]
-            for name, tensors in (("weights", list(state.model.parameters())), ("moments", moments),
-                                  ("ema", list(state.ema.model.parameters()))):
-                held = [to_local(tensor.detach()) for tensor in tensors]
-                print(f"{rank} {name} {sum(t.numel() for t in held) / max(1, sum(t.numel() for t in tensors)):.3f} "
-                      f"{torch.cat([t.double().flatten() for t in held]).sum() if held else 0}", flush=True)
-            sampled = {weight.device.type for weight in state.ema.sampled.parameters()}
+        def wait_and_report(checkpoints):
+            wait(checkpoints)
+            parts = checkpoints.stateful
+            moments = [value for moments in parts["opt"].optimizer.state.values() for value in moments.values()
+                       if value.ndim]
+            for name, tensors in (("weights", list(parts["model"].model.parameters())), ("moments", moments),
+                                  ("ema", list(parts["ema"].model.parameters()))):
+                local = [to_local(tensor.detach()) for tensor in tensors]
+                print(f"{rank} {name} {sum(t.numel() for t in local) / max(1, sum(t.numel() for t in tensors)):.3f} "
+                      f"{torch.cat([t.double().flatten() for t in local]).sum() if local else 0}", flush=True)
             counters = torch._dynamo.utils.counters
-            print(f"{rank} sampled {sampled} graphs {counters['stats']['unique_graphs']} "
+            print(f"{rank} graphs {counters['stats']['unique_graphs']} "
                   f"breaks {sum(counters['graph_break'].values())}", flush=True)
 
-        CheckpointManager.finish = finish_and_tell
+        CheckpointManager.wait = wait_and_report
 
 
 def shares(out, name):
@@ -83,7 +82,7 @@ def test_as_ddp_and_back(children, command, tmp_path):
     assert max(abs(norms[0][step] / norms[1][step] - 1) for step in ddp) < 1e-4 and max(norms[0].values()) > 0.3
     for name in ("weights", "moments", "ema"):
         assert all(0.4 < share < 0.6 for share, _ in shares(out, name).values()) and len(shares(out, name)) == 2, out
-    assert "sampled {'meta'}" in out and "the evaluation failed" not in out
+    assert "the evaluation failed" not in out
     folder = folder_of(tmp_path / "fsdp")
     assert len(list((folder / "samples").iterdir())) == 2 and (folder / "checkpoints" / "best.pt").is_file()
 
@@ -124,7 +123,7 @@ def test_a_step_that_is_not_finite(children, tmp_path):
     assert [name for name in differences(one, two) if name.startswith(state)] == [] and two["guard"]["total"] == 1
     assert any(name.startswith("/model") for name in differences(two, three))
     assert all(torch.isfinite(weight).all() for weight in three["model"].values())
-    assert "WARNING: (step=0000002) not applied, its gradient is not finite" in out
+    assert "WARNING: (step=0000002) not applied, its gradient is non-finite" in out
 
 
 def test_whose_blocks_travel_in_bf16():
@@ -137,15 +136,39 @@ def test_whose_blocks_travel_in_bf16():
     assert not has_only_linear_weights(block)
 
 
-def test_mistakes(command, tmp_path, monkeypatch):
+def test_fsdp_needs_several_ranks(command, tmp_path):
     status, _, err = command("train", *DIGITS, "--fsdp", "--results-dir", tmp_path / "results")
-    assert status == 2 and "--fsdp shares the model between processes, and this is one alone" in err
+    assert status == 2 and "--fsdp all: a single process" in err
     assert not (tmp_path / "results").exists()
     status, _, err = command("train", *DIGITS, "--fsdp", "zero", "--results-dir", tmp_path / "results")
     assert status == 2 and "argument --fsdp: invalid choice: 'zero'" in err
-    monkeypatch.setattr(distributed, "check_alike", lambda *_: None)
-    four = SimpleNamespace(num_processes=4, device=torch.device("cpu"))
-    for said in ("1", "3", "8", "x", None):
-        monkeypatch.setenv("LOCAL_WORLD_SIZE", said) if said else monkeypatch.delenv("LOCAL_WORLD_SIZE")
-        with pytest.raises(UserError, match=f"--fsdp node .* LOCAL_WORLD_SIZE, .* {said or 'none'} of 4"):
-            init_mesh(four, "node")
+
+
+@pytest.mark.parametrize("per_node", ["1", "3", "8", "x", None])
+def test_nodes_need_equal_numbers_of_ranks(monkeypatch, per_node):
+    monkeypatch.setattr(distributed, "assert_same_on_all_ranks", lambda *_: None)
+    monkeypatch.setattr(distributed, "world_size", lambda: 4)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", per_node) if per_node else monkeypatch.delenv("LOCAL_WORLD_SIZE", False)
+    with pytest.raises(ArgumentError, match=f"LOCAL_WORLD_SIZE.* {per_node or 'none'} of 4") as caught:
+        init_mesh("node")
+    assert caught.value.arguments == dict(fsdp="node")
+
+
+def test_an_average_is_full_only_to_be_sampled(children, tmp_path):
+    """Sharded, the module to sample from has no memory outside of the block that uses it."""
+    out = children.run("train", *RUN, "--fsdp", "--max-steps", 2, "--results-dir", tmp_path, processes=2,
+                       prepare=report_full_model)
+    assert out.count("full model on {'meta'} outside, on {'cpu'} inside") == 2
+
+
+def report_full_model(rank):
+    import train
+
+    def report(flags, signals, train_step, *rest):
+        (ema,) = train_step.emas
+        outside = {weight.device.type for weight in ema.full_model.parameters()}
+        with ema.full() as full:
+            inside = {weight.device.type for weight in full.parameters()}
+        print(f"full model on {outside} outside, on {inside} inside", flush=True)
+
+    train.train = report

@@ -16,6 +16,7 @@ import models
 from common.errors import ArgumentError
 from diffusion import create_diffusion
 from helpers import ROOT, TINY, pixels, random_weights, run_process
+from networks import build_dit
 from sampling.load_model import load_model
 from sampling.sample_set import SampleSet
 
@@ -43,7 +44,7 @@ def replace_ema(results):
     """Replace the EMA of a run's checkpoint by random weights; return its path."""
     (path,) = results.glob("*/checkpoints/0000001.pt")
     stored = torch.load(path, weights_only=True)
-    stored["ema"] = random_weights(models.DiT(**stored["config"]["model"])).state_dict()
+    stored["ema"] = random_weights(build_dit(**stored["config"]["model"])).state_dict()
     torch.save(stored, path)
     return path
 
@@ -51,7 +52,7 @@ def replace_ema(results):
 def ema_model(path):
     """Build the model of a checkpoint with its EMA weights."""
     stored = torch.load(path, weights_only=True)
-    model = models.DiT(**stored["config"]["model"])
+    model = build_dit(**stored["config"]["model"])
     model.load_state_dict(stored["ema"])
     return model.eval()
 
@@ -242,7 +243,7 @@ def test_the_name_of_a_set_holds_what_changes_its_images(command, digits_checkpo
 def averages_checkpoint(digits_checkpoint, tmp_path_factory):
     """A checkpoint with averages of two decays, the first of which is the EMA of `digits_checkpoint`."""
     stored = torch.load(digits_checkpoint, weights_only=True)
-    other = random_weights(models.DiT(**stored["config"]["model"]), seed=1).state_dict()
+    other = random_weights(build_dit(**stored["config"]["model"]), seed=1).state_dict()
     stored |= dict(extra_emas={"0.999": other}, args=stored["args"] | dict(ema_decay=[0.9999, 0.999]))
     path = tmp_path_factory.mktemp("averages") / "0000001.pt"
     torch.save(stored, path)

@@ -167,7 +167,7 @@ def test_a_damaged_file_is_an_error(samples, damage):
 
 @pytest.mark.parametrize("write, reason", [
     (lambda path: np.savez(path, images=np.zeros(3)), "arr_0"),
-    (lambda path: np.savez(path, arr_0=np.array([None])), "no plain array"),
+    (lambda path: np.savez(path, arr_0=np.array([None])), "not a plain array"),
 ])
 def test_an_npz_of_something_else_is_an_error(samples, write, reason):
     os.makedirs(os.path.dirname(samples.npz))
