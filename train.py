@@ -238,14 +238,14 @@ def train(run, flags, signals):
     update = Update(run.model, run.optimizer, run.state.ema, run.guard, run.step)
     run.network.train()
     with (distributed.collective_timeout("training", flags.timeout),
-          MetricLogger(logger, run.folder, batches.first, batches.last,
+          MetricLogger(logger, run.folder, batches.start_step, batches.end_step,
                              flags.global_batch_size) as monitor):
         with distributed.raise_on_all_ranks():
             loader = PrefetchLoader(run.dataset, batches, flags.num_workers, distributed.device(), bad_images.add)
-        if run.evaluator and batches.first and batches.first % flags.eval_every == 0 and run.evaluator.lacks(
-                batches.first):  # the run ended between saving this step and measuring it
-            evaluate(run, batches.first, monitor, signals, is_saved=True)
-        for step, (images, cond) in enumerate(loader, start=batches.first):
+        if run.evaluator and batches.start_step and batches.start_step % flags.eval_every == 0 and run.evaluator.lacks(
+                batches.start_step):  # the run ended between saving this step and measuring it
+            evaluate(run, batches.start_step, monitor, signals, is_saved=True)
+        for step, (images, cond) in enumerate(loader, start=batches.start_step):
             if step % batches.steps_per_epoch == 0 and batches.steps_per_epoch >= flags.log_every:
                 logger.info(f"Beginning epoch {step // batches.steps_per_epoch}...")
             with distributed.collective_timeout(f"the gradients of step {step + 1}", flags.timeout):
@@ -256,7 +256,7 @@ def train(run, flags, signals):
             done = step + 1
             with distributed.collective_timeout(f"the agreement on step {done}", flags.timeout):
                 stop, fault, write_failed = watch.exchange(signals.received, loader.fault, run.saver.has_failed())
-                last = done == batches.last or stop or fault or run.guard.exhausted
+                last = done == batches.end_step or stop or fault or run.guard.exhausted
                 if done % flags.log_every == 0 or last:
                     run.guard.settle()
                     monitor.show(done, grad_norm=grad_norm, learning_rate=flags.lr)
@@ -274,7 +274,7 @@ def train(run, flags, signals):
                 run.guard.check(path)
                 with distributed.raise_on_all_ranks():
                     loader.check()
-                if stop and done < batches.last:
+                if stop and done < batches.end_step:
                     logger.info(f"Stopped by {signals.received or 'another process'} after {done} steps; --resume auto "
                                 "goes on")
                     raise Stopped
