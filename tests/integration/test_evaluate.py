@@ -8,7 +8,6 @@ import pytest
 import torch
 from PIL import Image
 
-from common import distributed
 from common.checkpoint_io import load_checkpoint, save_checkpoint
 from common.files import read_npz_array
 from evaluate import translate_former_spelling
