@@ -58,7 +58,8 @@ def pixels():
 def latents(vae_folder, image_folder):
     """A model of latents, and its data."""
     model = digits_model(in_channels=4, num_classes=3)
-    return load_as(model, load_autoencoder(str(vae_folder)), 32, ["ant", "bee", "cat"]), ImageFolderDataset(image_folder, 32)
+    loaded = load_as(model, load_autoencoder(str(vae_folder)), 32, ["ant", "bee", "cat"])
+    return loaded, ImageFolderDataset(image_folder, 32)
 
 
 def loop_terms(trained, dataset, index, seed=0, steps=STEPS, clip=None, **process):
