@@ -227,7 +227,8 @@ def test_modules_that_return_no_features_are_refused(tmp_path, module, problem):
 def test_unknown_feature_spaces_are_refused(tmp_path):
     damaged = tmp_path / "x.pt"
     damaged.write_bytes(b"x")
-    for arguments, named in ((("nothing", CPU), dict(features="nothing")), ((str(damaged), CPU), dict(features=str(damaged))),
+    for arguments, named in ((("nothing", CPU), dict(features="nothing")),
+                             ((str(damaged), CPU), dict(features=str(damaged))),
                              (("pixels", CPU, "w"), dict(inception="w"))):
         with pytest.raises(ArgumentError) as caught:
             load_feature_space(*arguments)
