@@ -68,7 +68,7 @@ def test_as_ddp_and_back(children, command, tmp_path):
     """Losses, weights, EMA, moments; cut and resumed bit for bit; either goes on from the other's checkpoint."""
     watched = Watched()
     reference = tmp_path / "held-out.npz"
-    command("evaluate", "--make-reference", "digits-held-out", "--features", "pixels", "--output", reference)
+    command("evaluate", "reference", "digits-held-out", "--features", "pixels", "--output", reference)
     more = ["--fsdp", "--async-save", "--sample-every", 3, "--eval-every", 3, "--eval-reference", reference,
             "--eval-features", "pixels", "--eval-samples", 65, "--eval-sampling-steps", "ddim2"]
     children.run("train", *RUN, "--max-steps", 6, "--results-dir", tmp_path / "ddp", processes=2)
