@@ -1,8 +1,9 @@
 # `make demo` and `make test` set up what they need; `make help` lists the rest.
-PYTHON ?= python3
-VENV   ?= .venv
-PY      = $(VENV)/bin/python
-DEMO   ?= demo
+PYTHON  ?= python3
+VENV    ?= .venv
+PY       = $(VENV)/bin/python
+DEMO    ?= demo
+WORKERS ?= auto
 
 .PHONY: help setup demo test lint clean
 
@@ -20,7 +21,7 @@ RUN     = $(DEMO)/000-DiT-S-2
 
 demo: $(VENV)/ready  ## train on the digits, sample, make a set of samples and judge it
 	rm -rf $(DEMO) && mkdir $(DEMO)
-	$(PY) evaluate.py --make-reference digits-held-out --features pixels --output $(DEMO)/held-out.npz
+	$(PY) evaluate.py reference digits-held-out --features pixels --output $(DEMO)/held-out.npz
 	$(PY) train.py --data-path digits --image-size 8 --num-classes 10 --vae none \
 	    --model DiT-S/2 --depth 4 --hidden-size 96 --num-heads 4 \
 	    --global-batch-size 64 --lr 4e-3 --ema-decay 0.997 --max-steps 3000 \
@@ -31,13 +32,13 @@ demo: $(VENV)/ready  ## train on the digits, sample, make a set of samples and j
 	    --samples-per-label 10 --trajectory --output $(DEMO)/digits.png
 	$(PY) sample_ddp.py --ckpt $(RUN)/checkpoints/0003000.pt --cfg-scale 1.5 \
 	    --num-fid-samples 500 --per-proc-batch-size 250 --sample-dir $(DEMO)/samples
-	$(PY) score_digits.py $(DEMO)/samples/*.npz
-	$(PY) plot_run.py $(RUN) --output $(DEMO)/training.png
+	$(PY) -m tools.score_digits $(DEMO)/samples/*.npz
+	$(PY) -m tools.plot_run $(RUN) --output $(DEMO)/training.png
 	@echo "Look at $(DEMO)/digits.png (a digit a row), $(DEMO)/digits.gif (from noise to digits) and"
 	@echo "$(DEMO)/training.png (loss and distance to real digits while it trained)."
 
-test: $(VENV)/ready  ## the whole test suite
-	$(PY) -m pytest
+test: $(VENV)/ready  ## the test suite, on all cores; one kind of test: make test TESTS="-m unit"
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) $(TESTS)
 
 lint: $(VENV)/ready  ## style
 	$(VENV)/bin/ruff check .

@@ -1,246 +1,234 @@
-"""Measure samples: FID, sFID, Inception Score, precision and recall, as ADM's suite computes them.
+"""Evaluate samples and models: FID and other scores, references for them, and bits per dimension.
 
-    python evaluate.py samples/NAME.npz --reference VIRTUAL_imagenet256_labeled.npz
-    torchrun --nproc_per_node=8 evaluate.py DiT-XL-2-256x256.pt --reference VIRTUAL_imagenet256_labeled.npz
-    python evaluate.py --make-reference /path/to/images --image-size 256 --output reference.npz
-    python evaluate.py results/000-DiT-S-2/checkpoints/0002992.pt --nll digits-held-out
-    python evaluate.py --diff A.scores.json B.scores.json
+    python evaluate.py score samples/NAME.npz --reference VIRTUAL_imagenet256_labeled.npz
+    torchrun --nproc_per_node=8 evaluate.py score DiT-XL-2-256x256.pt --reference VIRTUAL_imagenet256_labeled.npz
+    python evaluate.py reference /path/to/images --image-size 256 --output reference.npz
+    python evaluate.py nll results/000-DiT-S-2/checkpoints/0002992.pt --data digits-held-out
+    python evaluate.py diff A.scores.json B.scores.json
 
-SAMPLES is an .npz, a folder of images, digits, fractals, one of these with -held-out, or a checkpoint, of which images
-are then made and measured in one go, those that sample_ddp.py makes. Every score is written down with all that it
-depends on.
+The scores are FID, sFID, Inception Score, precision and recall, as ADM's suite computes them. Images are an .npz, a
+folder, digits, fractals, or one of these two with -held-out; of a checkpoint, the images that sample_ddp.py makes are
+generated and scored. Every result is written to a record, with all that it depends on.
+
+`evaluate.py COMMAND --help` shows the flags of a command. Former spellings without a command still work:
+`SAMPLES --reference REF`, `--make-reference DATA`, `CKPT --nll DATA`, `--diff A B`.
 """
 import argparse
 import os
+import sys
 
 from common import distributed
-from common.cli import (
-    HelpFormatter,
-    add_compute_flags,
-    build_compute_config,
-    minutes,
-    non_negative_int,
-    parse_args,
-    positive_int,
-)
-from common.errors import UserError, run_command
+from common.cli import HelpFormatter, add_alias, build_compute_config, flag_name, parse_args, positive_int
+from common.errors import UserError, rename_arguments, run_command
 from common.provenance import collect_environment
 from data import build_dataset
-from data.builtin import BUILTIN_DATASETS, parse_builtin_name
+from data.builtin import parse_builtin_name
+from evaluation.cli import add_checkpoint_flags, add_feature_flags, add_generation_flags, add_process_flags
 from evaluation.feature_statistics import compute_statistics
-from evaluation.features import add_feature_flags, load_feature_space
+from evaluation.features import load_feature_space
 from evaluation.image_sources import GeneratedImages, open_image_source
 from evaluation.nll import bits_per_dimension, plot_nll, summarize_nll
-from evaluation.records import diff_records, free_path, read_record, write_record
-from evaluation.reference import PRECISION_IMAGES, open_reference, save_reference
+from evaluation.records import check_output, diff_records, read_record, record_path, write_record
+from evaluation.reference import NUM_REFERENCE_FEATURES, open_reference, save_reference
 from evaluation.scores import check_comparable, compute_scores, distance_name, format_scores
-from sampling.cli import add_model_flags, add_sampling_flags, sampling_options
+from sampling.cli import sampling_options
 from sampling.load_model import PUBLISHED_CHECKPOINTS, load_model
 from sampling.pipeline import build_pipeline
 
 
 def build_parser():
+    """Build the parser of the command line; `run` and `parser` of a parsed line are those of its command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
-    parser.add_argument("samples", nargs="?", metavar="SAMPLES", help="an .npz, a folder, or a checkpoint")
-    group = parser.add_argument_group("what to do")
-    group.add_argument("--reference", metavar="REF", help="ADM's .npz, an .npz of images, a folder, or a file of "
-                                                          "--make-reference: what SAMPLES are compared with")
-    group.add_argument("--make-reference", metavar="DATA", help="measure these images, to compare with them later")
-    group.add_argument("--nll", metavar="DATA", help="bits per dimension of a checkpoint on these images: a folder "
-                                                     "with a folder a class, digits-held-out, ...")
-    group.add_argument("--diff", nargs=2, metavar=("A", "B"), help="say in what two records differ")
-    group.add_argument("--output", metavar="FILE", help="the record, or the reference; default: beside SAMPLES")
-    add_feature_flags(parser)
-    add_model_flags(parser, vae="ema", ckpt=False)
-    add_sampling_flags(parser, cfg_scale=1.5)
-    add_compute_flags(parser)
-    group = parser.add_argument_group("set")
-    group.add_argument("--num-fid-samples", type=positive_int, default=50000, help="images made of a checkpoint")
-    group.add_argument("--nll-images", type=positive_int, default=1000, help="images of --nll; 1000 passes each")
-    group.add_argument("--per-proc-batch-size", type=positive_int, default=32, help="images at once")
-    group.add_argument("--labels", choices=["uniform", "balanced"], default="uniform",
-                       help="random classes (as published), or as many of each")
-    group.add_argument("--global-seed", type=non_negative_int, default=0, help="of labels and noise")
-    group.add_argument("--tf32", action=argparse.BooleanOptionalAction, default=True,
-                       help="TF32 matrix products in the model (never in the features)")
-    group.add_argument("--timeout", type=minutes, default=distributed.DEFAULT_TIMEOUT, metavar="MINUTES",
-                       help="how long a process waits for the others")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    def add_command(run, name, summary):
+        command = commands.add_parser(name, help=summary, description=f"{summary.capitalize()}.",
+                                      formatter_class=HelpFormatter)
+        command.set_defaults(run=run, parser=command)
+        return command
+
+    add_score_flags(add_command(score, "score", "scores of samples against a reference"))
+    add_reference_flags(add_command(reference, "reference", "statistics of images, to score samples against later"))
+    add_nll_flags(add_command(nll, "nll", "bits per dimension of a model on a data set"))
+    command = add_command(diff, "diff", "differences of two records")
+    command.add_argument("records", nargs=2, metavar="RECORD", help="JSON files of score or nll")
     return parser
 
 
+def add_score_flags(parser):
+    """Add the flags of `score`."""
+    parser.add_argument("samples", metavar="SAMPLES", help="an .npz, a folder, a built-in data set, or a checkpoint")
+    parser.add_argument("--reference", required=True, metavar="REF",
+                        help="ADM's .npz, an output of `evaluate.py reference`, or images: an .npz, a folder, ...")
+    parser.add_argument("--output", metavar="FILE", help="the record; default: SAMPLES.scores.json")
+    add_feature_flags(parser)
+    add_generation_flags(parser)
+    add_process_flags(parser)
+
+
+def add_reference_flags(parser):
+    """Add the flags of `reference`."""
+    parser.add_argument("data", metavar="DATA", help="images: an .npz, a folder, or a built-in data set")
+    parser.add_argument("--output", required=True, metavar="FILE", help="the reference, an .npz")
+    parser.add_argument("--image-size", type=positive_int, help="pixels that images of a folder are cropped to")
+    parser.add_argument("--num-classes", type=positive_int, help="number of classes of fractals")
+    add_feature_flags(parser)
+    add_process_flags(parser)
+
+
+def add_nll_flags(parser):
+    """Add the flags of `nll`."""
+    parser.add_argument("ckpt", metavar="CKPT", help="a checkpoint: .pt or .safetensors")
+    parser.add_argument("--data", required=True, help="a folder of class folders of images, digits-held-out, ...")
+    parser.add_argument("--output", metavar="FILE", help="the record; default: CKPT.nll.json")
+    parser.add_argument("--num-images", type=positive_int, default=1000,
+                        help="images, evenly spaced over the data; 1000 forward passes each")
+    add_alias(parser, "--nll-images", "--num-images")
+    add_checkpoint_flags(parser)
+    add_process_flags(parser)
+
+
+# What a former flag becomes: a command, and the flag in its place.
+FORMER_SPELLINGS = {"--reference": ("score", ["--reference"]), "--make-reference": ("reference", []),
+                    "--nll": ("nll", ["--data"]), "--diff": ("diff", [])}
+
+
+def translate_former_spelling(argv):
+    """Translate a command line without a command: `CKPT --nll DATA` becomes `nll CKPT --data DATA`."""
+    if argv and argv[0] in [command for command, _ in FORMER_SPELLINGS.values()]:
+        return argv
+    for position, argument in enumerate(argv):
+        flag, *value = argument.split("=", 1)
+        if flag in FORMER_SPELLINGS:
+            command, replacement = FORMER_SPELLINGS[flag]
+            return [command, *argv[:position], *replacement, *value, *argv[position + 1:]]
+    return argv
+
+
 def main():
-    flags, given = parse_args(build_parser())
-    check(flags, given)
-    if flags.diff:
-        return show_differences(*flags.diff)
-    distributed.init(flags.tf32 and flags.precision != "fp32", flags.timeout)
-    with distributed.collective_timeout("the evaluation", flags.timeout):
-        if flags.make_reference:
-            make_reference(flags, given)
-        elif flags.nll:
-            evaluate_likelihood(flags, given)
-        else:
-            evaluate(flags, given)
+    """Run a command on all ranks."""
+    argv = translate_former_spelling(sys.argv[1:])
+    flags, explicit_args = parse_args(build_parser().parse_args(argv).parser, argv=argv[1:])
+    if flags.run is diff:
+        return diff(flags, explicit_args)
+    distributed.init(getattr(flags, "tf32", True) and getattr(flags, "precision", "tf32") != "fp32", flags.dist_timeout)
+    with (distributed.collective_timeout("the evaluation", flags.dist_timeout),
+          rename_arguments(batch_size="per_proc_batch_size", data_path="data")):
+        flags.run(flags, explicit_args)
     distributed.shutdown()
 
 
-# What says how a checkpoint's images are made: without a meaning for images that are there already.
-MAKING = {"num_fid_samples", "labels", "global_seed", "cfg_scale", "cfg_channels", "num_sampling_steps", "sampler",
-          "cfg_interval", "eta", "model", "num_classes", "vae", "fast", "precision", "compile", "cuda_graphs",
-          "attention"}
-
-
-def check(flags, given):
-    """Is it clear what is asked for?"""
-    asked = [name for name in ("reference", "make_reference", "nll", "diff") if getattr(flags, name)]
-    if len(asked) != 1:
-        raise UserError("pass one of --reference, --make-reference, --nll and --diff, not "
-                        + (" and ".join("--" + name.replace("_", "-") for name in asked) or "none"))
-    (asked,) = asked
-    if (flags.samples is None) != (asked in ("make_reference", "diff")):
-        raise UserError(f"--{asked.replace('_', '-')} " + (
-            "needs SAMPLES: an .npz, a folder, or a checkpoint" if flags.samples is None
-            else f"takes no SAMPLES, here are {flags.samples}"))
-    fractals = "fractals" in (parse_builtin_name(flags.samples)[0], parse_builtin_name(flags.reference)[0])
-    making = given & MAKING - ({"num_classes"} if fractals else set())
-    if flags.samples and asked == "reference" and not is_checkpoint(flags.samples) and making:
-        name = sorted(making)[0].replace("_", "-")
-        raise UserError(f"--{name} says how a checkpoint's images are made; those of {flags.samples} are there already")
-    making = given & MAKING - {"global_seed", "model", "num_classes", "vae"}
-    if asked == "nll" and making:
-        raise UserError(f"--{sorted(making)[0].replace('_', '-')} says how images are made, and --nll makes none")
-    if asked == "nll" and not is_checkpoint(flags.samples):
-        raise UserError(f"--nll is of a checkpoint (.pt, .safetensors); {flags.samples} is none")
-    if asked == "make_reference" and not flags.output:
-        raise UserError("--make-reference needs --output: where the reference goes")
-    if flags.output:
-        check_output(flags)
-
-
-def check_output(flags):
-    """Is --output a file that may be written?"""
-    ending = ".npz" if flags.make_reference else ".json"
-    if not flags.output.endswith(ending):
-        raise UserError(f"--output {flags.output}: its name must end in {ending}")
-    for name in (flags.samples, flags.reference, flags.make_reference):
-        if name and os.path.abspath(name) == os.path.abspath(flags.output):
-            raise UserError(f"--output {flags.output} would overwrite what is to be measured")
-    folder = os.path.dirname(os.path.abspath(flags.output))
-    if not os.path.isdir(folder):
-        raise UserError(f"--output {flags.output}: there is no folder {folder}")
-
-
-def evaluate(flags, given):
-    """Samples against a reference: prints the scores, and writes their record."""
+def score(flags, explicit_args):
+    """Score samples against a reference: print the scores and write their record."""
+    check_generation_flags(flags, explicit_args)
+    check_output(flags.output, ".json", flags.samples, flags.reference)
     with distributed.raise_on_all_ranks():
         features = load_feature_space(flags.features, distributed.device(), flags.inception)
-        images, image_size, num_classes = open_samples(flags, given)
-    reference, reference_record = open_reference(flags.reference, features, flags.per_proc_batch_size,
-                                                 image_size, num_classes)
+        images, num_classes = open_samples(flags, explicit_args)
+        image_size = images.example_batch().shape[2]
+    statistics, metadata = open_reference(flags.reference, features, flags.per_proc_batch_size, image_size, num_classes)
     with distributed.raise_on_all_ranks():
-        check_comparable(images, reference, features)
+        check_comparable(images, statistics, features)
     samples = compute_statistics(images, features, flags.per_proc_batch_size, title="samples")
 
     def report():
-        found = compute_scores(samples, reference, features, images.class_labels())
-        for line in format_scores(found, features, samples, reference):
-            print(line)
-        record = dict(scores=found, name=distance_name(features, samples.count), features=features.metadata(),
-                      samples=images.metadata() | (dict(pixels_sha256=samples.pixels) if samples.pixels else {}),
-                      reference=reference_record, evaluated=collect_environment(distributed.device()) | dict(tf32=False))
-        path = flags.output or free_path(stem_of(flags.samples) + ".scores", ".json")
-        write_record(path, record)
+        scores = compute_scores(samples, statistics, features, images.class_labels())
+        print("\n".join(format_scores(scores, features, samples, statistics)))
+        path = record_path(flags.output, flags.samples, "scores")
+        write_record(path, dict(scores=scores, name=distance_name(features, samples.count),
+                                features=features.metadata(), samples=samples.describe(images), reference=metadata,
+                                evaluated=collect_environment(distributed.device()) | dict(tf32=False)))
         print(f"wrote {path}")
 
     distributed.run_on_rank0_and_broadcast(report)
 
 
-def open_samples(flags, given):
-    """The images that SAMPLES names, their size in pixels, and of how many classes they are, if that is known."""
-    if not is_checkpoint(flags.samples):
-        images = open_image_source(flags.samples, **typed(flags, given))
-        return images, images.batch(0, 1).shape[2], typed(flags, given)["num_classes"]
-    trained = load_model(flags.samples, flags.model, flags.image_size, flags.num_classes, flags.vae, given,
-                           distributed.device())
-    distributed.print_rank0(trained.description())
-    make = build_pipeline(trained.model, trained.autoencoder, **sampling_options(flags),
-                       compute=build_compute_config(flags, distributed.device(), distributed.print_rank0))
-    images = GeneratedImages(make, trained.num_classes, flags.num_fid_samples, flags.global_seed, flags.labels,
-                             trained.metadata() | collect_environment(distributed.device()))
-    return images, trained.image_size, trained.num_classes
-
-
-def typed(flags, given):
-    """The sizes that the user typed: what folders are cropped to and fractals are drawn in; None of the others."""
-    return {name: getattr(flags, name) if name in given else None for name in ("image_size", "num_classes")}
+def check_generation_flags(flags, explicit_args):
+    """Refuse flags about samples of a checkpoint if SAMPLES are images."""
+    if is_checkpoint(flags.samples):
+        return
+    parser = argparse.ArgumentParser()
+    add_generation_flags(parser)
+    used = {"image_size"}
+    if "fractals" in (parse_builtin_name(flags.samples)[0], parse_builtin_name(flags.reference)[0]):
+        used.add("num_classes")
+    for name in sorted(explicit_args & set(vars(parser.parse_args([]))) - used):
+        raise UserError(f"{flag_name(name)} is for samples of a checkpoint, but {flags.samples} are images. "
+                        "Leave it out")
 
 
 def is_checkpoint(name):
+    """Return whether a name is that of a checkpoint, not of images."""
     return name in PUBLISHED_CHECKPOINTS or name.endswith((".pt", ".pth", ".safetensors"))
 
 
-def stem_of(samples):
-    """The name that a record beside SAMPLES begins with."""
-    return os.path.splitext(samples)[0] if os.path.isfile(samples) else os.path.normpath(samples)
+def open_samples(flags, explicit_args):
+    """Return the images of SAMPLES, and their number of classes if known."""
+    if not is_checkpoint(flags.samples):
+        image_size, num_classes = (getattr(flags, name) if name in explicit_args else None
+                                   for name in ("image_size", "num_classes"))
+        return open_image_source(flags.samples, image_size, num_classes), num_classes
+    loaded = load_checkpoint_model(flags.samples, flags, explicit_args)
+    compute = build_compute_config(flags, distributed.device(), distributed.print_rank0)
+    pipeline = build_pipeline(loaded.model, loaded.autoencoder, **sampling_options(flags), compute=compute)
+    metadata = loaded.metadata() | collect_environment(distributed.device())
+    images = GeneratedImages(pipeline, loaded.num_classes, flags.num_fid_samples, flags.global_seed,
+                             flags.label_distribution, metadata)
+    return images, loaded.num_classes
 
 
-def make_reference(flags, given):
-    """Measure the images of --make-reference and write what can be compared with."""
+def load_checkpoint_model(path, flags, explicit_args):
+    """Load the model of a checkpoint by the flags of `add_model_flags`, and print what was loaded."""
+    loaded = load_model(path, flags.model, flags.image_size, flags.num_classes, flags.vae, explicit_args,
+                        distributed.device(), flags.ema_decay)
+    distributed.print_rank0(loaded.description())
+    return loaded
+
+
+def reference(flags, explicit_args):
+    """Measure images and write the reference."""
+    check_output(flags.output, ".npz", flags.data)
     with distributed.raise_on_all_ranks():
         features = load_feature_space(flags.features, distributed.device(), flags.inception)
-        images = open_image_source(flags.make_reference, **typed(flags, given))
-    found = compute_statistics(images, features, flags.per_proc_batch_size, PRECISION_IMAGES, title="reference")
+        images = open_image_source(flags.data, flags.image_size, flags.num_classes)
+    statistics = compute_statistics(images, features, flags.per_proc_batch_size, NUM_REFERENCE_FEATURES, "reference")
 
     def save():
-        source = images.metadata() | (dict(pixels_sha256=found.pixels) if found.pixels else {})
-        save_reference(flags.output, found, features, source | collect_environment(distributed.device()) | dict(tf32=False))
-        print(f"wrote {flags.output}: {found.count} images, {len(found.pool[0])} features "
+        environment = collect_environment(distributed.device()) | dict(tf32=False)
+        save_reference(flags.output, statistics, features, statistics.describe(images) | environment)
+        print(f"wrote {flags.output}: {statistics.count} images, {len(statistics.pool[0])} features "
               f"({features.metadata()['space']})")
 
     distributed.run_on_rank0_and_broadcast(save)
 
 
-def evaluate_likelihood(flags, given):
-    """Bits per dimension of a checkpoint: prints them, and writes their record and a plot."""
+def nll(flags, explicit_args):
+    """Compute bits per dimension: print them, and write their record and a plot."""
+    if not is_checkpoint(flags.ckpt):
+        raise UserError(f"{flags.ckpt} is not a checkpoint. Name a .pt or .safetensors file")
+    check_output(flags.output, ".json", flags.ckpt, flags.data)
     with distributed.raise_on_all_ranks():
-        trained = load_model(flags.samples, flags.model, flags.image_size, flags.num_classes, flags.vae, given,
-                               distributed.device())
-        dataset = open_labelled(flags.nll, trained.image_size, trained.num_classes)
-    distributed.print_rank0(trained.description())
-    found = bits_per_dimension(trained, dataset, flags.nll_images, flags.per_proc_batch_size,
-                                          flags.global_seed)
+        loaded = load_checkpoint_model(flags.ckpt, flags, explicit_args)
+        dataset = build_dataset(flags.data, loaded.image_size, num_classes=loaded.num_classes)
+    result = bits_per_dimension(loaded, dataset, flags.num_images, flags.per_proc_batch_size, flags.global_seed)
 
     def report():
-        print(summarize_nll(found))
-        path = flags.output or free_path(stem_of(flags.samples) + ".nll", ".json")
-        write_record(path, dict(likelihood=found, data=dict(path=flags.nll, images=len(dataset)),
-                                        model=trained.metadata(), seed=flags.global_seed,
-                                        evaluated=collect_environment(distributed.device())))
+        print(summarize_nll(result))
+        path = record_path(flags.output, flags.ckpt, "nll")
+        write_record(path, dict(likelihood=result, data=dict(path=flags.data, images=len(dataset)),
+                                model=loaded.metadata(), seed=flags.global_seed,
+                                evaluated=collect_environment(distributed.device())))
         plot = os.path.splitext(path)[0] + ".png"
-        plot_nll(found, plot)
+        plot_nll(result, plot)
         print(f"wrote {path} and {plot}")
 
     distributed.run_on_rank0_and_broadcast(report)
 
 
-def open_labelled(path, image_size, num_classes):
-    """The data set of --nll."""
-    digits_size = BUILTIN_DATASETS["digits"]["image_size"]
-    if parse_builtin_name(path)[0] == "digits" and image_size != digits_size:
-        raise UserError(f"--nll {path}: the digits are {digits_size} pixels wide, the model is for {image_size}")
-    try:
-        return build_dataset(path, image_size, num_classes=num_classes)
-    except UserError as error:
-        raise UserError(str(error).replace("--data-path", "--nll")) from None
-
-
-def show_differences(one, two):
-    """Print every field in which two records differ, those of the scores first."""
-    found = list(diff_records(read_record(one), read_record(two)))
-    for path, first, second in found:
-        print(f"{path}: {first} | {second}")
-    if not found:
-        print("the records do not differ")
+def diff(flags, explicit_args):
+    """Print every field in which two records differ, the scores first."""
+    differences = diff_records(*map(read_record, flags.records))
+    print("\n".join(f"{path}: {one} | {two}" for path, one, two in differences) or "the records do not differ")
 
 
 if __name__ == "__main__":

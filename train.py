@@ -17,7 +17,7 @@ import torch
 
 import networks
 from autoencoder.checks import NUM_CHECK_IMAGES, check_autoencoder
-from autoencoder.vae import latent_size, load_autoencoder
+from autoencoder.vae import latent_size, load_autoencoder, load_cached_latents
 from common import distributed
 from common.cli import build_compute_config, parse_args
 from common.errors import ArgumentError, UserError, rename_arguments, run_command
@@ -194,7 +194,7 @@ def open_dataset(flags, explicit_args, device):
         dataset = LatentCache(flags.features_path)
         vae, image_size = (getattr(flags, name) if name in explicit_args else None for name in ("vae", "image_size"))
         autoencoder = load_cached_latents(dataset, vae, image_size, device,
-                                          decodes=bool(flags.sample_every or flags.eval_every))
+                                          needs_decoder=bool(flags.sample_every or flags.eval_every))
         if flags.cache_on_device:
             dataset = dataset.in_memory(device)
         if flags.flip and not dataset.flips:

@@ -1,0 +1,1 @@
+"""Autoencoders: between pixels and the latents that the DiT works on."""

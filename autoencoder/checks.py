@@ -1,17 +1,23 @@
-"""Is this the right autoencoder, the right scale?"""
+"""Checks at the start of a run: is this the right autoencoder, and is its scale right?"""
 import math
 
 import torch
 
 from autoencoder.vae import VAE
 
-NUM_CHECK_IMAGES = 8  # images
+NUM_CHECK_IMAGES = 8
 
 
 def check_autoencoder(autoencoder, examples, device):
-    """Sentences on a few images and their latents, warnings among them: a wrong scale costs a whole training run.
+    """Describe a few images and their latents; a wrong scale would cost a full training run.
 
-    examples  (N, ...) of what the codec encodes, or None
+    Args:
+        autoencoder (VAE | CachedLatents | IdentityAutoencoder): What encodes them.
+        examples (Tensor): Images or moments that it encodes, shape (N, ...), or None.
+        device (torch.device): Where it is.
+
+    Yields:
+        str: Lines for the log, warnings among them.
     """
     if examples is None or not autoencoder.is_random:
         return
@@ -23,39 +29,41 @@ def check_autoencoder(autoencoder, examples, device):
 
 
 def check_round_trip(autoencoder, images):
-    """Encode and decode images (N, C, H, W) in [-1, 1]: sentences on the error, and on the latents.
+    """Encode and decode images in [-1, 1], shape (N, C, H, W), and describe the error and the latents.
 
     Stable Diffusion's VAE restores photographs to about 25 dB.
     """
-    # One at a time: this must not need more memory than what follows.
+    # One image at a time, so that this needs less memory than what follows.
     latents = torch.cat([autoencoder.encode(image, 0.0) for image in images.split(1)])
     decoded = torch.cat([autoencoder.decode(latent) for latent in latents.split(1)]).float()
     mse = torch.nn.functional.mse_loss(decoded, images).item()
     psnr = 10 * math.log10(4 / max(mse, 1e-12))  # 4: the square of the range
     contrast = (decoded.std() / images.std().clamp(min=0.05)).item()
-    brighter = (decoded.mean() - images.mean()).item()
+    brightness = (decoded.mean() - images.mean()).item()
     yield (f"Round trip of {len(images)} images through --vae {autoencoder.name}: PSNR {psnr:.1f} dB, "
            f"pixels {decoded.min():.2f} .. {decoded.max():.2f} (they were {images.min():.2f} .. {images.max():.2f})")
-    if psnr < 15 or not 0.8 < contrast < 1.25 or abs(brighter) > 0.25:
+    if psnr < 15 or not 0.8 < contrast < 1.25 or abs(brightness) > 0.25:
         yield (f"WARNING: --vae {autoencoder.name} does not restore these images: PSNR {psnr:.1f} dB (25 is usual), "
-               f"{contrast:.2f} times the contrast, brighter by {brighter:+.2f}. Was it trained on images of another "
+               f"{contrast:.2f} times the contrast, brighter by {brightness:+.2f}. Was it trained on images of another "
                "kind, or in another range than [-1, 1]?")
     yield from check_latent_statistics(autoencoder, latents)
 
 
 def check_latent_statistics(autoencoder, latents):
-    """Sentences on scaled latents. The process ends in standard normal noise: their mean should be about 0, their
-    standard deviation about 1.
+    """Describe scaled latents, shape (N, C, h, w): their mean should be about 0, their standard deviation about 1.
+
+    The forward process ends in standard normal noise, and its schedule is made for data of that size.
     """
+    name, scaling = autoencoder.name, autoencoder.latent_scaling
     mean, std = latents.mean().item(), latents.std().item()
-    yield f"Latents of --vae {autoencoder.name}: {tuple(latents.shape[1:])} each, mean {mean:.3f}, std {std:.3f} as scaled"
+    yield f"Latents of --vae {name}: {tuple(latents.shape[1:])} each, mean {mean:.3f}, std {std:.3f} as scaled"
     if not 0.5 < std < 2:
-        yield (f"WARNING: the latents of --vae {autoencoder.name} have a standard deviation of {std:.3g} where about 1 is "
-               f"expected: is the scaling_factor {_short(autoencoder.space.scale)} in its config.json right?")
+        yield (f"WARNING: the latents of --vae {name} have a standard deviation of {std:.3g}, about 1 is expected: is "
+               f"the scaling_factor {_format(scaling.scale)} in its config.json right?")
     if abs(mean) > max(std, 0.5):
-        yield (f"WARNING: the latents of --vae {autoencoder.name} have a mean of {mean:.3g} where about 0 is expected: is "
-               f"the shift_factor {_short(autoencoder.space.shift)} in its config.json right?")
+        yield (f"WARNING: the latents of --vae {name} have a mean of {mean:.3g}, about 0 is expected: is the "
+               f"shift_factor {_format(scaling.shift)} in its config.json right?")
 
 
-def _short(value):
+def _format(value):
     return f"{value:g}" if isinstance(value, (int, float)) else f"{value[0]:g}, ..."

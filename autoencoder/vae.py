@@ -1,208 +1,285 @@
-"""Between pixels and what the DiT sees. The one place that knows a VAE's scale, shift, channels and stride."""
+"""Autoencoders: between pixels and the latents that the DiT works on.
 
+The only module that knows the scale, shift, channels and stride of a VAE.
+"""
 import functools
 import os
 from dataclasses import dataclass
 
 import torch
 
-from common.errors import UserError
+from common.errors import ArgumentError, UserError
 from common.files import sha256_weights
 
-# The VAEs of the paper: Stable Diffusion's, its decoder fine-tuned (table 5)
+# The VAEs of the paper: Stable Diffusion's with two fine-tuned decoders (table 5).
 VAE_NAMES = {"ema": "stabilityai/sd-vae-ft-ema", "mse": "stabilityai/sd-vae-ft-mse"}
 DECODE_BATCH_SIZE = 16
 
 
 @dataclass(frozen=True)
 class LatentScaling:
-    """What the latents of a VAE are, and how the DiT sees them.
+    """Size of a VAE's latents, and how they are scaled for the DiT: scaled = (latent - shift) * scale.
 
-    channels        C of the latents
-    stride          pixels a latent
-    scale, shift    numbers, or lists of C of them: scaled = (latent - shift) scale
-    image_channels  of the images
+    Attributes:
+        channels (int): C of the latents.
+        stride (int): Pixels per latent, along each side.
+        scale (float | list[float]): One number, or one per channel.
+        shift (float | list[float]): One number, or one per channel.
+        image_channels (int): Channels of the images.
     """
 
     channels: int
     stride: int
-    scale: object
-    shift: object
+    scale: float | list[float]
+    shift: float | list[float]
     image_channels: int = 3
 
     def draw(self, moments, noise):
-        """Scaled latents from the posterior N(mean, exp(log_var)).
+        """Draw scaled latents from the posterior N(mean, exp(log_var)).
 
-        moments  (N, 2C, h, w) mean, then log_var
-        noise    (N, C, h, w) standard normal
-        return   (N, C, h, w) float32
+        Args:
+            moments (Tensor): Mean, then log_var, shape (N, 2C, h, w), any floating type.
+            noise (Tensor): Standard normal noise, shape (N, C, h, w).
+
+        Returns:
+            Tensor: Scaled latents, shape (N, C, h, w), float32.
         """
         mean, log_var = moments.float().chunk(2, dim=1)
         latents = mean + torch.exp(0.5 * log_var) * noise
         return (latents - _per_channel(self.shift, latents)) * _per_channel(self.scale, latents)
 
     def unscale(self, latents):
-        """(N, C, h, w) as the DiT makes them -> as the VAE's decoder takes them."""
+        """Convert latents of the DiT, shape (N, C, h, w), to those that the VAE's decoder takes."""
         return latents / _per_channel(self.scale, latents) + _per_channel(self.shift, latents)
 
 
 def _per_channel(value, like):
-    """A number as it is; one number a channel as a tensor (C, 1, 1)."""
-    return value if isinstance(value, (int, float)) else _tensor(tuple(value), like.device)
+    """Return a number as it is, and one number per channel as a tensor of shape (C, 1, 1)."""
+    return value if isinstance(value, (int, float)) else _channel_tensor(tuple(value), like.device)
 
 
 @functools.cache
-def _tensor(values, device):
+def _channel_tensor(values, device):
     return torch.tensor(values, device=device)[:, None, None]
 
 
 class IdentityAutoencoder:
-    """No VAE: the DiT works on pixels in [-1, 1]."""
+    """No VAE: the DiT works on pixels in [-1, 1].
+
+    Args:
+        channels (int): Channels of the images.
+    """
 
     name = "none"
     stride = 1
     is_random = False  # encoding draws no noise
 
     def __init__(self, channels):
-        self.channels = channels
+        self.channels = self.image_channels = channels
 
     def metadata(self):
-        """What makes latents what they are; plain values."""
+        """Describe what makes the latents; plain values."""
         return dict(vae="none")
 
     def encode(self, images, noise=None):
-        """(N, C, H, W) images in [-1, 1] -> the same."""
+        """Return images in [-1, 1], shape (N, C, H, W), as they are."""
         return images
 
     def decode(self, latents):
-        """(N, C, H, W) -> the same; nothing confines them to [-1, 1]."""
+        """Return latents as they are; nothing confines them to [-1, 1]."""
         return latents
 
 
-class VAE:
+class _ScaledAutoencoder:
+    """What `VAE` and `CachedLatents` share: names and sizes, by a `LatentScaling`."""
+
+    is_random = True  # encoding draws from a posterior
+
+    def __init__(self, name, latent_scaling):
+        self.name, self.latent_scaling = name, latent_scaling
+        self.channels, self.stride = latent_scaling.channels, latent_scaling.stride
+        self.image_channels = latent_scaling.image_channels
+
+    def metadata(self):
+        """Describe what makes the latents; plain values."""
+        return dict(vae_sha256=self.encoder_sha256, **vars(self.latent_scaling))
+
+
+class VAE(_ScaledAutoencoder):
     """A frozen diffusers `AutoencoderKL`.
 
-    name   what --vae said
-    space  the `LatentScaling` of its latents
+    Args:
+        name (str): Its name, as --vae has it.
+        vae (AutoencoderKL): The network.
     """
 
-    is_random = True  # encoding samples a posterior
-
     def __init__(self, name, vae):
-        self.name, self.vae = name, vae.eval().requires_grad_(False)
-        self.space = _latent_scaling(vae.config)
-        self.channels, self.stride = self.space.channels, self.space.stride
+        super().__init__(name, _read_latent_scaling(vae.config))
+        self.vae = vae.eval().requires_grad_(False)
 
     @property
     def encoder_sha256(self):
-        """A name for all weights that latents depend on: VAEs that differ in the decoder alone share it."""
+        """Hash of all weights that latents depend on: VAEs that differ in the decoder alone share it."""
         return sha256_weights(*(part for part in (self.vae.encoder, self.vae.quant_conv) if part is not None))
-
-    def metadata(self):
-        """What makes latents what they are; plain values."""
-        return dict(vae_sha256=self.encoder_sha256, **vars(self.space))
 
     @torch.no_grad()
     def moments(self, images):
-        """(N, C, H, W) images in [-1, 1] -> (N, 2C, H / stride, W / stride): mean and log_var of the posterior."""
+        """Encode images to the moments of their posterior.
+
+        Args:
+            images (Tensor): Images in [-1, 1], shape (N, C, H, W).
+
+        Returns:
+            Tensor: Mean, then log_var, shape (N, 2C, H / stride, W / stride).
+        """
         posterior = self.vae.encode(images).latent_dist
         return torch.cat([posterior.mean, posterior.logvar], dim=1)
 
     def encode(self, images, noise):
         """Draw scaled latents from the posterior of images, with `noise` of the latents' shape."""
-        return self.space.draw(self.moments(images), noise)
+        return self.latent_scaling.draw(self.moments(images), noise)
 
     @torch.no_grad()
     def decode(self, latents):
-        """(N, C, h, w) scaled latents -> (N, 3, h stride, w stride) images, about [-1, 1].
+        """Decode scaled latents.
 
-        In parts: at 512 pixels one activation of the decoder takes 0.3 GB an image.
+        In parts: at 512 pixels one activation of the decoder takes 0.3 GB per image.
+
+        Args:
+            latents (Tensor): Scaled latents, shape (N, C, h, w).
+
+        Returns:
+            Tensor: Images, about in [-1, 1], shape (N, 3, h * stride, w * stride).
         """
-        parts = self.space.unscale(latents).split(DECODE_BATCH_SIZE)
+        parts = self.latent_scaling.unscale(latents).split(DECODE_BATCH_SIZE)
         return torch.cat([self.vae.decode(part).sample for part in parts])
 
 
-class CachedLatents:
-    """The codec of a latent cache: encoding draws from moments that a VAE made earlier.
+class CachedLatents(_ScaledAutoencoder):
+    """The autoencoder of a latent cache: encoding draws from moments that a VAE computed earlier.
 
-    name            of that VAE
-    space           the `LatentScaling` of its latents
-    encoder_sha256  of its weights
-    vae             a `VAE` to decode with, or None: then nothing can be decoded
+    Args:
+        name (str): Name of that VAE.
+        latent_scaling (LatentScaling): Of its latents.
+        encoder_sha256 (str): Hash of its encoder.
+        vae (VAE): What decodes, or None if nothing is decoded.
     """
 
-    is_random = True
-
-    def __init__(self, name, space, encoder_sha256, vae=None):
-        self.name, self.space, self.encoder_sha256, self.vae = name, space, encoder_sha256, vae
-        self.channels, self.stride = space.channels, space.stride
+    def __init__(self, name, latent_scaling, encoder_sha256, vae=None):
+        super().__init__(name, latent_scaling)
+        self.encoder_sha256, self.vae = encoder_sha256, vae
 
     def encode(self, moments, noise):
-        """(N, 2C, h, w) moments of any floating type -> (N, C, h, w) scaled latents."""
-        return self.space.draw(moments, noise)
+        """Draw scaled latents, shape (N, C, h, w), from moments, shape (N, 2C, h, w)."""
+        return self.latent_scaling.draw(moments, noise)
 
     def decode(self, latents):
+        """Decode scaled latents by the VAE."""
         return self.vae.decode(latents)
 
-    def metadata(self):
-        """What makes latents what they are; plain values."""
-        return dict(vae_sha256=self.encoder_sha256, **vars(self.space))
 
-
-def _latent_scaling(config):
-    """The latents of an `AutoencoderKL`, from its configuration."""
+def _read_latent_scaling(config):
+    """Read the `LatentScaling` from the configuration of an `AutoencoderKL`."""
     scale, shift = config.scaling_factor, getattr(config, "shift_factor", None) or 0.0
     means, stds = getattr(config, "latents_mean", None), getattr(config, "latents_std", None)
-    if means is not None and stds is not None:  # some normalise each channel, then scale
+    if means is not None and stds is not None:  # some VAEs normalize each channel, then scale
         means, stds = torch.tensor(means).flatten().tolist(), torch.tensor(stds).flatten().tolist()
         scale, shift = [scale / std for std in stds], [mean + shift for mean in means]
     return LatentScaling(channels=config.latent_channels, stride=2 ** (len(config.block_out_channels) - 1),
-                       scale=scale, shift=shift, image_channels=config.in_channels)
+                         scale=scale, shift=shift, image_channels=config.in_channels)
 
 
 def latent_size(autoencoder, image_size):
-    """Latents a side for images of `image_size` pixels."""
+    """Return the number of latents a side for images of `image_size` pixels a side."""
     if image_size % autoencoder.stride:
-        raise UserError(f"--image-size {image_size} is not a multiple of {autoencoder.stride}, "
-                        f"the pixels a latent of --vae {autoencoder.name}")
+        raise ArgumentError(f"not a multiple of {autoencoder.stride}, the pixels per latent of the VAE "
+                            f"{autoencoder.name}", image_size=image_size)
     return image_size // autoencoder.stride
 
 
-def load_autoencoder(name, channels=3, device="cpu"):
-    """The codec that --vae names.
+def load_autoencoder(vae, channels=3, device="cpu"):
+    """Load the autoencoder that --vae names.
 
-    name      "ema" or "mse" (the paper's), a directory that diffusers' save_pretrained wrote, another name on the
-              Hugging Face hub, with a folder in it if need be ("OWNER/MODEL/vae"), or "none" for pixels
-    channels  of the images; what "none" passes on
+    Args:
+        vae (str): "ema" or "mse" (the paper's), a directory written by diffusers' `save_pretrained`, another name on
+            the Hugging Face hub, with a folder in it if needed ("OWNER/MODEL/vae"), or "none" for pixels.
+        channels (int): Channels of the images.
+        device (torch.device): Where the weights are needed.
+
+    Returns:
+        VAE | IdentityAutoencoder: The autoencoder.
+
+    Raises:
+        ArgumentError: If it cannot be loaded, or takes images of other channels.
     """
-    if name == "none":
+    if vae == "none":
         return IdentityAutoencoder(channels)
     from diffusers import AutoencoderKL
-    source = VAE_NAMES.get(name, name)
-    if not os.path.isdir(source) and (os.path.isabs(source) or "/" not in source):
-        raise UserError(f"--vae '{name}' could not be loaded: there is no such folder. Others: {', '.join(VAE_NAMES)}, "
-                        "OWNER/MODEL on the Hugging Face hub, none (pixels)")
-    known = f"'{source}'" if source == name else f"'{name}' ({source})"
-    local = os.path.isdir(source)
-    repository, folder = (source, None) if local else _split_hub_name(source)
+    source = VAE_NAMES.get(vae, vae)
+    is_local = os.path.isdir(source)
+    if not is_local and (os.path.isabs(source) or "/" not in source):
+        raise ArgumentError(f"there is no such folder. Name one, one of {', '.join(VAE_NAMES)}, OWNER/MODEL on the "
+                            "Hugging Face hub, or none (pixels)", vae=vae)
+    repository, folder = (source, None) if is_local else _split_hub_name(source)
     try:
-        vae = AutoencoderKL.from_pretrained(repository, subfolder=folder).to(device)
-        autoencoder = VAE(name, vae)
-    except Exception as error:  # what is no VAE fails in many ways; each means the same
-        if local:
-            advice = "the directory must hold config.json and diffusion_pytorch_model.safetensors of an AutoencoderKL"
+        network = AutoencoderKL.from_pretrained(repository, subfolder=folder).to(device)
+        autoencoder = VAE(vae, network)
+    except Exception as error:  # what is not a VAE fails in many ways
+        if is_local:
+            advice = "The folder must hold config.json and diffusion_pytorch_model.safetensors of an AutoencoderKL"
         else:
-            advice = (f"without a network, fetch https://huggingface.co/{repository} elsewhere and pass its directory, "
+            advice = (f"Without a network, fetch https://huggingface.co/{repository} elsewhere and pass its directory, "
                       "as in --vae /path/to/sd-vae-ft-ema")
-        raise UserError(f"--vae {known} could not be loaded: {advice}. diffusers says: {_first_line(error)}") from None
-    if vae.config.in_channels != channels:
-        raise UserError(f"--vae {known} takes images of {vae.config.in_channels} channels, this data has {channels}; "
-                        "--vae none works on the pixels themselves")
+        raise ArgumentError(f"cannot be loaded ({_first_line(error)}). {advice}", vae=vae) from None
+    if autoencoder.image_channels != channels:
+        raise ArgumentError(f"it takes images of {autoencoder.image_channels} channels, this data has {channels}. "
+                            "--vae none works on the pixels", vae=vae)
     return autoencoder
 
 
+def load_cached_latents(cache, vae=None, image_size=None, device="cpu", needs_decoder=False):
+    """Build the autoencoder of a latent cache, after checking that the cache is what the user asked for.
+
+    Args:
+        cache (LatentCache): The cache.
+        vae (str): The VAE that the user named, if any.
+        image_size (int): The image size that the user named, if any.
+        device (torch.device): Where the decoder is needed.
+        needs_decoder (bool): Whether to load the VAE, to decode with.
+
+    Returns:
+        CachedLatents: The autoencoder.
+
+    Raises:
+        ArgumentError: If the cache was made with another VAE or for another size, or the VAE cannot be loaded.
+    """
+    latent_scaling, encoder_sha256 = LatentScaling(**cache.latent_scaling), cache.encoder_sha256
+    if image_size not in (None, cache.image_size):
+        raise ArgumentError(f"the cache {cache.folder} is of images of {cache.image_size} pixels",
+                            image_size=image_size)
+    name = vae or cache.autoencoder_name
+    # A name on the hub stands for the same weights as when the cache was made; a directory may hold others.
+    if not needs_decoder and name == cache.autoencoder_name and not (vae and os.path.isdir(name)):
+        return CachedLatents(name, latent_scaling, encoder_sha256)
+    try:
+        autoencoder = load_autoencoder(name, cache.channels, device if needs_decoder else "cpu")
+    except UserError as error:
+        remedy = "" if vae else ". If it was moved, pass its new place; without --sample-every it is not needed"
+        raise ArgumentError(f"{error.args[0]}. The cache {cache.folder} was made with {cache.autoencoder_name}{remedy}",
+                            vae=name) from None
+    made_with = f"the cache {cache.folder} was made with {cache.autoencoder_name}"
+    if not autoencoder.is_random:
+        raise ArgumentError(made_with, vae=name)
+    if autoencoder.encoder_sha256 != encoder_sha256:
+        raise ArgumentError(f"another VAE (weights {autoencoder.encoder_sha256[:12]}): {made_with} "
+                            f"({encoder_sha256[:12]})", vae=name)
+    if autoencoder.latent_scaling != latent_scaling:
+        raise ArgumentError(f"it has {autoencoder.latent_scaling}, {made_with} and {latent_scaling}", vae=name)
+    return CachedLatents(name, latent_scaling, encoder_sha256, autoencoder if needs_decoder else None)
+
+
 def _split_hub_name(name):
-    """"OWNER/MODEL/FOLDER" -> "OWNER/MODEL", "FOLDER"; the folder is None where there is none."""
+    """Split "OWNER/MODEL/FOLDER" into ("OWNER/MODEL", "FOLDER"); the folder is None if there is none."""
     owner, *rest = name.split("/", 2)
     return "/".join([owner, *rest[:1]]), rest[1] if len(rest) > 1 else None
 

@@ -3,77 +3,81 @@ import hashlib
 import http.client
 import os
 import urllib.request
+from pathlib import Path
 
 from filelock import FileLock
 from tqdm.auto import tqdm
 
-from common.errors import UserError
+from common.errors import ArgumentError, UserError
 from common.files import sha256_file
 
 PRETRAINED_DIR = "pretrained_models"
 
 
 def download(name, base_url, folder=PRETRAINED_DIR, sha256=None):
-    """Fetch a file once, however many processes ask for it, and return its path.
+    """Download a file once, even if several processes ask for it at the same time.
 
-    It is written under a temporary name, and gets its own when its length is the announced one and its SHA-256 the
-    expected one. The expected one is `sha256`, or else what `NAME.sha256` beside the file recorded: the first
-    complete download writes that, and every later one must agree.
+    Args:
+        name (str): Name of the file.
+        base_url (str): Address of the folder that holds it.
+        folder (str): Where to keep it.
+        sha256 (str): Expected SHA-256. Default: that of an earlier download, as recorded in `NAME.sha256`.
+
+    Returns:
+        str: Path of the file.
+
+    Raises:
+        ArgumentError: If the file exists with another hash.
+        UserError: If it cannot be downloaded completely, or has another hash.
     """
     path, url = os.path.join(folder, name), base_url.rstrip("/") + "/" + name
     sha256 = sha256 and sha256.lower()
     if os.path.exists(path):
         if sha256 and sha256_file(path) != sha256:
-            raise UserError(f"{path} does not have the SHA-256 {sha256}: remove it to fetch it again")
+            raise ArgumentError(f"{path} has another hash. Remove it to download it again.", sha256=sha256)
         return path
     try:
         os.makedirs(folder, exist_ok=True)
-        lock = FileLock(path + ".lock").acquire()  # one process downloads, the others wait and find the file
+        lock = FileLock(path + ".lock").acquire()
     except OSError as error:
         raise UserError(f"cannot write to the folder {folder} ({error})") from None
     with lock:
-        if os.path.exists(path):
-            return path
-        temporary, record = path + ".part", path + ".sha256"
-        expected = sha256 or _read_recorded_hash(record)
-        try:
-            found = _fetch(url, temporary)
-            if expected and found != expected:
-                source = "what --sha256 says" if sha256 else f"what {record} recorded of an earlier download"
-                raise UserError(f"{url} gave a file with the SHA-256 {found}: not kept, since it is not {expected}, "
-                                f"{source}")
-            with open(record, "w") as file:
-                file.write(found + "\n")
-            os.replace(temporary, path)
-        except (OSError, ValueError, http.client.HTTPException) as error:
-            reason = getattr(error, "reason", error)
-            raise UserError(f"cannot fetch {url} ({reason}). Without a network, fetch it elsewhere and put it at "
-                            f"{os.path.abspath(path)}") from None
-        finally:
-            if os.path.exists(temporary):
-                os.remove(temporary)
+        if not os.path.exists(path):  # no other process downloaded it in the meantime
+            _download(url, path, sha256)
     return path
 
 
-def _fetch(url, path, block=1 << 20):
-    """Copy `url` to `path`; returns the SHA-256 of what was written."""
+def _download(url, path, sha256):
+    """Download `url` to `path`, which appears after its length and hash were checked; record the hash."""
+    partial, record = path + ".part", Path(path + ".sha256")
+    expected = sha256 or (record.read_text().strip() if record.exists() else None)
+    try:
+        digest = _copy(url, partial)
+        if expected and digest != expected:
+            source = "as required" if sha256 else f"of an earlier download, recorded in {record}"
+            raise UserError(f"{url} has the SHA-256 {digest}, not {expected} {source}. The file was not kept.")
+        record.write_text(f"{digest}\n")
+        os.replace(partial, path)
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        reason = getattr(error, "reason", error)
+        raise UserError(f"cannot download {url} ({reason}). Without a network, download it elsewhere and put it at "
+                        f"{os.path.abspath(path)}") from None
+    finally:
+        Path(partial).unlink(missing_ok=True)
+
+
+def _copy(url, path, block=1 << 20):
+    """Copy the content of `url` to a file and return its SHA-256; raise `OSError` if less arrives than announced."""
     digest = hashlib.sha256()
     with urllib.request.urlopen(url, timeout=60) as response, open(path, "wb") as file:
-        length = response.headers.get("Content-Length")
-        with tqdm(total=int(length) if length else None, unit="B", unit_scale=True, desc=os.path.basename(url)) as bar:
+        length = int(response.headers.get("Content-Length", 0))
+        with tqdm(total=length or None, unit="B", unit_scale=True, desc=os.path.basename(url)) as bar:
             while data := response.read(block):
                 file.write(data)
                 digest.update(data)
                 bar.update(len(data))
         file.flush()
         os.fsync(file.fileno())
-        if length and file.tell() != int(length):
+        if length and file.tell() != length:
             raise OSError(f"{file.tell()} of {length} bytes arrived; try again")
     return digest.hexdigest()
-
-
-def _read_recorded_hash(path):
-    if not os.path.exists(path):
-        return None
-    with open(path) as file:
-        return file.read().strip()

@@ -1,5 +1,4 @@
-"""What a number was made with: versions, commit, device, precision."""
-
+"""Provenance of a result: versions, commit, command, device."""
 import datetime
 import functools
 import os
@@ -15,37 +14,38 @@ PACKAGES = ("torch", "torchvision", "timm", "diffusers", "accelerate", "torch-fi
 
 
 def collect_environment(device):
-    """What a number depends on beside its flags; plain values."""
-    kind = torch.device(device).type
-    is_cuda = kind == "cuda"
+    """Return what a result on this device depends on apart from its flags; plain values."""
+    device_type = torch.device(device).type
+    is_cuda = device_type == "cuda"
     return dict(date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"), commit=git_commit(),
                 command=shlex.join([os.path.basename(sys.argv[0]), *sys.argv[1:]]),
-                device=describe_hardware(kind),
+                device=describe_hardware(device_type),
                 tf32=is_cuda and torch.backends.cuda.matmul.allow_tf32,
                 python=platform.python_version(), versions=package_versions())
 
 
-def describe_hardware(kind):
-    """What computes, in words; `kind` as torch names it: cuda, mps or cpu."""
-    if kind == "cuda":
+def describe_hardware(device_type):
+    """Return a description of the GPU or the CPU; `device_type` is that of torch, such as "cuda"."""
+    if device_type == "cuda":
         return torch.cuda.get_device_name()
-    return f"{kind}, {platform.machine()}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
+    return (f"{device_type}, {platform.machine()}, {torch.get_num_threads()} threads, "
+            f"{torch.backends.cpu.get_cpu_capability()}")
 
 
 def package_versions():
-    """{package: version} of those that compute."""
-    found = {}
+    """Return {package: version} of the installed packages that affect results."""
+    versions = {}
     for package in PACKAGES:
         try:
-            found[package] = metadata.version(package)
+            versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             continue
-    return found
+    return versions
 
 
 @functools.cache
 def git_commit():
-    """The commit of this code, "-dirty" where files were changed since; None where git does not know."""
+    """Return the commit of this code, with "-dirty" if files have changed since, or None outside a git repository."""
     folder = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     try:
         done = subprocess.run(["git", "-C", folder, "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],

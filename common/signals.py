@@ -1,5 +1,4 @@
-"""Being told to stop: the signals of Slurm, of spot instances, of a cluster that shuts down."""
-
+"""Signals: graceful stops (Slurm, spot instances, shutdown of a cluster) and the deferral of other handlers."""
 import multiprocessing
 import os
 import signal
@@ -9,30 +8,31 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class StopSignals:
-    """Within this context SIGTERM and SIGUSR1 only set a flag, `received`: the name of the first that came."""
+    """Context in which SIGTERM and SIGUSR1 only set `received` to the name of the first one that arrived."""
 
     def __enter__(self):
         self.received = None
-        self.before = {number: signal.signal(number, self._note) for number in STOP_SIGNALS}
+        self.previous_handlers = {number: signal.signal(number, self._handle) for number in STOP_SIGNALS}
         return self
 
-    def _note(self, number, frame):
+    def _handle(self, number, frame):
         self.received = self.received or signal.Signals(number).name
 
     def __exit__(self, *error):
-        for number, handler in self.before.items():
+        for number, handler in self.previous_handlers.items():
             signal.signal(number, handler)
 
 
 class DeferredSignalHandler:
-    """A signal's handler that is called within `with` blocks alone: where an exception from it does no harm.
+    """Handler of a signal that acts only inside `with` blocks, where an exception from it does no harm.
 
-    What came before a block is answered at its beginning. For handlers that look for what happened themselves.
+    On entry the wrapped handler is called once, for signals that arrived before; it must find out itself whether
+    there were any.
     """
 
     @classmethod
-    def of(cls, number):
-        """Postpone the handler that this signal has now, unless it is postponed already."""
+    def install(cls, number):
+        """Wrap the present handler of a signal, unless it is wrapped already, and return the wrapper."""
         handler = signal.getsignal(number)
         if not isinstance(handler, cls):
             handler = cls(number, handler)
@@ -43,6 +43,7 @@ class DeferredSignalHandler:
         self.number, self.handler, self.is_open = number, handler, False
 
     def __call__(self, number, frame):
+        """Call the wrapped handler, if inside a block."""
         if self.is_open and callable(self.handler):
             self.handler(number, frame)
 
@@ -59,18 +60,19 @@ class DeferredSignalHandler:
 
 
 def ignore_stop_signals_in_worker(worker):
-    """For a worker that loads data: a signal to the whole group is its master's business, who still needs its data.
+    """Ignore stop signals in a data-loading worker, except those from its parent, which still needs its data.
 
-    What the master itself sends ends the worker.
+    Args:
+        worker (int): Number of the worker, as `DataLoader(worker_init_fn=...)` passes it; not used.
     """
-    if not hasattr(signal, "sigwaitinfo"):  # macOS: who sent a signal cannot be told there
+    if not hasattr(signal, "sigwaitinfo"):  # macOS cannot tell the sender of a signal
         return
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-    master = multiprocessing.parent_process().pid  # with a fork server, not the process that forked this one
+    parent = multiprocessing.parent_process().pid  # with a fork server, os.getppid() is another process
 
-    def listen():
-        while signal.sigwaitinfo(STOP_SIGNALS).si_pid != master:
+    def exit_on_parents_signal():
+        while signal.sigwaitinfo(STOP_SIGNALS).si_pid != parent:
             pass
         os._exit(0)
 
-    threading.Thread(target=listen, daemon=True).start()
+    threading.Thread(target=exit_on_parents_signal, daemon=True).start()

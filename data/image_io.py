@@ -45,7 +45,7 @@ def to_uint8(images):
         UserError: If a value is non-finite; it would come out black.
     """
     if not torch.isfinite(images).all():
-        raise UserError("the model makes non-finite images: its weights are damaged. Use an earlier checkpoint")
+        raise UserError("the model makes images that are not finite. Use an earlier checkpoint")
     pixels = (127.5 * images.float() + 128.0).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
     return pixels.expand(*pixels.shape[:3], 3) if pixels.shape[3] == 1 else pixels
 

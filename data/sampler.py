@@ -15,8 +15,8 @@ def local_batch_slice(global_batch_size, grad_accum_steps):
     """
     world_size = distributed.world_size()
     if global_batch_size % (world_size * grad_accum_steps):
-        raise ArgumentError(f"the batch cannot be divided among {world_size} ranks with {grad_accum_steps} microbatches "
-                            f"each. Choose a multiple of {world_size * grad_accum_steps}",
+        raise ArgumentError(f"the batch cannot be divided among {world_size} ranks with {grad_accum_steps} "
+                            f"microbatches each. Choose a multiple of {world_size * grad_accum_steps}",
                             global_batch_size=global_batch_size, grad_accum_steps=grad_accum_steps)
     local_batch_size = global_batch_size // world_size
     return slice(distributed.rank() * local_batch_size, (distributed.rank() + 1) * local_batch_size)

@@ -1,1 +1,1 @@
-"""How good a set of images is: feature spaces, distances between sets, and the records that say what was measured."""
+"""Evaluation of image sets: feature spaces, distances and scores, bits per dimension, and the records of results."""

@@ -1,9 +1,8 @@
-"""A small classifier of a data set: the space in which its images are compared where Inception knows nothing of them.
+"""A small classifier of a data set, whose features compare images that Inception does not suit.
 
-Its features are what `evaluate.py --features FILE` takes, and its classes are what samples are held against. Distances
-in its space are never called FID.
+`evaluate.py --features FILE` takes it, and also reports how many samples are classified as their label. Distances in
+its feature space are never called FID.
 """
-
 import copy
 import json
 import math
@@ -13,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from common.errors import UserError
+from common.errors import ArgumentError, UserError
 from common.files import atomic_write
 from common.seeding import WEIGHTS, derive_seed
 from data.image_io import to_uint8
@@ -22,61 +21,83 @@ from data.sampler import StepBatchSampler
 from evaluation.features import ModuleFeatures, full_precision
 
 
-class Residual(nn.Module):
+def conv_block(channels_in, channels_out, stride=1):
+    """Return a 3 x 3 convolution, batch normalization and ReLU."""
+    return nn.Sequential(nn.Conv2d(channels_in, channels_out, 3, stride, padding=1, bias=False),
+                         nn.BatchNorm2d(channels_out), nn.ReLU())
+
+
+class ResidualBlock(nn.Module):
     """x + two convolutions of x."""
 
-    def __init__(self, width):
+    def __init__(self, channels):
         super().__init__()
-        self.convolutions = nn.Sequential(convolution(width, width), convolution(width, width))
+        self.convolutions = nn.Sequential(conv_block(channels, channels), conv_block(channels, channels))
 
     def forward(self, x):
+        """Apply the block to x, shape (n, channels, H, W)."""
         return x + self.convolutions(x)
 
 
-def convolution(width_in, width_out, stride=1):
-    return nn.Sequential(nn.Conv2d(width_in, width_out, 3, stride, padding=1, bias=False), nn.BatchNorm2d(width_out),
-                         nn.ReLU())
-
-
 class Classifier(nn.Module):
-    """Images (n, 3, H, W) uint8 of any size -> features (n, 4 width); features -> class logits.
+    """A residual network from images to features and class logits.
 
-    width  channels at half of the images' resolution; twice and four times as many at a quarter and an eighth
+    Args:
+        num_classes (int): Number of classes.
+        width (int): Channels at half the resolution; twice and four times as many at a quarter and an eighth.
     """
 
     def __init__(self, num_classes, width=32):
         super().__init__()
-        self.trunk = nn.Sequential(convolution(3, width, stride=2), Residual(width),
-                                   convolution(width, 2 * width, stride=2), Residual(2 * width),
-                                   convolution(2 * width, 4 * width, stride=2), Residual(4 * width))
+        self.trunk = nn.Sequential(conv_block(3, width, stride=2), ResidualBlock(width),
+                                   conv_block(width, 2 * width, stride=2), ResidualBlock(2 * width),
+                                   conv_block(2 * width, 4 * width, stride=2), ResidualBlock(4 * width))
         self.head = nn.Linear(4 * width, num_classes)
 
     def forward(self, images):
+        """Compute features, shape (n, 4 width), of images, shape (n, 3, H, W), uint8, of any size."""
         return self.trunk(images.float() / 127.5 - 1).mean(dim=(2, 3))
 
     @torch.jit.export
     def class_logits(self, features):
+        """Compute class logits, shape (n, num_classes), of features, shape (n, 4 width)."""
         return self.head(features)
 
 
 def train_classifier(dataset, device="cpu", steps=500, batch_size=128, lr=2e-3, width=32, seed=0, num_workers=0,
                      log=lambda step, loss: None):
-    """A `Classifier` of an `LabeledImageDataset`, trained by AdamW with a learning rate that rises and falls, in evaluation mode.
+    """Train a `Classifier` by AdamW. The result is a function of the data, the device and these numbers.
 
-    It is a function of the data, the numbers here, and the device. log is called with (step, loss) after each step.
-    raise  UserError for too large a batch, and for an image that cannot be read
+    Args:
+        dataset (LabeledImageDataset): The images.
+        device (torch.device): Where to train.
+        steps (int): Optimizer steps.
+        batch_size (int): Images of a step.
+        lr (float): Peak learning rate: a tenth of the steps up, then down along a cosine.
+        width (int): Channels of the first layer.
+        seed (int): Seed of all random numbers.
+        num_workers (int): Processes that load images.
+        log (callable): (step, loss), called after each step.
+
+    Returns:
+        Classifier: In evaluation mode.
+
+    Raises:
+        ArgumentError: If the batch is larger than the data set.
+        UserError: If an image cannot be read.
     """
     if batch_size > len(dataset):
-        raise UserError(f"--batch-size {batch_size}: there are {len(dataset)} images, not enough for one batch")
+        raise ArgumentError(f"there are {len(dataset)} images, not enough for one batch", batch_size=batch_size)
     torch.manual_seed(derive_seed(seed, WEIGHTS))
-    device, classifier = torch.device(device), Classifier(len(dataset.class_names), width)
-    classifier.to(device).train()
+    device = torch.device(device)
+    classifier = Classifier(len(dataset.class_names), width).to(device).train()
     optimizer = torch.optim.AdamW(classifier.parameters(), lr=lr, weight_decay=0.01)
     batches = StepBatchSampler(len(dataset), batch_size, slice(0, batch_size), seed, 0, steps, flips=False)
-    for step, (images, labels) in enumerate(PrefetchLoader(dataset, batches, num_workers, device, on_bad=refuse)):
-        for group in optimizer.param_groups:  # a tenth of the steps up, then down along a cosine
+    loader = PrefetchLoader(dataset, batches, num_workers, device, raise_corrupt)
+    for step, (images, cond) in enumerate(loader):
+        for group in optimizer.param_groups:
             group["lr"] = lr * min(10 * (step + 1) / steps, 0.5 + 0.5 * math.cos(math.pi * step / steps))
-        loss = F.cross_entropy(classifier.class_logits(classifier(as_bytes(images))), labels)
+        loss = F.cross_entropy(classifier.class_logits(classifier(to_classifier_input(images))), cond["y"])
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
@@ -84,40 +105,57 @@ def train_classifier(dataset, device="cpu", steps=500, batch_size=128, lr=2e-3, 
     return classifier.eval()
 
 
-def as_bytes(images):
-    """(n, C, H, W) in [-1, 1] -> (n, 3, H, W) uint8: what the classifier will be asked about."""
+def to_classifier_input(images):
+    """Convert images (n, C, H, W) in [-1, 1] to (n, 3, H, W) uint8, the format in which samples are classified."""
     return to_uint8(images).permute(0, 3, 1, 2)
 
 
-def refuse(bad):
-    raise UserError(f"cannot read the image {bad[0].path} ({bad[0].reason})")
+def raise_corrupt(corrupt_images):
+    """Raise a `UserError` for the first of a batch's corrupt images."""
+    raise UserError(f"cannot read the image {corrupt_images[0].path} ({corrupt_images[0].reason})")
 
 
 @torch.no_grad()
-def accuracy(classifier, dataset, batch_size=250):
-    """The share of a data set's images that are taken for what they are."""
-    device, batch_size = next(classifier.parameters()).device, min(batch_size, len(dataset))
-    right = 0
-    for first in range(0, len(dataset), batch_size):
-        images, labels, bad = dataset.__getitems__([(index, False) for index in range(
-            first, min(first + batch_size, len(dataset)))])
-        if bad:
-            refuse(bad)
+def compute_accuracy(classifier, dataset, batch_size=250):
+    """Compute the fraction of a data set's images that are classified correctly.
+
+    Args:
+        classifier (Classifier): In evaluation mode.
+        dataset (LabeledImageDataset): The images.
+        batch_size (int): Images at once.
+
+    Returns:
+        float: The accuracy.
+
+    Raises:
+        UserError: If an image cannot be read.
+    """
+    device = next(classifier.parameters()).device
+    correct = 0
+    for start in range(0, len(dataset), batch_size):
+        keys = [(index, False) for index in range(start, min(start + batch_size, len(dataset)))]
+        images, cond, corrupt = dataset.__getitems__(keys)
+        if corrupt:
+            raise_corrupt(corrupt)
         with full_precision():
-            logits = classifier.class_logits(classifier(as_bytes(images).to(device)))
-        right += int((logits.argmax(dim=1).cpu() == labels).sum())
-    return right / len(dataset)
+            logits = classifier.class_logits(classifier(to_classifier_input(images).to(device)))
+        correct += int((logits.argmax(dim=1).cpu() == cond["y"]).sum())
+    return correct / len(dataset)
 
 
 def save_classifier(classifier, path, data, class_names, accuracy):
-    """Write a classifier as a TorchScript file, for `--features`.
+    """Write a classifier as a TorchScript file, to be used as a feature space.
 
-    data, class_names  what it was trained on, in words, and its classes in their order
-    accuracy           on images that it was not trained on
+    Args:
+        classifier (Classifier): In evaluation mode.
+        path (str): The file to write.
+        data (str): Description of the data it was trained on.
+        class_names (list[str]): Its classes in their order.
+        accuracy (float): Its accuracy on images that it was not trained on.
     """
-    about = json.dumps(dict(data=data, class_names=class_names, accuracy=accuracy))
+    metadata = json.dumps(dict(data=data, class_names=class_names, accuracy=accuracy))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # of torch, as in `ModuleFeatures`
+        warnings.simplefilter("ignore", FutureWarning)  # torch recommends torch.export
         script = torch.jit.script(copy.deepcopy(classifier).cpu())
         with atomic_write(path) as file:
-            torch.jit.save(script, file, _extra_files={ModuleFeatures.ABOUT: about})
+            torch.jit.save(script, file, _extra_files={ModuleFeatures.CLASSIFIER_METADATA: metadata})

@@ -1,4 +1,4 @@
-"""A classifier of handwritten digits that judges samples of them."""
+"""A fixed classifier of handwritten digits that judges samples of them."""
 import numpy as np
 from sklearn.svm import SVC
 
@@ -6,7 +6,11 @@ from data.digits import DigitsDataset
 
 
 class DigitsClassifier:
-    """A support vector machine on the training digits' pixels. Its accuracy on the held-out ones is `accuracy`."""
+    """A support vector machine on the pixels of the training digits.
+
+    Attributes:
+        accuracy (float): Fraction of the held-out digits that it classifies correctly.
+    """
 
     def __init__(self):
         train, held_out = DigitsDataset("train"), DigitsDataset("held-out")
@@ -14,6 +18,6 @@ class DigitsClassifier:
         self.accuracy = self.machine.score(held_out.images.flatten(1).numpy(), held_out.labels)
 
     def agreement(self, images, labels):
-        """The share of images (N, 8, 8, 3) uint8 that are taken for the digits `labels` (N,)."""
+        """Compute the fraction of images, shape (N, 8, 8, 3), uint8, classified as their labels, shape (N,)."""
         pixels = np.asarray(images)[..., 0].reshape(len(images), -1) / 127.5 - 1.0
         return float((self.machine.predict(pixels) == np.asarray(labels)).mean())

@@ -7,171 +7,203 @@ import torch
 from tqdm.auto import tqdm
 
 from common import distributed
-from common.errors import UserError
+from common.errors import ArgumentError, UserError
 from data.dataset import evenly_spaced_indices
 from evaluation.image_sources import GenerationInterrupted
+from evaluation.metrics import float64_device
 
 
 @dataclass
 class FeatureStatistics:
-    """A set of images in a feature space.
+    """Statistics of a set of images in a feature space.
 
-    count     images
-    pool      (mean, covariance) of the features
-    spatial   the same of the second features, or None
-    features  (n, D) float32 of all images, or of some, in their order; on the main process only, or None
-    size      (height, width) of the first image, or None where it is not known
-    pixels    a hash of all pixels and their order, whatever the batches and processes; None where it was not asked for
+    Attributes:
+        count (int): Number of images; None if a reference file does not say.
+        pool (tuple[ndarray, ndarray]): Mean (D,) and covariance (D, D) of the features.
+        spatial (tuple[ndarray, ndarray]): The same of the second set of features, or None.
+        features (Tensor): Features of all images or of some, in their order, shape (n, D), float32; on rank 0 only.
+        size (tuple[int, int]): Height and width of the first image, or None if unknown.
+        pixels_sha256 (str): Hash of all pixels in their order, or None if not requested.
     """
+
     count: int
     pool: tuple
     spatial: tuple = None
     features: torch.Tensor = None
     size: tuple = None
-    pixels: str = None
+    pixels_sha256: str = None
+
+    def describe(self, images):
+        """Return the metadata of the `images` that were measured, with the hash of their pixels if there is one."""
+        return images.metadata() | (dict(pixels_sha256=self.pixels_sha256) if self.pixels_sha256 else {})
 
 
 class LocalStatistics:
-    """What one process measures of a set: `add` batches, in order."""
+    """Statistics of the images of one rank.
 
-    def __init__(self, features, kept, hashes):
-        self.features, self.kept, self.hashes = features, np.array(kept), hashes
-        self.moments, self.rows, self.pixels, self.size = {}, [], 0, None
+    Args:
+        features (FeatureSpace): The feature space.
+        kept_indices (list[int]): Indices of the images, of the full set, whose features are kept.
+        hashes (bool): Whether to hash the pixels.
+    """
 
-    def add(self, first, images):
-        """Images (n, H, W, 3) uint8, of which the first has the number `first`. raise: UserError"""
+    def __init__(self, features, kept_indices, hashes):
+        self.features = features
+        self.kept_indices = np.array(kept_indices)
+        self.hashes = hashes
+        self.moments = {}  # name of a field of `Features`: RunningMoments
+        self.kept_features = []
+        self.pixel_hash = 0
+        self.size = None
+
+    def add(self, start, images):
+        """Add a batch of consecutive images.
+
+        Args:
+            start (int): Index of the first image in the full set.
+            images (Tensor): Shape (n, H, W, 3), uint8.
+
+        Raises:
+            ArgumentError: If the batch does not fit into memory.
+            UserError: If the features are not finite, or their number changes.
+        """
         self.size = self.size or tuple(images.shape[1:3])
         try:
-            found = self.features(images)
+            features = self.features(images)
         except torch.OutOfMemoryError:
-            raise UserError(f"the features of {len(images)} images at once do not fit into memory: lower the batch "
-                            "size (--per-proc-batch-size)") from None
-        for name, rows in found._asdict().items():
-            if rows is None:
-                continue
-            moments = self.moments.setdefault(name, RunningMoments(rows.shape[1], rows.device))
-            if not rows.shape[1] or rows.shape[1] != len(moments.mean):
-                raise UserError(f"the feature space gives {rows.shape[1]} numbers an image, and {len(moments.mean)} "
-                                "before")
-            if not torch.isfinite(rows).all():
-                raise UserError(f"the features of the images {first} .. {first + len(images) - 1} are not finite")
-            moments.add(rows)
-        kept = self.kept[(self.kept >= first) & (self.kept < first + len(images))] - first
-        self.rows.append(found.pool[torch.from_numpy(kept).to(found.pool.device)].cpu())
-        if self.hashes:  # a sum does not depend on who adds what
-            for number, image in enumerate(images.cpu().numpy(), start=first):
-                digest = hashlib.sha256(number.to_bytes(8, "little") + image.tobytes()).digest()
-                self.pixels = (self.pixels + int.from_bytes(digest, "little")) % 2**256
+            raise ArgumentError("the features of so large a batch do not fit into memory. Lower it",
+                                batch_size=len(images)) from None
+        for name, rows in features._asdict().items():
+            if rows is not None:
+                self._add_rows(name, rows, start)
+        kept = self.kept_indices[(self.kept_indices >= start) & (self.kept_indices < start + len(images))] - start
+        self.kept_features.append(features.pool[torch.from_numpy(kept).to(features.pool.device)].cpu())
+        if self.hashes:  # a sum does not depend on how the images are split over ranks
+            for index, image in enumerate(images.cpu().numpy(), start=start):
+                digest = hashlib.sha256(index.to_bytes(8, "little") + image.tobytes()).digest()
+                self.pixel_hash = (self.pixel_hash + int.from_bytes(digest, "little")) % 2**256
+
+    def _add_rows(self, name, rows, start):
+        moments = self.moments.setdefault(name, RunningMoments(rows.shape[1], rows.device))
+        if not rows.shape[1] or rows.shape[1] != len(moments.mean):
+            raise UserError(f"the feature space returns {rows.shape[1]} numbers an image, before {len(moments.mean)}")
+        if not torch.isfinite(rows).all():
+            raise UserError(f"the features of the images {start} .. {start + len(rows) - 1} are not finite")
+        moments.add(rows)
 
 
 def compute_statistics(images, features, batch_size, keep=None, title="images", stopped=lambda: False):
-    """Stream a set through a feature space. Every process takes a contiguous share.
+    """Stream a set of images through a feature space. Every rank takes a contiguous part; call it on all ranks.
 
-    images   from `evaluation.sources`
-    keep     keep the features of at most so many images, at equal distances; None: of all
-    title    of the progress bar
-    stopped  asked before every batch whether to give up; where one process gives up, all do
-    return   `FeatureStatistics` on every process; None where it was given up
-    raise    UserError on all processes, for whatever went wrong on one
+    Args:
+        images (ImageSource): The images, from `evaluation.image_sources`.
+        features (FeatureSpace): The feature space.
+        batch_size (int): Images of a batch of each rank.
+        keep (int): Keep the features of at most this many images, evenly spaced. Default: of all.
+        title (str): Title of the progress bar.
+        stopped (callable): () -> bool, called before every batch: whether to give up. If one rank does, all do.
+
+    Returns:
+        FeatureStatistics: The same on every rank; None if the ranks gave up.
+
+    Raises:
+        UserError: On all ranks, if anything fails on one of them.
     """
-    rank, world, count = distributed.rank(), distributed.world_size(), len(images)
-    first, end = count * rank // world, count * (rank + 1) // world
-    rounds = -(-max(count * (i + 1) // world - count * i // world for i in range(world)) // batch_size)
-    share = LocalStatistics(features, evenly_spaced_indices(count, min(count, keep or count)), images.hashes)
-    watch, error, given_up = distributed.AsyncFlagReducer(), None, False
-    with distributed.raise_on_all_ranks(), tqdm(total=end - first, unit="image", desc=title, leave=False,
+    rank, world_size, count = distributed.rank(), distributed.world_size(), len(images)
+    bounds = [count * i // world_size for i in range(world_size + 1)]
+    start, end = bounds[rank], bounds[rank + 1]
+    largest_part = max(bounds[i + 1] - bounds[i] for i in range(world_size))
+    local = LocalStatistics(features, evenly_spaced_indices(count, min(count, keep or count)), images.hashes)
+    reducer, error, gave_up = distributed.AsyncFlagReducer(), None, False
+    with distributed.raise_on_all_ranks(), tqdm(total=end - start, unit="image", desc=title, leave=False,
                                                disable=not distributed.is_rank0() or None) as bar:
-        for start in range(first, first + rounds * batch_size, batch_size):
-            given_up, failed = watch.exchange(stopped(), error)
-            if given_up or failed:
+        for batch_start in range(start, start + largest_part, batch_size):
+            gave_up, failed = reducer.exchange(stopped(), error)
+            if gave_up or failed:
                 break
-            stop = min(start + batch_size, end)
-            if error is None and start < stop:
+            batch_end = min(batch_start + batch_size, end)
+            if error is None and batch_start < batch_end:
                 try:
-                    share.add(start, images.batch(start, stop))
+                    local.add(batch_start, images.batch(batch_start, batch_end))
                 except GenerationInterrupted:
-                    continue  # whoever asked for it still does
-                except Exception as caught:  # the others are told at the next batch, and must not wait for this one
+                    continue  # `stopped` is still true before the next batch
+                except Exception as caught:  # raised on all ranks together: the others must not wait for this one
                     error = caught
-                bar.update(stop - start)
+                bar.update(batch_end - batch_start)
         if error is not None:
             raise error
-    return None if given_up else _combined(share, count)
+    return None if gave_up else _combine(local, count)
 
 
-def _combined(share, count):
-    """What all processes measured together; None where images are missing."""
-    moments, size, pixels = _of_all(share)
-    moments = {name: moment.reduce() for name, moment in moments.items()}
+def _combine(local, count):
+    """Return the `FeatureStatistics` of all ranks; None if images are missing."""
+    moments, size, pixels_sha256 = _combine_local(local)
     if not moments or any(moment.count != count for moment in moments.values()):
-        return None  # given up in the last batch
+        return None  # a rank gave up in its last batch
     statistics = {name: moment.statistics() for name, moment in moments.items()}
-    return FeatureStatistics(count, features=_gathered(share.rows), size=size, pixels=pixels, **statistics)
+    return FeatureStatistics(count, features=_gather_rows(local.kept_features), size=size, pixels_sha256=pixels_sha256,
+                             **statistics)
 
 
-def _of_all(share):
-    """The same moments on every process (one that had no image joins in the sums with nothing), the images' size, and
-    the pixels' hash.
-    """
-    sizes, pixels, size = {name: len(moment.mean) for name, moment in share.moments.items()}, share.pixels, share.size
-    if distributed.world_size() > 1:
-        known = [None] * distributed.world_size()
-        torch.distributed.all_gather_object(known, (sizes, size, pixels))
-        sizes = {name: width for found, _, _ in known for name, width in found.items()}
-        size = next((size for _, size, _ in known if size), None)
-        pixels = sum(pixels for _, _, pixels in known) % 2**256
-    moments = {name: share.moments.get(name) or RunningMoments(width, distributed.device())
-               for name, width in sorted(sizes.items())}
-    return moments, size, f"{pixels:064x}" if share.hashes else None
+def _combine_local(local):
+    """Return the moments of all ranks (a rank without images takes part with zeros), image size and pixel hash."""
+    dimensions = {name: len(moment.mean) for name, moment in local.moments.items()}
+    parts = distributed.gather_objects([(dimensions, local.size, local.pixel_hash)])
+    dimensions = {name: width for part, _, _ in parts for name, width in part.items()}
+    size = next((size for _, size, _ in parts if size), None)
+    pixel_hash = sum(part_hash for _, _, part_hash in parts) % 2**256
+    moments = {name: (local.moments.get(name) or RunningMoments(width, distributed.device())).reduce()
+               for name, width in sorted(dimensions.items())}
+    return moments, size, f"{pixel_hash:064x}" if local.hashes else None
 
 
-def _gathered(kept):
-    """The rows of all processes in their order, on the main process; None on the others."""
-    own = torch.cat(kept) if kept else None
+def _gather_rows(batches):
+    """Concatenate the feature rows of all ranks, in their order, on rank 0; None on the others."""
+    rows = torch.cat(batches) if batches else None
     if distributed.world_size() == 1:
-        return own
-    shapes = [None] * distributed.world_size()
-    torch.distributed.all_gather_object(shapes, (0, 0) if own is None else tuple(own.shape))
-    most, width = max(rows for rows, _ in shapes), max(width for _, width in shapes)
-    padded = torch.zeros(most, width, device=distributed.device())
-    if own is not None:
-        padded[: len(own)] = own
-    everything = distributed.all_gather(padded[None]).cpu()
+        return rows
+    shapes = distributed.gather_objects([(0, 0) if rows is None else tuple(rows.shape)])
+    longest, width = (max(sizes) for sizes in zip(*shapes))
+    padded = torch.zeros(longest, width, device=distributed.device())
+    if rows is not None:
+        padded[: len(rows)] = rows
+    gathered = distributed.all_gather(padded[None]).cpu()
     if not distributed.is_rank0():
         return None
-    return torch.cat([part[:rows] for part, (rows, _) in zip(everything, shapes)])
+    return torch.cat([part[:count] for part, (count, _) in zip(gathered, shapes)])
 
 
 class RunningMoments:
-    """Mean and covariance of rows (n, D), in float64, added in any batches by any number of processes.
+    """Mean and covariance of rows (n, D) in float64, added in any batches by any number of ranks.
 
     Sums are kept about the running mean (Chan et al., 1979), so that features with a large mean lose no digits.
+
+    Args:
+        dimensions (int): D.
+        device (torch.device): Where the sums are kept; on the CPU instead of a device without float64.
     """
 
     def __init__(self, dimensions, device="cpu"):
-        device = "cpu" if torch.device(device).type == "mps" else device  # which has no float64
         self.count = 0
-        self.mean = torch.zeros(dimensions, dtype=torch.float64, device=device)
-        self.scatter = torch.zeros(dimensions, dimensions, dtype=torch.float64, device=device)
+        self.mean = torch.zeros(dimensions, dtype=torch.float64, device=float64_device(device))
+        self.scatter = self.mean.new_zeros(dimensions, dimensions)
 
     def add(self, rows):
-        """Add features (n, D)."""
+        """Add features (Tensor), shape (n, D)."""
         rows = rows.to(self.mean.device).double()
         mean = rows.mean(dim=0)
-        centred = rows - mean
-        self._merge(len(rows), mean, centred.T @ centred)
-
-    def _merge(self, count, mean, scatter):
-        total, shift = self.count + count, mean - self.mean
-        self.scatter += scatter + torch.outer(shift, shift) * (self.count * count / total)
-        self.mean += shift * (count / total)
-        self.count = total
+        centered = rows - mean
+        count = self.count + len(rows)
+        shift = mean - self.mean
+        self.scatter += centered.T @ centered + torch.outer(shift, shift) * (self.count * len(rows) / count)
+        self.mean += shift * (len(rows) / count)
+        self.count = count
 
     def reduce(self):
-        """Become those of all processes' rows, on every process; returns self."""
+        """Combine the moments of all ranks, on every rank. Returns self."""
         if distributed.world_size() == 1:
             return self
-        device = distributed.device()  # where the processes can talk to each other
+        device = distributed.device()  # the backend may not reduce on the device of the moments
         sums = torch.cat([self.mean * self.count, self.mean.new_tensor([self.count])]).to(device)
         sums = distributed.all_reduce_sum(sums).to(self.mean.device)
         count = int(sums[-1])
@@ -183,5 +215,5 @@ class RunningMoments:
         return self
 
     def statistics(self):
-        """(mean (D,), covariance (D, D)) as arrays; the covariance as `np.cov` gives it, with N - 1."""
+        """Return mean (D,) and covariance (D, D) as arrays; the covariance divides by N - 1, as `np.cov` does."""
         return self.mean.cpu().numpy(), (self.scatter / max(1, self.count - 1)).cpu().numpy()

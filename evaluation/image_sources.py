@@ -1,10 +1,4 @@
-"""Sets of images to be measured: files, an embedded data set, or what a trained model makes.
-
-Each has a length; batch(first, end) -> (n, H, W, 3) uint8; class_labels(), the class that each is to show, (N,)
-integers, or None where nobody says; record(), what it is, in plain values; and `hashes`: whether its pixels are to be
-hashed while they are read, because nothing else says what they are.
-"""
-
+"""Sets of images to evaluate: files, built-in data sets, or samples of a model."""
 import os
 from concurrent.futures import ThreadPoolExecutor
 
@@ -23,18 +17,39 @@ from sampling.sample_set import describe_sample_set, sample_labels
 
 
 class GenerationInterrupted(Exception):
-    """The making of images was broken off: somebody wants the process back."""
+    """Generation of images stopped because `GeneratedImages.stopped` returned true."""
 
 
-class NpzImages:
-    """The images of an .npz: `arr_0` (N, H, W, 3) uint8, as `sample_ddp.py` writes it and ADM's suite takes it."""
+class ImageSource:
+    """Base class of sets of images. A subclass has a length, `batch(start, end)` and `metadata()`.
+
+    Attributes:
+        hashes (bool): Whether to hash the pixels while they are read, because the metadata does not identify them.
+    """
 
     hashes = False
 
+    def batch(self, start, end):
+        """Return the images start .. end - 1, shape (end - start, H, W, 3), uint8."""
+        raise NotImplementedError
+
+    def example_batch(self):
+        """Return up to two images of the set's size, shape (n, H, W, 3), uint8, at little cost."""
+        return self.batch(0, min(2, len(self)))
+
+    def class_labels(self):
+        """Return the class that each image is meant to show, shape (N,), integers; None if unknown."""
+        return None
+
+
+class NpzImages(ImageSource):
+    """Images of an .npz: `arr_0` (N, H, W, 3) uint8, as `sample_ddp.py` writes it and ADM's suite reads it."""
+
     def __init__(self, path):
-        self.path, self.images = path, read_npz_array(path, "arr_0")
+        self.path = path
+        self.images = read_npz_array(path, "arr_0")
         if self.images.dtype != np.uint8 or self.images.ndim != 4 or self.images.shape[3] != 3:
-            raise UserError(f"{path}: arr_0 is {self.images.dtype} of the shape {self.images.shape}, not uint8 of "
+            raise UserError(f"{path}: arr_0 is {self.images.dtype} of shape {self.images.shape}, not uint8 of shape "
                             "(N, H, W, 3)")
         if not len(self.images):
             raise UserError(f"{path} holds no images: arr_0 is empty")
@@ -42,52 +57,59 @@ class NpzImages:
     def __len__(self):
         return len(self.images)
 
-    def batch(self, first, end):
-        """Images first .. end - 1: (n, H, W, 3) uint8."""
-        return torch.from_numpy(np.array(self.images[first:end]))
+    def batch(self, start, end):
+        """Return the images start .. end - 1, shape (end - start, H, W, 3), uint8."""
+        return torch.from_numpy(np.array(self.images[start:end]))
 
     def class_labels(self):
-        """`arr_1`, where there is one an image."""
+        """Return `arr_1` if it holds one label an image."""
         if "arr_1" not in list_npz_arrays(self.path):
             return None
         labels = np.asarray(read_npz_array(self.path, "arr_1"))
         return labels if labels.dtype.kind in "iu" and labels.shape == (len(self),) else None
 
     def metadata(self):
-        """Where they come from; with what `sample_ddp.py` wrote beside the file, if it still is that file."""
-        found = dict(path=os.path.abspath(self.path), images=len(self), sha256=sha256_file(self.path))
-        beside = try_read(os.path.splitext(self.path)[0] + ".json")
-        return found | dict(made=beside.get("made")) if beside.get("sha256") == found["sha256"] else found
+        """Describe the file, including what `sample_ddp.py` wrote beside it if the file has not changed since."""
+        metadata = dict(path=os.path.abspath(self.path), images=len(self), sha256=sha256_file(self.path))
+        sample_set = try_read(os.path.splitext(self.path)[0] + ".json")
+        if sample_set.get("sha256") == metadata["sha256"]:
+            metadata["made"] = sample_set.get("made")
+        return metadata
 
 
-class FolderImages:
+class FolderImages(ImageSource):
     """All image files below a folder, in the order of their paths, all of one size.
 
-    image_size  scale and crop them to so many pixels, as training does; None: take them as they are
-    raise       UserError where there are none, or one cannot be read
+    Args:
+        path (str): The folder.
+        image_size (int): Scale and crop the images to this size, as training does. Default: take them as they are.
+
+    Raises:
+        UserError: If there are no images, or one cannot be read.
     """
 
     hashes = True
-    ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".tif", ".tiff")
-    READERS = 8  # threads: most of the work is decoding, which they do side by side
+    EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".tif", ".tiff")
+    NUM_READERS = 8  # threads; most of the work is decoding, which releases the interpreter lock
 
     def __init__(self, path, image_size=None):
-        self.path, self.image_size, self.names = path, image_size, sorted(self._files(path))
+        self.path, self.image_size = path, image_size
+        self.names = sorted(self._list_files())
         if not self.names:
-            raise UserError(f"{path} holds no images ({', '.join(self.ENDINGS)})")
+            raise UserError(f"{path} holds no images ({', '.join(self.EXTENSIONS)})")
         self.size = self._read(self.names[0]).shape[:2]
 
-    def _files(self, root):
-        """Paths below `root`. Links are followed, into each folder once."""
-        seen = set()
-        for folder, inner, names in os.walk(root, followlinks=True):
-            real = os.path.realpath(folder)
-            if real in seen:
-                inner.clear()
+    def _list_files(self):
+        """Yield paths relative to the folder. Links are followed, into each folder once."""
+        visited = set()
+        for folder, subfolders, names in os.walk(self.path, followlinks=True):
+            real_path = os.path.realpath(folder)
+            if real_path in visited:
+                subfolders.clear()
                 continue
-            seen.add(real)
-            yield from (os.path.relpath(os.path.join(folder, name), root) for name in names
-                        if name.lower().endswith(self.ENDINGS))
+            visited.add(real_path)
+            yield from (os.path.relpath(os.path.join(folder, name), self.path) for name in names
+                        if name.lower().endswith(self.EXTENSIONS))
 
     def _read(self, name):
         image = read_image(os.path.join(self.path, name), self.image_size)
@@ -98,112 +120,128 @@ class FolderImages:
     def __len__(self):
         return len(self.names)
 
-    def batch(self, first, end):
-        """Images first .. end - 1: (n, H, W, 3) uint8. raise: UserError for one of another size than the first."""
-        names = self.names[first:end]
-        with ThreadPoolExecutor(self.READERS) as readers:
+    def batch(self, start, end):
+        """Return the images start .. end - 1, shape (end - start, H, W, 3), uint8."""
+        names = self.names[start:end]
+        with ThreadPoolExecutor(self.NUM_READERS) as readers:
             images = list(readers.map(self._read, names))
         for name, image in zip(names, images):
             if image.shape[:2] != self.size:
                 (height, width), (first_height, first_width) = image.shape[:2], self.size
                 raise UserError(f"{os.path.join(self.path, name)} has {width} x {height} pixels, others have "
-                                f"{first_width} x {first_height}: pass --image-size")
+                                f"{first_width} x {first_height}. Pass --image-size")
         return torch.from_numpy(np.stack(images))
 
-    def class_labels(self):
-        return None
-
     def metadata(self):
+        """Describe the folder; the hash of the pixels is added after they are read."""
         return dict(path=os.path.abspath(self.path), images=len(self), image_size=self.image_size)
 
 
-class BuiltinImages:
-    """An embedded data set: `digits`, `fractals`, which are trained on, or `digits-held-out`, `fractals-held-out`.
+class BuiltinImages(ImageSource):
+    """A built-in data set: `digits` or `fractals`, which are trained on, `digits-held-out` or `fractals-held-out`.
 
-    image_size, num_classes  of the fractals; None: as usual
+    Args:
+        name (str): Name of the data set.
+        image_size (int): Size of fractals; digits have one size. Default: that of the data set.
+        num_classes (int): Number of classes of fractals. Default: that of the data set.
     """
-
-    hashes = False
 
     def __init__(self, name, image_size=None, num_classes=None):
-        self.name, (data, _) = name, parse_builtin_name(name)
-        chosen = image_size if data == "fractals" else None
-        self.data = build_dataset(name, chosen or BUILTIN_DATASETS[data]["image_size"], num_classes=num_classes)
+        self.name = name
+        dataset_name, _ = parse_builtin_name(name)
+        if dataset_name != "fractals" or not image_size:
+            image_size = BUILTIN_DATASETS[dataset_name]["image_size"]
+        self.dataset = build_dataset(name, image_size, num_classes=num_classes)
 
     def __len__(self):
-        return len(self.data)
+        return len(self.dataset)
 
-    def batch(self, first, end):
-        """Images first .. end - 1: (n, H, W, 3) uint8."""
-        return to_uint8(torch.stack([self.data.read(index) for index in range(first, end)])).contiguous()
+    def batch(self, start, end):
+        """Return the images start .. end - 1, shape (end - start, H, W, 3), uint8."""
+        return to_uint8(torch.stack([self.dataset.read(index) for index in range(start, end)])).contiguous()
 
     def class_labels(self):
-        return np.array(self.data.labels)
+        """Return the labels of the data set."""
+        return np.array(self.dataset.labels)
 
     def metadata(self):
-        return dict(path=self.name, images=len(self), image_size=self.data.image_size,
-                    num_classes=len(self.data.class_names))
+        """Describe the data set."""
+        return dict(path=self.name, images=len(self), image_size=self.dataset.image_size,
+                    num_classes=len(self.dataset.class_names))
 
 
-class GeneratedImages:
-    """What a trained model makes: image i is a function of (seed, i), the one that `sample_ddp.py` makes too.
+class GeneratedImages(ImageSource):
+    """Samples of a model. Image i is a function of (seed, i), the same that `sample_ddp.py` makes.
 
-    make     an `SamplingPipeline`
-    labels   "uniform" or "balanced", see `sample_labels`
-    made_of  what else is to be recorded of them, a plain dictionary
+    Args:
+        pipeline (SamplingPipeline): Makes the images.
+        num_classes (int): Number of classes to sample.
+        num_fid_samples (int): Number of images.
+        seed (int): Seed of labels and noise.
+        labels (str): "uniform" or "balanced", see `sample_labels`.
+        model_metadata (dict): Plain values that describe the model, for the record.
 
-    Its attribute `stopped` is asked at every sampling step whether to break off, by `GenerationInterrupted`.
+    Attributes:
+        stopped (callable): () -> bool, called at every sampling step; if true, `batch` raises `GenerationInterrupted`.
     """
 
-    hashes = False
-
-    def __init__(self, make, num_classes, count, seed=0, labels="uniform", made_of=None):
-        self.make, self.num_classes, self.count, self.seed, self.labels = make, num_classes, count, seed, labels
-        self.made_of, self.stopped = made_of or {}, lambda: False
+    def __init__(self, pipeline, num_classes, num_fid_samples, seed=0, labels="uniform", model_metadata=None):
+        self.pipeline, self.num_classes, self.num_fid_samples = pipeline, num_classes, num_fid_samples
+        self.seed, self.labels = seed, labels
+        self.model_metadata = model_metadata or {}
+        self.stopped = lambda: False
 
     def __len__(self):
-        return self.count
+        return self.num_fid_samples
 
-    def batch(self, first, end):
-        """Images first .. end - 1: (n, H, W, 3) uint8."""
-        device, numbers = self.make.model.pos_embed.device, range(first, end)
-        labels = sample_labels(self.labels, self.seed, numbers, self.num_classes)
-        return to_uint8(self.make(torch.from_numpy(labels).to(device), PerSampleRNG(self.seed, numbers, device),
-                                  on_step=self._go_on))
+    def batch(self, start, end):
+        """Return the images start .. end - 1, shape (end - start, H, W, 3), uint8."""
+        device, indices = self.pipeline.model.device, range(start, end)
+        labels = sample_labels(self.labels, self.seed, indices, self.num_classes)
+        cond = dict(y=torch.from_numpy(labels).to(device))
+        return to_uint8(self.pipeline(cond, PerSampleRNG(self.seed, indices, device), on_step=self._check_stopped))
+
+    def example_batch(self):
+        """Return noise of the images' shape, which serves where only the size matters, without sampling."""
+        _, *latent_size = self.pipeline.model.sample_shape
+        height, width = (self.pipeline.autoencoder.stride * side for side in latent_size)
+        return torch.from_numpy(np.random.default_rng(0).integers(0, 256, (2, height, width, 3), dtype=np.uint8))
 
     def class_labels(self):
-        return sample_labels(self.labels, self.seed, range(self.count), self.num_classes)
+        """Return the label that each image is sampled with."""
+        return sample_labels(self.labels, self.seed, range(len(self)), self.num_classes)
 
-    def _go_on(self, step, x):
+    def _check_stopped(self, step, x):
         if self.stopped():
             raise GenerationInterrupted
 
-    def noise_like(self, count):
-        """(count, H, W, 3) uint8 noise of the images' size, without the work of making one."""
-        autoencoder, model = self.make.autoencoder, self.make.model
-        stride = autoencoder.space.stride if autoencoder.is_random else 1
-        height, width = (stride * side for side in model.x_embedder.input_size)
-        return torch.from_numpy(np.random.default_rng(0).integers(0, 256, (count, height, width, 3), dtype=np.uint8))
-
     def metadata(self):
-        return describe_sample_set(self.make, len(self), self.seed, self.labels, self.made_of)
+        """Describe the images as `sample_ddp.py` does."""
+        return describe_sample_set(self.pipeline, len(self), self.seed, self.labels, self.model_metadata)
 
 
 def open_image_source(path, image_size=None, num_classes=None):
-    """The images that a path names: an .npz, a folder, `digits` or `fractals` (which are trained on), `digits-held-out`
-    or `fractals-held-out`.
+    """Open the images that a path names.
 
-    image_size   of a folder's and of the fractals
-    num_classes  of the fractals
+    Args:
+        path (str): An .npz, a folder, or a built-in data set (see `BuiltinImages`).
+        image_size (int): Size of the images of a folder, and of fractals.
+        num_classes (int): Number of classes of fractals.
+
+    Returns:
+        ImageSource: The images.
+
+    Raises:
+        UserError: If there are no images at this path.
     """
     if parse_builtin_name(path)[0]:
         return BuiltinImages(path, image_size, num_classes)
     if os.path.isdir(os.path.join(path, "checkpoints")):
-        raise UserError(f"{path} is the folder of a run: name one of its checkpoints, or {path}/samples")
+        raise UserError(f"{path} is the folder of a run. Name one of its checkpoints, or {path}/samples")
     if os.path.isdir(path):
         return FolderImages(path, image_size)
     if not os.path.isfile(path):
         raise UserError(f"there is neither a file nor a folder {path}")
     if "arr_0" not in list_npz_arrays(path):
-        raise UserError(f"{path} holds no images: there is no arr_0 in it")
+        raise UserError(f"{path} holds no images: it has no arr_0")
     return NpzImages(path)

@@ -1,5 +1,4 @@
-"""Scores of a run's EMA samples while it trains. They are watched, never acted on: training does not depend on them."""
-
+"""Scores of EMA samples while a run trains. They are only reported: training does not depend on them."""
 import csv
 import io
 import os
@@ -17,131 +16,151 @@ from evaluation.scores import check_comparable, compute_scores, distance_name, p
 
 
 def build_evaluator(features, reference, images, batch_size, image_size):
-    """An `PeriodicEvaluator`. To be called by all processes.
+    """Build a `PeriodicEvaluator`, after checking all that its first evaluation needs. Call it on all ranks.
 
-    features, reference  what --eval-features and --eval-reference say
-    images               `GeneratedImages` of the EMA model
-    batch_size           of each process
-    image_size           pixels, where the reference is a folder of images, or fractals
-    raise                UserError for whatever would go wrong at the first evaluation
+    Args:
+        features (str): Feature space, as `load_feature_space` takes it.
+        reference (str): Reference, as `open_reference` takes it.
+        images (GeneratedImages): Samples of the EMA model.
+        batch_size (int): Images of a batch of each rank.
+        image_size (int): Pixels, for a reference that is a folder of images, or fractals.
+
+    Returns:
+        PeriodicEvaluator: The evaluator.
+
+    Raises:
+        UserError: If an evaluation would fail; `ArgumentError` for features, reference and num_fid_samples.
     """
     with distributed.raise_on_all_ranks():
         space = load_feature_space(features, distributed.device())
-    found, record = open_reference(reference, space, batch_size, image_size, images.num_classes)
+    statistics, metadata = open_reference(reference, space, batch_size, image_size, images.num_classes)
     with distributed.raise_on_all_ranks():
-        check_comparable(images, found, space)
-    return PeriodicEvaluator(images, space, found, record, batch_size)
+        check_comparable(images, statistics, space)
+    return PeriodicEvaluator(images, space, statistics, metadata, batch_size)
 
 
 class PeriodicEvaluator:
-    """Makes samples of a model at some steps, measures them, and remembers which step was the best.
+    """Samples a model at some steps, scores the samples, and keeps track of the best step.
 
-    In the experiment's folder, `evaluations.csv` has a row a time, `evaluations.json` says what was measured, and
-    `checkpoints/best.pt` is the state of the best step. A run that goes on with other settings begins new tables.
+    In the run folder `evaluations.csv` has a row per evaluation, `evaluations.json` describes what was measured, and
+    `checkpoints/best.pt` is the state of the best step. A run that is resumed with other settings begins new tables.
+
+    Args:
+        images (GeneratedImages): Samples of the EMA model.
+        features (FeatureSpace): The feature space.
+        reference (FeatureStatistics): Statistics of the reference.
+        reference_metadata (dict): Plain values that describe the reference.
+        batch_size (int): Images of a batch of each rank.
     """
 
-    def __init__(self, images, features, reference, reference_record, batch_size):
+    def __init__(self, images, features, reference, reference_metadata, batch_size):
         self.images, self.features, self.batch_size = images, features, batch_size
-        self.reference, self.reference_record = reference, reference_record
-        self.name = primary_score(features)
-        self.rows, self.best = [], float("inf")
+        self.reference, self.reference_metadata = reference, reference_metadata
+        self.score_name = primary_score(features)
+        self.rows, self.best_score = [], float("inf")
 
-    def begin(self, folder, first_step, log):
-        """Begin or go on with the tables in an experiment's folder; rows of later steps than first_step are dropped.
+    def begin(self, folder, start_step, log):
+        """Start the tables in a run folder, or continue those of an earlier run.
 
-        log  called with a line on what is measured, and with warnings
+        Args:
+            folder (str): The run folder.
+            start_step (int): Step at which training starts; rows of later steps are dropped.
+            log (callable): Called with lines about what is measured, and with warnings.
         """
         self.log = log
-        self.csv, self.json = (os.path.join(folder, f"evaluations.{ending}") for ending in ("csv", "json"))
+        self.csv_path, self.json_path = (os.path.join(folder, f"evaluations.{name}") for name in ("csv", "json"))
         if distributed.is_rank0():
             log(self.description())
-            size = self.images.noise_like(1).shape[1:3]
+            size = self.images.example_batch().shape[1:3]
             for warning in score_warnings(len(self.images), size, self.reference):
                 log(warning)
-            self._go_on(first_step, os.path.join(folder, "checkpoints", "best.pt"))
+            self._read_rows(start_step, os.path.join(folder, "checkpoints", "best.pt"))
 
-    def _go_on(self, first_step, best_path):
-        """Take over the rows of an earlier run up to first_step, if they measured the same."""
-        settings = try_read(self.json).get("settings")
+    def _read_rows(self, start_step, best_path):
+        """Read the rows of an earlier run up to `start_step`; move its tables aside if its settings differ."""
+        settings = try_read(self.json_path).get("settings")
         if settings not in (None, self.settings()):
-            aside = free_path(os.path.splitext(self.csv)[0] + "-before", ".csv")
-            self.log(f"WARNING: evaluations are not made as before; {aside} holds the earlier ones")
-            for old, new in ((self.csv, aside), (self.json, os.path.splitext(aside)[0] + ".json")):
+            aside = free_path(os.path.splitext(self.csv_path)[0] + "-before", ".csv")
+            self.log(f"WARNING: the settings of the evaluation have changed; {aside} holds the earlier scores")
+            for old, new in ((self.csv_path, aside), (self.json_path, os.path.splitext(aside)[0] + ".json")):
                 if os.path.exists(old):
                     os.replace(old, new)
             return
-        self.rows = [row for row in read_score_table(self.csv) if row["step"] <= first_step]
+        self.rows = [row for row in read_score_table(self.csv_path) if row["step"] <= start_step]
         try:
             best_step = load_checkpoint(best_path).get("step")
         except (UserError, AttributeError):
-            best_step = None  # then the next one is the best
-        self.best = next((row[self.name] for row in self.rows if row["step"] == best_step and self.name in row),
-                         float("inf"))
+            return  # then the next evaluation is the best
+        scores = {row["step"]: row[self.score_name] for row in self.rows if self.score_name in row}
+        self.best_score = scores.get(best_step, float("inf"))
 
     def settings(self):
-        """What must be equal for two scores to be compared; plain values."""
-        reference = {name: value for name, value in self.reference_record.items() if name not in ("path", "source")}
-        return dict(features=self.features.metadata(), reference=reference or self.reference_record,
+        """Return what must be equal for two scores to be comparable, as plain values."""
+        reference = {name: value for name, value in self.reference_metadata.items() if name not in ("path", "source")}
+        return dict(features=self.features.metadata(), reference=reference or self.reference_metadata,
                     samples=dict(images=len(self.images), labels=self.images.labels, seed=self.images.seed,
-                                 **self.images.make.metadata()))
+                                 **self.images.pipeline.metadata()))
 
     def lacks(self, step):
-        """Whether a step that is done was not measured. To be called by all processes."""
+        """Return whether there is no row of this step. Call it on all ranks."""
         return distributed.run_on_rank0_and_broadcast(lambda: all(row["step"] != step for row in self.rows))
 
     def __call__(self, step, keep_best, stopped=lambda: False):
-        """Measure the samples of now. To be called by all processes.
+        """Sample the model and score the samples. Call it on all ranks.
 
-        keep_best  called by all processes where the samples are the best so far; returns a path
-        stopped    asked whether to give up
-        return     the scores (an empty dictionary but on the main process); None where it was given up
+        Args:
+            step (int): The training step.
+            keep_best (callable): () -> path, called on all ranks if the score is the best so far.
+            stopped (callable): () -> bool, called often: whether to give up.
+
+        Returns:
+            dict[str, float]: The scores; None if the ranks gave up.
         """
         start, self.images.stopped = time.perf_counter(), stopped
-        found = compute_statistics(self.images, self.features, self.batch_size, stopped=stopped,
-                        title=f"evaluation at step {step}")
-        if found is None:
+        samples = compute_statistics(self.images, self.features, self.batch_size, stopped=stopped,
+                                     title=f"evaluation at step {step}")
+        if samples is None:
             return None
-        row, is_best = distributed.run_on_rank0_and_broadcast(lambda: self._score(found))
+        scores, is_best = distributed.run_on_rank0_and_broadcast(lambda: self._score(samples))
         if is_best:
             path = keep_best()
-            self.best = row[self.name]
+            self.best_score = scores[self.score_name]
             self.log(f"(step={step:07d}) the best so far, kept as {path}")
-        if distributed.is_rank0():  # last, so that a kill never leaves a row without its checkpoint
+        if distributed.is_rank0():  # after the checkpoint, so that a kill never leaves a row without it
             seconds = round(time.perf_counter() - start, 1)
-            self.rows = [old for old in self.rows if old["step"] != step]
-            self.rows.append(dict(step=step, images=found.count, **row, seconds=seconds))
-            self._write()
-        return row
+            self.rows = [row for row in self.rows if row["step"] != step]
+            self.rows.append(dict(step=step, images=samples.count, **scores, seconds=seconds))
+            self._write_tables()
+        return scores
 
-    def _score(self, found):
-        row = compute_scores(found, self.reference, self.features, self.images.class_labels())
-        return row, row[self.name] < self.best
+    def _score(self, samples):
+        scores = compute_scores(samples, self.reference, self.features, self.images.class_labels())
+        return scores, scores[self.score_name] < self.best_score
 
     def description(self):
-        """What is measured, and what it costs, in a line."""
-        distance = distance_name(self.features, len(self.images))
-        made = self.images.make.metadata()
-        return (f"Evaluation: {distance} of EMA samples ({made['sampler']}, {made['steps']} steps, guidance "
-                f"{made['cfg_scale']:g}) to {self.reference_record['path']}; each time "
-                f"{len(self.images) * made['model_calls']:,} images pass the network")
+        """Return a line about what is measured, and what it costs."""
+        sampling = self.images.pipeline.metadata()
+        return (f"Evaluation: {distance_name(self.features, len(self.images))} of EMA samples ({sampling['sampler']}, "
+                f"{sampling['steps']} steps, guidance {sampling['cfg_scale']:g}) to {self.reference_metadata['path']}; "
+                f"{len(self.images) * sampling['model_calls']:,} forward passes of one image each time")
 
-    def _write(self):
+    def _write_tables(self):
         text = io.StringIO()
-        names = list(dict.fromkeys(name for row in self.rows for name in row))
-        writer = csv.DictWriter(text, names, lineterminator="\n")
+        columns = list(dict.fromkeys(name for row in self.rows for name in row))
+        writer = csv.DictWriter(text, columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows(self.rows)
         try:
-            with atomic_write(self.csv) as file:
+            with atomic_write(self.csv_path) as file:
                 file.write(text.getvalue().encode())
-            write_record(self.json, dict(settings=self.settings(), features=self.features.metadata(),
-                                                 samples=self.images.metadata(), reference=self.reference_record))
+            write_record(self.json_path, dict(settings=self.settings(), features=self.features.metadata(),
+                                              samples=self.images.metadata(), reference=self.reference_metadata))
         except UserError as error:
-            self.log(f"WARNING: {error}; training goes on")
+            self.log(f"WARNING: {error}; training continues")
 
 
 def read_score_table(path):
-    """The rows of an `evaluations.csv` as dictionaries of numbers; what cannot be read is left out."""
+    """Read the rows of an `evaluations.csv` as dicts of numbers; unreadable ones are left out."""
     rows = []
     try:
         with open(path, encoding="utf-8", newline="") as file:

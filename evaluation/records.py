@@ -1,58 +1,76 @@
-"""The record beside every score: what was measured, with what, against what; and what differs between two of them."""
-
+"""Records of measurements: JSON files with a result and all that it depends on, and the differences of two."""
 import json
 import math
 import os
 
-from common.errors import UserError
+from common.errors import ArgumentError, UserError
 from common.files import atomic_write
 
 
 def write_record(path, record):
-    """Write a record as JSON."""
+    """Write a record (dict) as JSON."""
     with atomic_write(path) as file:
         file.write((json.dumps(record, indent=2) + "\n").encode())
 
 
-def free_path(stem, ending):
-    """The first of `STEM.ending`, `STEM-2.ending`, ... that is not there."""
-    path, number = f"{stem}{ending}", 1
+def free_path(stem, extension):
+    """Return the first of STEM.json, STEM-2.json, ... that does not exist, for the extension ".json"."""
+    path, number = f"{stem}{extension}", 1
     while os.path.exists(path):
         number += 1
-        path = f"{stem}-{number}{ending}"
+        path = f"{stem}-{number}{extension}"
     return path
 
 
+def record_path(output, source, suffix):
+    """Return the path of a record: `output`, or beside its source: NAME.scores.json, for the suffix "scores"."""
+    stem = os.path.splitext(source)[0] if os.path.isfile(source) else os.path.normpath(source)
+    return output or free_path(f"{stem}.{suffix}", ".json")
+
+
+def check_output(output, extension, *inputs):
+    """Raise an `ArgumentError` unless `output` is None, or a path with this extension that may be written."""
+    if output is None:
+        return
+    if not output.endswith(extension):
+        raise ArgumentError(f"the name must end in {extension}", output=output)
+    if os.path.abspath(output) in map(os.path.abspath, inputs):
+        raise ArgumentError("this would overwrite an input. Choose another name", output=output)
+    folder = os.path.dirname(os.path.abspath(output))
+    if not os.path.isdir(folder):
+        raise ArgumentError(f"there is no folder {folder}", output=output)
+
+
 def read_record(path):
-    """A dictionary. raise: UserError where there is none."""
+    """Read a record (dict); raise a `UserError` if the file is not one."""
     try:
         with open(path, encoding="utf-8") as file:
             record = json.load(file)
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} is no record of a measurement ({error})") from None
+        raise UserError(f"{path} is not a record of a measurement ({error})") from None
     if not isinstance(record, dict):
-        raise UserError(f"{path} is no record of a measurement")
+        raise UserError(f"{path} is not a record of a measurement")
     return record
 
 
 def try_read(path):
-    """A dictionary; an empty one where there is none to read."""
+    """Read a record; an empty dict if the file is not one."""
     try:
         return read_record(path)
     except UserError:
         return {}
 
 
-NO_DIFFERENCE = ("date", "command")  # two measurements never agree in these, and nothing depends on them
+IGNORED_FIELDS = ("date", "command")  # these always differ, and no result depends on them
 
 
 def diff_records(one, two, path=""):
-    """(field, value of one, value of two) of all that differs; a missing field is None."""
+    """Yield (field, value of one, value of two) for every difference; a missing field is None."""
     if isinstance(one, dict) or isinstance(two, dict):
         one, two = ({} if value is None else value for value in (one, two))
     if isinstance(one, dict) and isinstance(two, dict):
-        for name in [*one, *(name for name in two if name not in one)]:
-            if name not in NO_DIFFERENCE:
+        for name in dict.fromkeys([*one, *two]):
+            if name not in IGNORED_FIELDS:
                 yield from diff_records(one.get(name), two.get(name), f"{path}.{name}" if path else name)
     elif isinstance(one, float) and isinstance(two, float) and math.isclose(one, two, rel_tol=1e-8):
         return  # rounding

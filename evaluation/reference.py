@@ -1,5 +1,4 @@
-"""What samples are compared with: statistics files of ADM and of our own, or images."""
-
+"""References that samples are compared with: statistics files of ADM and of `save_reference`, or images."""
 import json
 import os
 
@@ -7,102 +6,117 @@ import numpy as np
 import torch
 
 from common import distributed
-from common.errors import UserError
+from common.errors import ArgumentError, UserError
 from common.files import atomic_write, list_npz_arrays, read_npz_array, sha256_file
 from evaluation.feature_statistics import FeatureStatistics, compute_statistics
 from evaluation.image_sources import NpzImages, open_image_source
 
-PRECISION_IMAGES = 10_000  # of a reference, for precision and recall: as many as ADM's references hold
+NUM_REFERENCE_FEATURES = 10_000  # kept for precision and recall: as many as the images in ADM's references
 
 
-def open_reference(path, features, batch_size, image_size=None, num_classes=None):
-    """(`FeatureStatistics`, record) of what --reference names: ADM's .npz (`mu`, `sigma`, `mu_s`, `sigma_s`, `arr_0`), an .npz
-    of images, a folder, an embedded data set (`digits-held-out`), or a file of `save_reference`.
+def open_reference(reference, features, batch_size, image_size=None, num_classes=None):
+    """Open a reference, measuring its images if need be. Call it on all ranks.
 
-    image_size, num_classes  as `open_image_source` takes them
-    raise  UserError for a file that is damaged, or of another feature space. To be called by all processes.
+    Args:
+        reference (str): ADM's .npz (`mu`, `sigma`, `mu_s`, `sigma_s`, `arr_0`), a file of `save_reference`, or images
+            as `open_image_source` takes them.
+        features (FeatureSpace): The feature space.
+        batch_size (int): Images of a batch of each rank.
+        image_size (int): Size of the images of a folder, and of fractals.
+        num_classes (int): Number of classes of fractals.
+
+    Returns:
+        tuple[FeatureStatistics, dict]: The statistics and their metadata.
+
+    Raises:
+        ArgumentError: If the file is of another feature space.
+        UserError: If the file is damaged.
     """
+    statistics = images = None
     with distributed.raise_on_all_ranks():
-        names = list_npz_arrays(path) if os.path.isfile(path) else set()
-        images = None
-        if "mu" not in names:
-            images = open_image_source(path, image_size, num_classes)
+        names = list_npz_arrays(reference) if os.path.isfile(reference) else set()
+        if "mu" in names:
+            statistics, metadata = _read_statistics(reference, names, features)
+            if statistics.features is None and "arr_0" in names:
+                images = NpzImages(reference)  # ADM's: the images for precision and recall, not those of `mu`
         else:
-            reference, record = _read(path, names, features)
-            if reference.features is None and "arr_0" in names:
-                images = NpzImages(path)  # ADM's: beside statistics of the training set, for precision and recall
+            images = open_image_source(reference, image_size, num_classes)
     if images is None:
-        return reference, record
-    found = compute_statistics(images, features, batch_size, keep=PRECISION_IMAGES, title="reference")
-    if "mu" in names:
-        reference.features, reference.size = found.features, found.size
-        return reference, record
-    return found, images.metadata() | (dict(pixels_sha256=found.pixels) if found.pixels else {})
+        return statistics, metadata
+    measured = compute_statistics(images, features, batch_size, keep=NUM_REFERENCE_FEATURES, title="reference")
+    if statistics is None:
+        return measured, measured.describe(images)
+    statistics.features, statistics.size = measured.features, measured.size
+    return statistics, metadata
 
 
-def _read(path, names, features):
-    """(`FeatureStatistics`, record) of a file of statistics."""
-    record = dict(path=os.path.abspath(path), sha256=sha256_file(path)) | _own_record(path, names, features)
-    reference = FeatureStatistics(record.get("images"), _statistics(path, "mu", "sigma"),
-                         _statistics(path, "mu_s", "sigma_s") if "mu_s" in names else None,
-                         size=record.pop("size", None))
+def _read_statistics(path, names, features):
+    """Return the `FeatureStatistics` of a file of statistics, and its metadata."""
+    metadata = dict(path=os.path.abspath(path), sha256=sha256_file(path)) | _read_record(path, names, features)
+    statistics = FeatureStatistics(metadata.get("images"), _read_gaussian(path, "mu", "sigma"),
+                                   _read_gaussian(path, "mu_s", "sigma_s") if "mu_s" in names else None,
+                                   size=metadata.pop("size", None))
     if "features" in names:
-        rows = _finite(path, "features")
-        if rows.ndim != 2 or rows.shape[1] != len(reference.pool[0]):
-            raise UserError(f"--reference {path}: mu has {len(reference.pool[0])} numbers, features has the shape "
-                            f"{rows.shape}")
-        reference.features = torch.from_numpy(rows.astype("float32"))
-    return reference, record
+        rows = _read_finite(path, "features")
+        dimensions = len(statistics.pool[0])
+        if rows.ndim != 2 or rows.shape[1] != dimensions:
+            raise UserError(f"{path}: mu has {dimensions} numbers, but features has shape {rows.shape}")
+        statistics.features = torch.from_numpy(rows.astype("float32"))
+    return statistics, metadata
 
 
-def _own_record(path, names, features):
-    """What a file of ours says of itself; ADM's files say nothing, and are of the standard Inception network."""
+def _read_record(path, names, features):
+    """Return the record of `save_reference`. ADM's files have none; they hold statistics of standard Inception."""
     if "record" not in names:
         if "spatial" not in features.metadata():
-            raise UserError(f"--reference {path} holds statistics of Inception features, --features is "
-                            f"{features.metadata()['space']}")
+            raise ArgumentError("the file holds statistics of Inception features, but the feature space is "
+                                f"{features.metadata()['space']}", reference=path)
         return {}
     try:
         record = json.loads(read_npz_array(path, "record").tobytes())
         space, source = record["features"], record["source"]
     except (ValueError, LookupError, TypeError, RecursionError):
-        raise UserError(f"--reference {path}: its record cannot be read") from None
+        raise UserError(f"{path}: its record cannot be read") from None
     if space != features.metadata():
-        raise UserError(f"--reference {path} was made in another feature space ({_short(space)}) than --features says "
-                        f"({_short(features.metadata())})")
+        raise ArgumentError(f"the file was made in another feature space ({_format_space(space)}) than "
+                            f"{_format_space(features.metadata())}", reference=path)
     size = record.get("size")
     return dict(images=record.get("images"), size=tuple(size) if isinstance(size, list) else None, source=source)
 
 
-def _statistics(path, mean_name, covariance_name):
-    mean, covariance = _finite(path, mean_name), _finite(path, covariance_name)
-    if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
-        raise UserError(f"--reference {path}: {mean_name} and {covariance_name} have the shapes {mean.shape} and "
-                        f"{covariance.shape}, not (D,) and (D, D)")
-    if (covariance.diagonal() < 0).any() or not np.allclose(covariance, covariance.T, rtol=1e-4, atol=1e-8):
-        raise UserError(f"--reference {path}: {covariance_name} is no covariance, which is symmetric and has no "
-                        "negative diagonal")
-    return mean, covariance
-
-
-def _finite(path, name):
-    array = np.asarray(read_npz_array(path, name))
-    if array.dtype.kind != "f" or not np.isfinite(array).all():
-        raise UserError(f"--reference {path}: {name} does not consist of finite numbers")
-    return array
-
-
-def _short(space):
+def _format_space(space):
     return ", ".join(str(value)[:20] for value in space.values()) if isinstance(space, dict) else space
 
 
-def save_reference(path, reference, features, source):
-    """Write a `FeatureStatistics` set as a reference: ADM's arrays, the features for precision and recall, and a record.
+def _read_gaussian(path, mean_name, covariance_name):
+    mean, covariance = _read_finite(path, mean_name), _read_finite(path, covariance_name)
+    if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
+        raise UserError(f"{path}: {mean_name} and {covariance_name} have the shapes {mean.shape} and "
+                        f"{covariance.shape}, not (D,) and (D, D)")
+    if (covariance.diagonal() < 0).any() or not np.allclose(covariance, covariance.T, rtol=1e-4, atol=1e-8):
+        raise UserError(f"{path}: {covariance_name} is not a covariance: not symmetric, or negative on its diagonal")
+    return mean, covariance
 
-    source  what the images are, a plain dictionary
+
+def _read_finite(path, name):
+    array = np.asarray(read_npz_array(path, name))
+    if array.dtype.kind != "f" or not np.isfinite(array).all():
+        raise UserError(f"{path}: {name} does not consist of finite numbers")
+    return array
+
+
+def save_reference(path, statistics, features, source):
+    """Write statistics as a reference: ADM's arrays, the features for precision and recall, and a record.
+
+    Args:
+        path (str): The .npz to write.
+        statistics (FeatureStatistics): Of the reference images.
+        features (FeatureSpace): The feature space they were measured in.
+        source (dict): Plain values that describe the images.
     """
-    spatial = {} if reference.spatial is None else dict(mu_s=reference.spatial[0], sigma_s=reference.spatial[1])
-    record = json.dumps(dict(features=features.metadata(), images=reference.count, size=reference.size, source=source))
+    arrays = dict(mu=statistics.pool[0], sigma=statistics.pool[1], features=statistics.features.numpy())
+    if statistics.spatial is not None:
+        arrays |= dict(mu_s=statistics.spatial[0], sigma_s=statistics.spatial[1])
+    record = dict(features=features.metadata(), images=statistics.count, size=statistics.size, source=source)
     with atomic_write(path) as file:
-        np.savez(file, mu=reference.pool[0], sigma=reference.pool[1], features=reference.features.numpy(),
-                 record=np.frombuffer(record.encode(), dtype=np.uint8), **spatial)
+        np.savez(file, record=np.frombuffer(json.dumps(record).encode(), dtype=np.uint8), **arrays)

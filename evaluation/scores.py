@@ -1,41 +1,50 @@
-"""The scores of a set of samples, by their names."""
-
+"""Scores of a set of samples against a reference, and how they are named and printed."""
 import math
 
-from common.errors import UserError
+from common.errors import ArgumentError, UserError
 from evaluation.feature_statistics import FeatureStatistics
-from evaluation.metrics import NEIGHBOURS, SPLIT, frechet_distance, inception_score, precision_recall
+from evaluation.image_sources import GeneratedImages
+from evaluation.metrics import INCEPTION_SCORE_SPLIT, NUM_NEIGHBORS, frechet_distance, inception_score, precision_recall
 
 
 def compute_scores(samples, reference, features, labels=None):
-    """All scores that a feature space has, of one `FeatureStatistics` set against another; for the main process.
+    """Compute all scores that a feature space and a reference allow. Call it on rank 0.
 
-    labels  (N,) the classes that the samples are to show, or None
-    return  dictionary: fid, sfid, inception_score, inception_score_std, precision, recall in the standard Inception
-            space; else frechet_distance, precision, recall, and class_agreement (the share of samples that are taken
-            for what they are to show) in that of a classifier. What the reference does not allow is left out.
+    Args:
+        samples (FeatureStatistics): Statistics of the samples.
+        reference (FeatureStatistics): Statistics of the reference.
+        features (FeatureSpace): The feature space of both.
+        labels (ndarray): Classes that the samples are meant to show, shape (N,), or None.
+
+    Returns:
+        dict[str, float]: In the standard Inception space fid, sfid, inception_score, inception_score_std, precision,
+        recall; in others frechet_distance, precision, recall, and with a classifier class_agreement, the fraction of
+        samples that are classified as their label.
+
+    Raises:
+        UserError: If a score is not finite, or the features have different sizes.
     """
     check_same_dimensions(samples, reference)
     names = ("fid", "sfid") if features.is_standard else ("frechet_distance", "spatial_frechet_distance")
-    found = {names[0]: frechet_distance(samples.pool, reference.pool)}
+    scores = {names[0]: frechet_distance(samples.pool, reference.pool)}
     if samples.spatial is not None and reference.spatial is not None:
-        found[names[1]] = frechet_distance(samples.spatial, reference.spatial)
+        scores[names[1]] = frechet_distance(samples.spatial, reference.spatial)
     if features.class_logits:
         mean, deviation = inception_score(features.class_logits(samples.features))
-        found |= dict(inception_score=mean, inception_score_std=deviation)
+        scores |= dict(inception_score=mean, inception_score_std=deviation)
     if reference.features is not None:
         precision, recall = precision_recall(samples.features, reference.features, device=features.device)
-        found |= dict(precision=precision, recall=recall)
-    if labels is not None and features.predicted:
-        found["class_agreement"] = float((features.predicted(samples.features).numpy() == labels).mean())
-    for name, value in found.items():
+        scores |= dict(precision=precision, recall=recall)
+    if labels is not None and features.predict_class:
+        scores["class_agreement"] = float((features.predict_class(samples.features).numpy() == labels).mean())
+    for name, value in scores.items():
         if not math.isfinite(value):
-            raise UserError(f"the {name} comes out as {value}: features or statistics are too large")
-    return found
+            raise UserError(f"{name} is {value}: features or statistics are too large")
+    return scores
 
 
 def check_same_dimensions(samples, reference):
-    """A `UserError` where the features of two `FeatureStatistics` sets have not the same size."""
+    """Raise a `UserError` if the features of two `FeatureStatistics` have different sizes."""
     for name in ("pool", "spatial"):
         one, other = getattr(samples, name), getattr(reference, name)
         if one is not None and other is not None and one[0].shape != other[0].shape:
@@ -44,44 +53,55 @@ def check_same_dimensions(samples, reference):
 
 
 def check_comparable(images, reference, features):
-    """Before the work, not after it: a `UserError` where these images cannot be compared with a `FeatureStatistics` reference.
+    """Check that images can be compared with a reference, before they are generated or measured.
+
+    Args:
+        images (ImageSource): The samples.
+        reference (FeatureStatistics): Statistics of the reference.
+        features (FeatureSpace): The feature space of both.
+
+    Raises:
+        ArgumentError: If too few images are to be generated.
+        UserError: If there are too few images, unknown labels, or features of another size.
     """
-    if reference.features is not None and len(images) <= NEIGHBOURS:
-        raise UserError(f"{len(images)} samples are too few: precision and recall need more than {NEIGHBOURS}")
-    labels = images.class_labels() if features.predicted else None
+    if reference.features is not None and len(images) <= NUM_NEIGHBORS:
+        problem = f"precision and recall need more than {NUM_NEIGHBORS} samples"
+        if isinstance(images, GeneratedImages):
+            raise ArgumentError(problem, num_fid_samples=len(images))
+        raise UserError(f"{problem}, not {len(images)}")
+    labels = images.class_labels() if features.predict_class else None
     if labels is not None and not 0 <= labels.min() <= labels.max() < features.num_classes:
-        raise UserError(f"the samples have the labels {labels.min()} .. {labels.max()}, "
-                        f"{features.metadata()['space']} knows the classes 0 .. {features.num_classes - 1}")
-    # To the features noise is as good as samples that are still to be made.
-    few = images.noise_like(2) if hasattr(images, "noise_like") else images.batch(0, min(2, len(images)))
-    rows = {name: found for name, found in features(few)._asdict().items() if found is not None}
-    check_same_dimensions(FeatureStatistics(len(few), **{name: (found[0], None) for name, found in rows.items()}), reference)
+        raise UserError(f"the samples have the labels {labels.min()} .. {labels.max()}, but "
+                        f"{features.metadata()['space']} has the classes 0 .. {features.num_classes - 1}")
+    examples = features(images.example_batch())
+    rows = {name: (values[0], None) for name, values in examples._asdict().items() if values is not None}
+    check_same_dimensions(FeatureStatistics(len(images), **rows), reference)
 
 
 def primary_score(features):
-    """The name of the distance that sets are ranked by: the lower, the better."""
+    """Return the name of the distance that sets are ranked by: the lower, the better."""
     return "fid" if features.is_standard else "frechet_distance"
 
 
 def distance_name(features, count):
-    """What the distance of `count` samples may be called: FID-50K, or what it is."""
+    """Return what the distance of `count` samples may be called, such as "FID-50K"."""
     if features.is_standard:
         return f"FID-{f'{count // 1000}K' if count % 1000 == 0 else count}"
     return f"Frechet distance ({features.metadata()['space']}, {count} images)"
 
 
 def format_scores(scores, features, samples, reference):
-    """The scores as lines for people, with warnings where they mean little."""
+    """Yield the scores as lines to print, followed by warnings; arguments as of `compute_scores`."""
     yield f"{distance_name(features, samples.count)}: {scores[primary_score(features)]:.4f}"
     for name, title in (("sfid", "sFID"), ("spatial_frechet_distance", "of the spatial features")):
         if name in scores:
             yield f"{title}: {scores[name]:.4f}"
     if "inception_score" in scores:
         yield (f"Inception Score: {scores['inception_score']:.3f} +- {scores['inception_score_std']:.3f} "
-               f"(parts of {min(SPLIT, samples.count)})")
+               f"(parts of {min(INCEPTION_SCORE_SPLIT, samples.count)})")
     if "precision" in scores:
-        yield (f"precision: {scores['precision']:.4f}, recall: {scores['recall']:.4f} (k = {NEIGHBOURS}, "
-               f"{len(reference.features)} images of the reference)")
+        yield (f"precision: {scores['precision']:.4f}, recall: {scores['recall']:.4f} (k = {NUM_NEIGHBORS}, "
+               f"{len(reference.features)} reference images)")
     if "class_agreement" in scores:
         yield (f"class agreement: {scores['class_agreement']:.1%} (of real images not trained on: "
                f"{features.metadata()['accuracy']:.1%})")
@@ -89,12 +109,12 @@ def format_scores(scores, features, samples, reference):
 
 
 def score_warnings(count, size, reference):
-    """Sentences on why a distance of so many samples of this size to a `FeatureStatistics` reference may mislead."""
+    """Yield reasons why the distance of `count` samples of (height, width) `size` to a reference may mislead."""
     dimensions = len(reference.pool[0])
-    for number, what in ((count, "samples"), (reference.count, "images of the reference")):
+    for number, name in ((count, "samples"), (reference.count, "reference images")):
         if number and number <= dimensions:
-            yield (f"WARNING: {number} {what} in {dimensions} dimensions: the covariance is singular and the distance "
-                   "much too large; compare it with that of equally many only")
+            yield (f"WARNING: {number} {name} in {dimensions} dimensions: the covariance is singular and the distance "
+                   "much too large. Compare it with distances of equally many images only")
     if size and reference.size and tuple(size) != tuple(reference.size):
         yield (f"WARNING: the samples have {size[1]} x {size[0]} pixels, the reference has "
-               f"{reference.size[1]} x {reference.size[0]}: the distance is of that, too")
+               f"{reference.size[1]} x {reference.size[0]}: this adds to the distance")

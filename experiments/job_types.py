@@ -12,6 +12,7 @@ from common.flops import count_multiply_adds, count_parameters
 from evaluation.periodic import read_score_table
 from evaluation.records import try_read, write_record
 from experiments.jobs import Task
+from networks import build_dit
 from training.run_dir import list_run_dirs
 
 
@@ -202,5 +203,5 @@ def network_cost(network):
 @functools.cache
 def _network_cost(network):
     with torch.device("meta"):
-        model = models.DiT(**dict(network))
+        model = build_dit(**dict(network))
     return dict(parameters=count_parameters(model), multiply_adds=int(count_multiply_adds(model)))

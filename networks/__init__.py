@@ -1,4 +1,55 @@
-import models
-CONDITIONINGS = models.CONDITIONINGS
-def build_dit(name, conditioning="adaln-zero", **config): return models.DiT_models[name](conditioning=conditioning, **config)
-def model_config(model): return model.config
+"""Networks that are built from the pieces of models.py: `build_dit` makes a DiT of any block type.
+
+    model = build_dit("DiT-XL/2", conditioning="in-context", num_classes=10)
+    again = build_dit(**model_config(model))  # the same architecture, new weights
+
+A checkpoint keeps `model_config`; `infer_conditioning` serves weights that came without one.
+"""
+from dataclasses import asdict
+
+import torch
+
+from models import DiT_models
+from networks.block_types import CONDITIONINGS
+
+__all__ = ["CONDITIONINGS", "build_dit", "infer_conditioning", "model_config"]
+
+
+def build_dit(name=None, conditioning="adaln-zero", **config):
+    """Build a DiT.
+
+    Args:
+        name (str): A size in `models.DiT_models`, such as "DiT-XL/2". Default: the sizes are in `config`.
+        conditioning (str): Block type, a key of CONDITIONINGS.
+        **config: Fields of `models.DiTConfig`; they win over those that follow from `name`.
+
+    Returns:
+        DiT: The network with its initial weights.
+
+    Raises:
+        ValueError: If the name or the block type is unknown, or if the sizes do not fit together.
+    """
+    if conditioning not in CONDITIONINGS:
+        raise ValueError(f"conditioning must be one of {', '.join(CONDITIONINGS)}, not {conditioning!r}")
+    if name is not None and name not in DiT_models:
+        raise ValueError(f"model must be one of {', '.join(DiT_models)}, not {name!r}")
+    sizes = DiT_models[name].keywords if name is not None else {}
+    return CONDITIONINGS[conditioning](**sizes | config)
+
+
+def model_config(model):
+    """Return the arguments of `build_dit` that build a DiT's architecture again, as plain values."""
+    return asdict(model.config) | dict(conditioning=model.conditioning)
+
+
+def infer_conditioning(state_dict):
+    """Return the block type whose weights have these names and shapes, or "adaln-zero" if there is none."""
+    shapes = {name.removeprefix("blocks.0."): value.shape for name, value in state_dict.items()
+              if name.startswith("blocks.0.")}
+    hidden_size = len(state_dict["x_embedder.proj.weight"])
+    with torch.device("meta"):
+        for conditioning, model_class in CONDITIONINGS.items():
+            block = model_class.block_class(hidden_size, num_heads=1)
+            if shapes == {name: value.shape for name, value in block.state_dict().items()}:
+                return conditioning
+    return "adaln-zero"

@@ -1,0 +1,1 @@
+"""Sampling: pipelines from noise to images, loading trained models, sets of samples."""

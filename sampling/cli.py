@@ -1,47 +1,86 @@
-"""Flags of the commands that sample."""
+"""Flags of the commands that sample, and what they build."""
 import argparse
 
-from common.cli import channels, fraction, guidance_scale, positive_int, sampling_steps
+from common.cli import (
+    build_compute_config,
+    channels,
+    decay,
+    fraction,
+    guidance_scale,
+    number,
+    positive_int,
+    sampling_steps,
+)
 from models import DiT_models
+from sampling.load_model import load_model
+from sampling.pipeline import build_pipeline
 
-TRAINED_TIMESTEPS = 1000
+NUM_TRAINED_TIMESTEPS = 1000
 
 
+@number
 def timestep(text):
+    """Parse a timestep of the trained process."""
     value = int(text)
-    if not 0 <= value < TRAINED_TIMESTEPS:
-        raise argparse.ArgumentTypeError(f"timesteps are 0 .. {TRAINED_TIMESTEPS - 1}, not {text}")
+    if not 0 <= value < NUM_TRAINED_TIMESTEPS:
+        raise argparse.ArgumentTypeError(f"timesteps are 0 .. {NUM_TRAINED_TIMESTEPS - 1}, not {text}")
     return value
 
 
-timestep.__name__ = "number"
-
-
 def add_model_flags(parser, vae, ckpt=True):
-    """Which model to sample from; published defaults. ckpt=False: the command names the checkpoint in its own way."""
-    group = parser.add_argument_group("model (a checkpoint of train.py says all this itself)")
+    """Add the flags of the model to sample from, with the published defaults.
+
+    Args:
+        parser (ArgumentParser): The parser of the command.
+        vae (str): Default of --vae.
+        ckpt (bool): Add --ckpt too.
+    """
+    group = parser.add_argument_group("model (checkpoints of train.py need none of these)")
     if ckpt:
         group.add_argument("--ckpt", help="a .pt or .safetensors file; default: the published DiT-XL/2 of --image-size")
     group.add_argument("--model", choices=DiT_models, default="DiT-XL/2", help="architecture")
-    group.add_argument("--image-size", type=positive_int, default=256, help="pixels")
-    group.add_argument("--num-classes", type=positive_int, default=1000, help="that it was trained on")
-    group.add_argument("--vae", default=vae, help="ema, mse, a diffusers directory or hub name, or none (pixels)")
+    group.add_argument("--image-size", type=positive_int, default=256, help="image size in pixels")
+    group.add_argument("--num-classes", type=positive_int, default=1000, help="number of classes of the training data")
+    group.add_argument("--vae", default=vae,
+                       help="autoencoder: ema, mse, a diffusers directory or hub name, or none (pixels)")
+    group.add_argument("--ema-decay", type=decay,
+                       help="which moving average of a checkpoint with several; default: its first")
 
 
 def add_sampling_flags(parser, cfg_scale):
-    """How to sample; published defaults."""
+    """Add the flags of how to sample, with the published defaults; `cfg_scale` is that of --cfg-scale."""
     group = parser.add_argument_group("sampling")
-    group.add_argument("--cfg-scale", type=guidance_scale, default=cfg_scale, help="guidance; 1: none")
+    group.add_argument("--cfg-scale", type=guidance_scale, default=cfg_scale, help="scale of guidance; 1: none")
     group.add_argument("--cfg-channels", type=channels, default=None,
-                       help="how many latent channels are guided, or all; default: 3 of 4 (as published), else all")
+                       help="number of guided latent channels, or all; default: 3 of 4 (as published), else all")
     group.add_argument("--cfg-interval", type=timestep, nargs=2, metavar=("LOW", "HIGH"),
-                       help="guide only at timesteps LOW to HIGH of 0 .. 999; default: at all")
-    group.add_argument("--num-sampling-steps", type=sampling_steps, default=250, help="as in 250, or ddim50")
-    group.add_argument("--sampler", choices=["ddpm", "ddim"], help="default: ddpm, or ddim with ddimN steps")
-    group.add_argument("--eta", type=fraction, default=0.0, help="noise of ddim: 0 deterministic, 1 as ddpm")
+                       help="timesteps of 0 .. 999 with guidance; default: all")
+    group.add_argument("--num-sampling-steps", type=sampling_steps, default=250,
+                       help="number of sampling steps, such as 250 or ddim50")
+    group.add_argument("--sampler", choices=["ddpm", "ddim"], help="sampler; default: ddpm, or ddim with ddimN steps")
+    group.add_argument("--eta", type=fraction, default=0.0, help="noise of ddim: 0 (deterministic) to 1 (as ddpm)")
 
 
 def sampling_options(flags):
-    """What the sampling flags say, as arguments of `build_pipeline`."""
-    return dict(num_steps=flags.num_sampling_steps, cfg_scale=flags.cfg_scale, cfg_channels=flags.cfg_channels,
-                cfg_interval=flags.cfg_interval and tuple(flags.cfg_interval), sampler=flags.sampler, eta=flags.eta)
+    """Return the values of the sampling flags, as arguments of `build_pipeline`."""
+    return dict(num_sampling_steps=flags.num_sampling_steps, cfg_scale=flags.cfg_scale,
+                cfg_channels=flags.cfg_channels, cfg_interval=flags.cfg_interval, sampler=flags.sampler, eta=flags.eta)
+
+
+def load_pipeline(flags, explicit_args, device, log=print):
+    """Load the model of the flags and build the pipeline that samples from it.
+
+    Args:
+        flags (Namespace): Flags of `add_model_flags`, `add_sampling_flags` and `add_compute_flags`.
+        explicit_args (set[str]): Names of the flags that were typed.
+        device (torch.device): Device of this rank.
+        log (callable): Called with lines for the user.
+
+    Returns:
+        tuple[LoadedModel, SamplingPipeline]: The model, and the pipeline.
+    """
+    loaded = load_model(flags.ckpt, flags.model, flags.image_size, flags.num_classes, flags.vae, explicit_args, device,
+                        flags.ema_decay)
+    log(loaded.description())
+    compute = build_compute_config(flags, device, log)
+    return loaded, build_pipeline(loaded.model, loaded.autoencoder, **sampling_options(flags), compute=compute)

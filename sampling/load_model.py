@@ -6,59 +6,65 @@ from dataclasses import dataclass
 import torch
 
 import models
-from autoencoder.vae import latent_size, load_autoencoder
+from autoencoder.vae import VAE, IdentityAutoencoder, latent_size, load_autoencoder
 from common.checkpoint_io import load_checkpoint, load_weights, select_weights
 from common.download import download
-from common.errors import UserError
+from common.errors import ArgumentError, UserError
 from common.files import sha256_weights
+from networks import build_dit, infer_conditioning
 
 PUBLISHED_CHECKPOINTS = ("DiT-XL-2-512x512.pt", "DiT-XL-2-256x256.pt")
 PUBLISHED_URL = "https://dl.fbaipublicfiles.com/DiT/models/"
 
 
-def published_checkpoint_name(model_name, image_size, num_classes):
-    """The published checkpoint that fits these flags; a `UserError` where there is none."""
-    if model_name != "DiT-XL/2" or image_size not in (256, 512) or num_classes != 1000:
-        raise UserError("there are published weights of DiT-XL/2 alone, at --image-size 256 and 512 with 1000 classes, "
-                        f"not of {model_name} at {image_size} with {num_classes}: name yours with --ckpt")
+def published_checkpoint_name(model, image_size, num_classes):
+    """Return the name of the published checkpoint of a model, or raise an `ArgumentError` if there is none."""
+    if model != "DiT-XL/2" or image_size not in (256, 512) or num_classes != 1000:
+        raise ArgumentError("no such weights are published, only those of DiT-XL/2 with 1000 classes at 256 and 512 "
+                            "pixels. Name a checkpoint of this model.",
+                            model=model, image_size=image_size, num_classes=num_classes)
     return f"DiT-XL-2-{image_size}x{image_size}.pt"
 
 
 def find_checkpoint(name):
-    """The path of a checkpoint: a published name is downloaded to `pretrained_models/` first if need be."""
+    """Return the path of a checkpoint, after downloading it to `pretrained_models/` if it is a published one."""
     if name in PUBLISHED_CHECKPOINTS and not os.path.exists(name):
         return download(name, PUBLISHED_URL)
     return name
 
 
 def find_model(name):
-    """State dictionary of a published checkpoint (downloaded if need be), or of a `.pt` or `.safetensors` file.
+    """Load the weights of a published checkpoint (downloaded if necessary), or of a .pt or .safetensors file.
 
-    A training checkpoint gives its EMA weights; which weights were taken is printed.
+    Of a training checkpoint, these are the EMA weights; which weights were taken is printed.
+
+    Returns:
+        dict[str, Tensor]: A state dictionary.
     """
     path = find_checkpoint(name)
-    state_dict, which = select_weights(load_checkpoint(path), path)
-    print(f"{path}: {which} weights")
+    state_dict, kind = select_weights(load_checkpoint(path), path)
+    print(f"{path}: {kind} weights")
     return state_dict
 
 
 @dataclass
 class LoadedModel:
-    """What `load_model` found in a checkpoint.
+    """A model of a checkpoint, with all that is known about it.
 
-    model        in evaluation mode, on the device
-    codec        from `autoencoder.vae`
-    path         of the checkpoint
-    class_names  of the data set it was trained on, or None where the checkpoint does not say
-    name         as --model takes it, "DiT-XL/2"
-    image_size   pixels
-    weights      which were taken: "ema", "model" or "bare"
-    step         optimiser steps, or None where the checkpoint does not say
-    ema_decay    of the moving average, or None where the checkpoint does not say
+    Attributes:
+        model (DiT): The model in evaluation mode, on its device.
+        autoencoder (VAE | IdentityAutoencoder): Decodes its latents.
+        path (str): Path of the checkpoint.
+        class_names (list[str]): Class names of its data set, or None if unknown.
+        name (str): Architecture, such as "DiT-XL/2".
+        image_size (int): Pixels.
+        weights (str): Which weights were taken: "ema", "model" or "bare".
+        step (int): Optimizer steps, or None if unknown.
+        ema_decay (float): Decay of the moving average, or None if unknown.
     """
 
     model: torch.nn.Module
-    autoencoder: object
+    autoencoder: VAE | IdentityAutoencoder
     path: str
     class_names: list
     name: str
@@ -69,20 +75,20 @@ class LoadedModel:
 
     @property
     def num_classes(self):
-        """Classes that were trained: of a table of 1000, those that the data set had."""
-        rows = self.model.y_embedder.num_classes
+        """Number of classes with training data, which can be fewer than the rows of the class table."""
+        rows = self.model.config["num_classes"]
         return min(rows, len(self.class_names)) if self.class_names else rows
 
     def description(self):
-        """What was loaded, in a line."""
+        """Return a line about what was loaded."""
         after = "" if self.step is None else f" after {self.step:,} steps"
         return (f"{self.path}: {self.weights} weights of {self.name}{after}, {self.num_classes} classes, "
-                f"{self.image_size} pixels, VAE {self.autoencoder.name}, {self.model.config['conditioning']} blocks")
+                f"{self.image_size} pixels, VAE {self.autoencoder.name}, {self.model.conditioning} blocks")
 
     def metadata(self):
-        """What makes its images what they are; plain values."""
+        """Return all that its images depend on; plain values."""
         vae = getattr(self.autoencoder, "vae", None)
-        return dict(model=self.name, conditioning=self.model.config["conditioning"],
+        return dict(model=self.name, conditioning=self.model.conditioning,
                     checkpoint=os.path.abspath(self.path),
                     weights_sha256=sha256_weights(self.model), weights=self.weights, step=self.step,
                     ema_decay=self.ema_decay if self.weights == "ema" else None, image_size=self.image_size,
@@ -90,78 +96,105 @@ class LoadedModel:
                     vae_sha256=vae and sha256_weights(vae))
 
 
-def load_model(path, model, image_size, num_classes, vae, given, device):
-    """Build the model of a checkpoint, with its codec.
+def load_model(path, model, image_size, num_classes, vae, explicit_args, device, ema_decay=None):
+    """Build the model of a checkpoint, and load its autoencoder.
 
-    path   a `.pt` or `.safetensors` file, or None: the published checkpoint that fits
-    model, image_size, num_classes, vae  what the flags of these names say
-    given  the names of the flags that the user typed. A checkpoint that says what it is wins over the others, and
-           contradicts a typed one with an error; only a typed vae is followed, since another decoder may be wanted
-    raise  UserError for a file that is none, flags that contradict it, weights that do not fit
+    A checkpoint of train.py stores its configuration, which takes precedence over the arguments; an explicit argument
+    that contradicts it is an error, except `vae`: another decoder may be wanted.
+
+    Args:
+        path (str): A .pt or .safetensors file, or None: the published checkpoint of the other arguments.
+        model (str): Architecture, such as "DiT-XL/2".
+        image_size (int): Pixels.
+        num_classes (int): Number of classes.
+        vae (str): Autoencoder, see `load_autoencoder`.
+        explicit_args (set[str]): Names of the arguments above that the user typed.
+        device (torch.device): Where the model is loaded to.
+        ema_decay (float): Which moving average, if the checkpoint has several. Default: its first.
+
+    Raises:
+        ArgumentError: If an argument contradicts the checkpoint.
+        UserError: If the file is damaged or not a checkpoint, or if its weights do not fit the model.
     """
     path = find_checkpoint(path or published_checkpoint_name(model, image_size, num_classes))
-    flags = dict(model=model, image_size=image_size, num_classes=num_classes, vae=vae)
-    stored = load_checkpoint(path)
-    state_dict, weights = select_weights(stored, path)
-    config = stored.get("config") or {}
-    flags = flags | _stored_options(stored, flags, given, path)
-    autoencoder = load_autoencoder(flags["vae"], config.get("image_channels", 3), device)
+    checkpoint = load_checkpoint(path)
+    state_dict, weights, ema_decay = _select_average(checkpoint, path, ema_decay)
+    config = checkpoint.get("config") or {}
+    options = _resolve_options(checkpoint, path, explicit_args, model=model, image_size=image_size,
+                               num_classes=num_classes, vae=vae)
+    autoencoder = load_autoencoder(options["vae"], config.get("image_channels", 3), device)
+    network = _build_model(config, state_dict, options, autoencoder, path)
+    if autoencoder.channels != network.in_channels:
+        raise ArgumentError(f"this autoencoder has latents of {autoencoder.channels} channels, the model in {path} "
+                            f"takes {network.in_channels}.", vae=autoencoder.name)
+    load_weights(network, state_dict, path)
+    return LoadedModel(network.to(device).eval(), autoencoder, path, config.get("class_names"), options["model"],
+                       options["image_size"], weights, checkpoint.get("step"), ema_decay)
+
+
+def _build_model(config, state_dict, options, autoencoder, path):
+    """Build the network of a checkpoint: from its configuration, or from the options and the shapes of its weights."""
     try:
-        if "model" in config:  # written by our train.py: every size is in it
-            model = models.DiT(**config["model"])
-        elif flags["model"] not in models.DiT_models:
-            raise UserError(f"{path} is of a model that this code does not know: {flags['model']}")
-        else:
-            model = models.DiT_models[flags["model"]](
-                input_size=latent_size(autoencoder, flags["image_size"]), in_channels=autoencoder.channels,
-                num_classes=flags["num_classes"], **_infer_options(state_dict, flags["num_classes"]))
+        if "model" in config:
+            return build_dit(**config["model"])
+        if options["model"] not in models.DiT_models:
+            raise UserError(f"{path} is a checkpoint of an unknown model: {options['model']}")
+        return build_dit(
+            options["model"], input_size=latent_size(autoencoder, options["image_size"]),
+            in_channels=autoencoder.channels, num_classes=options["num_classes"],
+            **_infer_options(state_dict, options["num_classes"]))
     except (TypeError, ValueError) as error:
         raise UserError(f"{path} describes a model that cannot be built: {error}") from None
-    if autoencoder.channels != model.in_channels:
-        raise UserError(f"--vae {autoencoder.name} makes latents of {autoencoder.channels} channels, the model in {path} takes "
-                        f"{model.in_channels}")
-    load_weights(model, state_dict, path)
-    return LoadedModel(model.to(device).eval(), autoencoder, path, config.get("class_names"), flags["model"],
-                        flags["image_size"], weights, stored.get("step"), _stored_args(stored).get("ema_decay"))
 
 
 def _infer_options(state_dict, num_classes):
-    """What other people's weights tell of themselves: a null class, a learned variance, the block type."""
-    table, output, patches = map(state_dict.get, (
-        "y_embedder.embedding_table.weight", "final_layer.linear.weight", "x_embedder.proj.weight"))
+    """Infer null class, learned variance and block type from the weights of a foreign checkpoint."""
+    table = state_dict.get("y_embedder.embedding_table.weight")
+    output = state_dict.get("final_layer.linear.weight")
+    patches = state_dict.get("x_embedder.proj.weight")
     if table is None or output is None or patches is None:
-        return {}  # `load_weights` will say what is missing
+        return {}  # `load_weights` reports what is missing
     return dict(class_dropout_prob=0.0 if len(table) == num_classes else 0.1,
-                learn_sigma=len(output) != patches[0].numel(), conditioning=_infer_conditioning(state_dict, len(patches)))
+                learn_sigma=len(output) != patches[0].numel(), conditioning=infer_conditioning(state_dict))
 
 
-def _infer_conditioning(state_dict, hidden_size):
-    """The conditioning whose blocks have weights of these names and shapes; where none has, the published one."""
-    found = {name.removeprefix("blocks.0."): value.shape for name, value in state_dict.items()
-             if name.startswith("blocks.0.")}
-    with torch.device("meta"):
-        for conditioning, (_, block, _) in models.CONDITIONINGS.items():
-            own = block(hidden_size, num_heads=1).state_dict()
-            if found == {name: value.shape for name, value in own.items()}:
-                return conditioning
-    return "adaln-zero"
+# ---------------------------------------------------------------- what a checkpoint stores
+
+def _select_average(checkpoint, path, ema_decay):
+    """Return the weights to sample with, their kind ("ema", "model", "bare"), and the decay of the average.
+
+    Key `ema` holds the average of the first decay, key `extra_emas` those of the others, by decay.
+    """
+    state_dict, kind = select_weights(checkpoint, path)
+    stored = _stored_args(checkpoint).get("ema_decay")
+    first_decay = stored[0] if isinstance(stored, list) else stored
+    if ema_decay is None or (kind == "ema" and ema_decay == first_decay):
+        return state_dict, kind, first_decay
+    extra = checkpoint.get("extra_emas") or {}
+    if kind != "ema" or f"{ema_decay:g}" not in extra:
+        decays = [f"{decay:g}" for decay in [first_decay] if kind == "ema" and decay is not None] + list(extra)
+        raise ArgumentError(f"{path} has no such average; it has {', '.join(decays) or 'none of known decay'}. "
+                            "Choose one of its averages, or leave this out.", ema_decay=ema_decay)
+    state_dict, _ = select_weights(dict(ema=extra[f"{ema_decay:g}"]), path)
+    return state_dict, kind, ema_decay
 
 
-def _stored_options(stored, flags, given, path):
-    """What the checkpoint itself says of model, image_size, num_classes and vae; published ones keep it in `args`."""
-    args = _stored_args(stored)
-    told = {name: args[name] for name in ("model", "image_size", "num_classes") if name in args}
-    for name, value in told.items():
-        if name in given and flags[name] != value:
-            raise UserError(f"--{name.replace('_', '-')} {flags[name]}: {path} was trained with {value}; "
-                            "leave the flag out")
-    # The decoder is a matter of taste (the published sample.py takes another than training did), but where there was no
-    # VAE, or one of the user's own, the checkpoint's is meant.
-    own_codec = "config" in stored and "vae" in args and args["vae"] not in ("ema", "mse")
-    return told | (dict(vae=args["vae"]) if own_codec and "vae" not in given else {})
+def _resolve_options(checkpoint, path, explicit_args, **options):
+    """Return the options, replaced by those that the checkpoint was trained with."""
+    args = _stored_args(checkpoint)
+    stored = {name: args[name] for name in ("model", "image_size", "num_classes") if name in args}
+    for name, value in stored.items():
+        if name in explicit_args and options[name] != value:
+            raise ArgumentError(f"{path} was trained with {value}. Leave this out.", **{name: options[name]})
+    # The published sample.py takes another decoder than training did; other autoencoders cannot be exchanged.
+    if "config" in checkpoint and "vae" not in explicit_args and args.get("vae", "ema") not in ("ema", "mse"):
+        stored["vae"] = args["vae"]
+    return options | stored
 
 
-def _stored_args(stored):
-    """The flags that a checkpoint was trained with, as a dictionary; published ones keep a namespace."""
-    args = stored.get("args")
-    return vars(args) if isinstance(args, argparse.Namespace) else args if isinstance(args, dict) else {}
+def _stored_args(checkpoint):
+    """Return the flags that a checkpoint was trained with; published ones store a namespace."""
+    args = checkpoint.get("args")
+    if isinstance(args, argparse.Namespace):
+        return vars(args)
+    return args if isinstance(args, dict) else {}

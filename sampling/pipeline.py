@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
+from autoencoder.vae import VAE, IdentityAutoencoder
 from common.compute import DEFAULT_COMPUTE, Bf16InferenceModel, ComputeConfig
 from common.errors import ArgumentError
 from diffusion import GaussianDiffusion, create_diffusion
@@ -67,7 +68,7 @@ class SamplingPipeline:
     """
 
     model: torch.nn.Module
-    autoencoder: torch.nn.Module
+    autoencoder: VAE | IdentityAutoencoder
     diffusion: GaussianDiffusion
     cfg_scale: float = 1.0
     cfg_channels: int = None

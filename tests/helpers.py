@@ -1,5 +1,7 @@
 """Small real things to run the commands on, and ways to run and compare them."""
+import contextlib
 import importlib
+import itertools
 import math
 import multiprocessing
 import os
@@ -18,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from common.checkpoint_io import list_checkpoints, load_checkpoint
 from diffusion import GaussianDiffusion
-from models import DiT
+from networks import build_dit
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ["--model", "DiT-S/2", "--depth", "1", "--hidden-size", "16", "--num-heads", "2"]
@@ -119,10 +121,15 @@ def wait_for(condition, seconds=60):
 
 
 
+_PORTS = itertools.count(20_000 + os.getpid() * 37 % 10_000)
+
+
 def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """A port that nothing uses: below the range from which systems choose ports, where an idle one may be taken."""
+    for port in _PORTS:
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 
@@ -272,7 +279,7 @@ def reference_mlp(layer, x):
 
 def random_model(**overrides):
     """A tiny model in which every part has a say: a fresh one predicts zero whatever its input."""
-    model = DiT(**TINY_MODEL | overrides).eval()
+    model = build_dit(**TINY_MODEL | overrides).eval()
     for weight in model.parameters():
         if weight.requires_grad:
             torch.nn.init.normal_(weight, std=0.3)

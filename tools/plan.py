@@ -24,6 +24,7 @@ from common.errors import UserError, run_command
 from common.files import format_bytes
 from common.flops import GPUS, count_multiply_adds, count_parameters, training_step_flops
 from data.latent_cache.manifest import DTYPES, cache_bytes
+from networks import CONDITIONINGS, build_dit
 from tools.memory import estimate_step_memory
 
 IMAGENET = 1_281_167  # images to train on
@@ -41,7 +42,7 @@ def build_parser():
     group.add_argument("--hidden-size", type=positive_int, help="width")
     group.add_argument("--num-heads", type=positive_int, help="attention heads")
     group.add_argument("--patch-size", type=positive_int, help="latents a side of a token")
-    group.add_argument("--conditioning", choices=models.CONDITIONINGS, default="adaln-zero", help="type of the blocks")
+    group.add_argument("--conditioning", choices=CONDITIONINGS, default="adaln-zero", help="type of the blocks")
     group.add_argument("--image-size", type=positive_int, default=256, help="pixels")
     group.add_argument("--num-classes", type=positive_int, default=1000, help="rows of the class table")
     group.add_argument("--vae", type=vae, default="ema", metavar="NAME",
@@ -147,7 +148,7 @@ def builder(name, flags, autoencoder):
     given = {size: getattr(flags, size) for size in ("depth", "hidden_size", "num_heads", "patch_size", "conditioning")}
     sizes = dict(input_size=latent_size(autoencoder, flags.image_size), in_channels=autoencoder.channels,
                  num_classes=flags.num_classes, **{size: value for size, value in given.items() if value is not None})
-    return lambda: models.DiT_models[name](**sizes)
+    return lambda: build_dit(name, **sizes)
 
 
 def memory(build, flags, chip, images, checkpointed):

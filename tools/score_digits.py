@@ -1,8 +1,9 @@
-"""Judge samples of the embedded digits: how many show the digit that was asked for, how far they are from real ones.
+"""Judge samples of the digits: how many show the digit of their label, and how far they are from real digits.
 
-    python score_digits.py samples/NAME.npz
+    python -m tools.score_digits samples/NAME.npz
+
+Distances are in pixel space, with those of as many real digits to compare.
 """
-
 import argparse
 
 import torch
@@ -19,39 +20,43 @@ from evaluation.metrics import frechet_distance
 
 
 def build_parser():
+    """Build the parser of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("samples", nargs="+", metavar="NPZ", help="sets that sample_ddp.py made")
     return parser
 
 
 def main():
+    """Judge the sets of the command line."""
+    flags = build_parser().parse_args()
     classifier = DigitsClassifier()
     train, held_out = (images.batch(0, len(images)) for images in map(BuiltinImages, ("digits", "digits-held-out")))
     real = torch.cat([train, held_out])
-    halves = distance(real[0::2], real[1::2])
-    for path in build_parser().parse_args().samples:
-        images, labels = NpzImages(path), read_npz_array(path, "arr_1")
-        if images.images.shape[1:] != (8, 8, 3):
-            raise UserError(f"{path} holds images of the shape {images.images.shape[1:]}, the digits are 8 x 8 pixels")
-        print(f"{classifier.agreement(images.images, labels):.1%} of {len(labels)} samples are taken for the digit "
-              f"asked for, by a classifier that is right on {classifier.accuracy:.1%} of the real held-out digits")
-        # A distance of few images is too large, and the more so the fewer they are: only equal numbers compare.
-        like_samples = train[evenly_spaced_indices(len(train), len(images))]
+    distance_of_halves = pixel_distance(real[0::2], real[1::2])
+    for path in flags.samples:
+        samples, labels = NpzImages(path), read_npz_array(path, "arr_1")
+        if samples.images.shape[1:] != (8, 8, 3):
+            raise UserError(f"{path} holds images of shape {samples.images.shape[1:]}, the digits are 8 x 8 pixels")
+        print(f"{classifier.agreement(samples.images, labels):.1%} of {len(labels)} samples are classified as their "
+              f"label, by a classifier that is right on {classifier.accuracy:.1%} of the real held-out digits")
+        # The distance of few images is too large: only that of equally many real digits compares.
+        baseline = train[evenly_spaced_indices(len(train), len(samples))]
         print(f"Frechet distance (pixels) to the {len(held_out)} held-out digits: "
-              f"{distance(images.batch(0, len(images)), held_out):.3f} of {len(images)} samples, "
-              f"{distance(like_samples, held_out):.3f} of {len(like_samples)} real digits")
-        print(f"Frechet distance (pixels) between two halves of all real digits: {halves:.3f}")
+              f"{pixel_distance(samples.batch(0, len(samples)), held_out):.3f} of {len(samples)} samples, "
+              f"{pixel_distance(baseline, held_out):.3f} of {len(baseline)} real digits")
+        print(f"Frechet distance (pixels) between two halves of all real digits: {distance_of_halves:.3f}")
 
 
-def distance(one, other):
-    """The Frechet distance of two sets of images (n, 8, 8, 3) uint8 in the space of their pixels."""
+def pixel_distance(*image_sets):
+    """Compute the Frechet distance of two sets of images (n, 8, 8, 3) uint8 in pixel space."""
     features = PixelFeatures("cpu")
-    moments = []
-    for images in (one, other):
+    gaussians = []
+    for images in image_sets:
         rows = features(images).pool
-        moments.append(RunningMoments(rows.shape[1]))
-        moments[-1].add(rows)
-    return frechet_distance(*(moment.statistics() for moment in moments))
+        moments = RunningMoments(rows.shape[1])
+        moments.add(rows)
+        gaussians.append(moments.statistics())
+    return frechet_distance(*gaussians)
 
 
 if __name__ == "__main__":

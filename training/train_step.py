@@ -69,7 +69,7 @@ class TrainStep:
         noise = self.rng.normal(NOISE, step, model.sample_shape)                                    # (N, C, H, W)
         posterior_noise = self.rng.normal(POSTERIOR, step, model.sample_shape) if self.autoencoder.is_random else noise
         if model.has_null_condition:
-            cond = cond | dict(force_drop_ids=self.rng.uniform(LABEL_DROP, step) < model.y_embedder.dropout_prob)
+            cond = cond | dict(force_drop_ids=self.rng.uniform(LABEL_DROP, step) < model.config.class_dropout_prob)
 
         microbatch_terms = []
         size = len(images) // self.num_microbatches

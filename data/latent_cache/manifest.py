@@ -1,5 +1,4 @@
-"""What a latent cache says of itself, and where in its files an image lies."""
-
+"""The manifest of a latent cache, and the layout of its files, which follows from it."""
 import io
 import json
 import os
@@ -9,121 +8,153 @@ from importlib import metadata
 import numpy as np
 import torch
 
-from common.errors import UserError
+from common.errors import ArgumentError, UserError
 from common.files import atomic_write, sha256_json
 
 FORMAT = "dit-latents-1"
-# What progress.npy says of an image.
-MISSING, ENCODED, BAD = 0, 1, 2
-# bfloat16, which numpy does not know, lies there as the int16 of the same bits.
-DTYPES = {"fp16": (torch.float16, np.dtype("<f2")), "bf16": (torch.bfloat16, np.dtype("<i2")),
-          "fp32": (torch.float32, np.dtype("<f4"))}
-LARGEST_FILE = 4 << 30  # bytes: ImageNet at 256 pixels takes ten such files
-# What two runs must agree on to fill the same cache, and the flags that decide it.
+# States of an image in progress.npy.
+MISSING, ENCODED, CORRUPT = 0, 1, 2
+# Stored types. bfloat16, which numpy does not have, is stored as the int16 of the same bits.
+DTYPES = {
+    "fp16": (torch.float16, np.dtype("<f2")),
+    "bf16": (torch.bfloat16, np.dtype("<i2")),
+    "fp32": (torch.float32, np.dtype("<f4")),
+}
+MAX_FILE_BYTES = 4 << 30  # ImageNet at 256 pixels takes ten such files
+# Fields on which two runs must agree to fill the same cache, and the flags that decide them.
 IDENTITY = dict(format=None, vae_sha256="--vae", space="--vae", image_size="--image-size", crop=None,
                 orientations="--flip", dtype="--dtype", precision="--precision", count=None, classes=None,
                 listing_sha256=None, rows_per_file=None)
 
 
-def new_manifest(data, data_path, autoencoder, image_size, flips, dtype, precision):
-    """What `manifest.json` says before anything is encoded; plain values.
+def new_manifest(dataset, data_path, autoencoder, image_size, flips, dtype, precision):
+    """Build the manifest of a cache before anything is encoded.
 
-    data       an `LabeledImageDataset`
-    codec      a `VAE`
-    flips      store the mirror images too
-    dtype      "fp16", "bf16" or "fp32": of the stored moments
-    precision  in which they were computed
+    Args:
+        dataset (LabeledImageDataset): The images.
+        data_path (str): Where they are.
+        autoencoder (VAE): What encodes them.
+        image_size (int): Pixels a side.
+        flips (bool): Whether mirror images are stored too.
+        dtype (str): Key of `DTYPES`, of the stored moments.
+        precision (str): Precision of the encoder.
+
+    Returns:
+        dict: Plain values.
     """
-    space = dict(vars(autoencoder.space))
     orientations = 2 if flips else 1
-    side = image_size // autoencoder.stride
+    latent_size = image_size // autoencoder.stride
     return dict(
-        format=FORMAT, complete=False, vae=autoencoder.name, vae_sha256=autoencoder.encoder_sha256, space=space,
-        image_size=image_size, crop="center, as ADM: halved by box, then bicubic", orientations=orientations,
-        latent_size=side, dtype=dtype, precision=precision, count=len(data.labels), classes=data.class_names,
-        data_path=data_path, versions={name: metadata.version(name) for name in ("torch", "diffusers", "pillow")},
-        rows_per_file=rows_per_file(orientations, autoencoder.channels, side, dtype),
-        listing_sha256=sha256_json([data.labels, data.paths]))
+        format=FORMAT, complete=False, vae=autoencoder.name, vae_sha256=autoencoder.encoder_sha256,
+        space=dict(vars(autoencoder.latent_scaling)), image_size=image_size,
+        crop="center, as ADM: halved by box, then bicubic", orientations=orientations, latent_size=latent_size,
+        dtype=dtype, precision=precision, count=len(dataset.labels), classes=dataset.class_names, data_path=data_path,
+        versions={name: metadata.version(name) for name in ("torch", "diffusers", "pillow")},
+        rows_per_file=count_rows_per_file(orientations, autoencoder.channels, latent_size, dtype),
+        listing_sha256=sha256_json([np.asarray(dataset.labels).tolist(), list(dataset.paths)]))
 
 
-def rows_per_file(orientations, channels, side, dtype):
-    return max(1, LARGEST_FILE // (orientations * 2 * channels * side * side * DTYPES[dtype][1].itemsize))
+def count_rows_per_file(orientations, channels, latent_size, dtype):
+    """Return how many images fit into a file of `MAX_FILE_BYTES`."""
+    return max(1, MAX_FILE_BYTES // (orientations * 2 * channels * latent_size**2 * DTYPES[dtype][1].itemsize))
 
 
-def cache_bytes(count, orientations, channels, side, dtype):
-    """What the moments and labels of so many images take on disk; the paths and the manifest are small beside it."""
-    layout = Layout(dict(count=count, orientations=orientations, space=dict(channels=channels), latent_size=side,
-                         dtype=dtype, rows_per_file=rows_per_file(orientations, channels, side, dtype)))
+def cache_bytes(count, orientations, channels, latent_size, dtype):
+    """Return the bytes on disk of the moments and labels of `count` images; the other files are small."""
+    rows_per_file = count_rows_per_file(orientations, channels, latent_size, dtype)
+    layout = Layout(dict(count=count, orientations=orientations, space=dict(channels=channels),
+                         latent_size=latent_size, dtype=dtype, rows_per_file=rows_per_file))
     return sum(layout.sizes) + len(npy_header((count,), np.dtype("<i8"))) + 8 * count
 
 
 class Layout:
-    """Which files a cache consists of, and where in them an image lies; follows from the manifest."""
+    """The moments files of a cache, and where in them an image lies.
+
+    Attributes:
+        count (int): Number of images.
+        row_shape (tuple): Shape of an image's moments, (orientations, 2C, h, w).
+        rows (list[int]): Number of images in each file.
+        names (list[str]): Names of the files.
+        headers (list[bytes]): The .npy header of each file.
+        sizes (list[int]): Bytes of each file.
+    """
 
     def __init__(self, manifest):
         self.count, self.rows_per_file = manifest["count"], manifest["rows_per_file"]
         self.torch_dtype, self.dtype = DTYPES[manifest["dtype"]]
-        side = manifest["latent_size"]
-        self.row_shape = (manifest["orientations"], 2 * manifest["space"]["channels"], side, side)
+        latent_size = manifest["latent_size"]
+        self.row_shape = (manifest["orientations"], 2 * manifest["space"]["channels"], latent_size, latent_size)
         self.row_bytes = int(np.prod(self.row_shape)) * self.dtype.itemsize
-        self.rows = [min(self.rows_per_file, self.count - first) for first in range(0, self.count, self.rows_per_file)]
+        self.rows = [min(self.rows_per_file, self.count - start) for start in range(0, self.count, self.rows_per_file)]
         self.names = [f"moments-{number:03d}.npy" for number in range(len(self.rows))]
         self.headers = [npy_header((rows, *self.row_shape), self.dtype) for rows in self.rows]
         self.sizes = [len(header) + rows * self.row_bytes for header, rows in zip(self.headers, self.rows)]
 
-    def pieces(self, first, end):
-        """The rows first .. end - 1: (number of the file, offset in bytes there, first row, end row) each."""
-        while first < end:
-            number, row = divmod(first, self.rows_per_file)
-            stop = min(end, (number + 1) * self.rows_per_file)
-            yield number, len(self.headers[number]) + row * self.row_bytes, first, stop
-            first = stop
+    def locate(self, index, orientation=0):
+        """Return (number of the file, offset in bytes) of the moments of an image."""
+        number, row = divmod(index, self.rows_per_file)
+        offset = len(self.headers[number]) + row * self.row_bytes
+        return number, offset + orientation * (self.row_bytes // self.row_shape[0])
+
+    def split_by_file(self, start, end):
+        """Split the images start .. end - 1 into ranges (start, end) that lie in one file each."""
+        while start < end:
+            stop = min(end, (start // self.rows_per_file + 1) * self.rows_per_file)
+            yield start, stop
+            start = stop
 
 
 def npy_header(shape, dtype):
-    """The bytes with which an .npy file of this shape begins."""
+    """Return the bytes with which an .npy file of this shape begins."""
     file = io.BytesIO()
     np.lib.format.write_array_header_1_0(file, dict(descr=np.lib.format.dtype_to_descr(dtype), fortran_order=False,
                                                     shape=shape))
     return file.getvalue()
 
 
-def read_manifest(folder):
-    """The manifest of a cache; a `UserError` where there is none, or a damaged one."""
-    path = os.path.join(folder, "manifest.json")
+def read_manifest(features_path):
+    """Read the manifest of a cache and check that it is intact and plausible.
+
+    Raises:
+        UserError: If there is none, or it is damaged.
+    """
+    path = os.path.join(features_path, "manifest.json")
     if not os.path.isfile(path):
-        lacks = "holds no manifest.json" if os.path.isdir(folder) else "does not exist"
-        raise UserError(f"--features-path {folder} {lacks}: extract_features.py makes a latent cache")
+        problem = "it holds no manifest.json" if os.path.isdir(features_path) else "there is no such folder"
+        raise ArgumentError(f"{problem}. Make a latent cache with extract_features.py", features_path=features_path)
     try:
         with open(path, encoding="utf-8") as file:
             manifest = json.load(file)
-        stated = manifest.pop("manifest_sha256")
-        known = manifest["format"] == FORMAT
+        stored_sha256 = manifest.pop("manifest_sha256")
+        is_known = manifest["format"] == FORMAT
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is damaged, or no manifest of a latent cache ({error})") from None
-    if not known:
-        raise UserError(f"{path} is of the format {manifest['format']!r}, this code reads {FORMAT!r}")
-    if stated != sha256_json(manifest):
-        raise UserError(f"{path} was changed since it was written: its own checksum does not fit")
-    for name in _implausible(manifest):
-        raise UserError(f"{path} says what cannot be: {name} is {str(manifest.get(name))[:60]}")
+        raise UserError(f"{path} is damaged, or is not the manifest of a latent cache ({error})") from None
+    if not is_known:
+        raise UserError(f"{path} has the format {manifest['format']!r}, this code reads {FORMAT!r}")
+    if stored_sha256 != sha256_json(manifest):
+        raise UserError(f"{path} was changed since it was written: its checksum does not match")
+    for name in _implausible_fields(manifest):
+        raise UserError(f"{path} is damaged: {name} cannot be {str(manifest.get(name))[:60]}")
     return manifest
 
 
-def _implausible(manifest):
-    """Names of the entries that are missing, or of a kind that nothing else should have to expect."""
-    kinds = dict(complete=bool, vae=str, vae_sha256=str, space=dict, image_size=int, orientations=int, latent_size=int,
+def _implausible_fields(manifest):
+    """Yield the names of fields that are missing, or of a type or value that the code cannot work with."""
+    types = dict(complete=bool, vae=str, vae_sha256=str, space=dict, image_size=int, orientations=int, latent_size=int,
                  dtype=str, count=int, classes=list, rows_per_file=int)
-    kinds |= dict(files=dict, bad_images=list) if manifest.get("complete") is True else {}
-    yield from (name for name, kind in kinds.items() if type(manifest.get(name)) is not kind)
+    if manifest.get("complete") is True:
+        types |= dict(files=dict, bad_images=list)
+    yield from (name for name, type_ in types.items() if type(manifest.get(name)) is not type_)
     yield from (name for name in ("image_size", "latent_size", "count", "rows_per_file") if manifest[name] < 1)
     if manifest["orientations"] not in (1, 2):
         yield "orientations"
     if manifest["dtype"] not in DTYPES:
         yield "dtype"
+    if set(manifest["space"]) != {"channels", "stride", "scale", "shift", "image_channels"}:
+        yield "space"
     for name, file in manifest.get("files", {}).items():
-        plain = re.fullmatch(r"moments-\d{3,}\.npy|labels\.npy|paths\.txt", name)
-        if not (plain and type(file) is dict and type(file.get("bytes")) is int and type(file.get("sha256")) is str):
+        is_known = re.fullmatch(r"moments-\d{3,}\.npy|labels\.npy|paths\.txt", name)
+        if not (is_known and type(file) is dict and type(file.get("bytes")) is int and type(file.get("sha256")) is str):
             yield "files"
     for entry in manifest.get("bad_images", []):
         if not (type(entry) is list and len(entry) == 2 and type(entry[0]) is int
@@ -132,6 +163,7 @@ def _implausible(manifest):
 
 
 def write_manifest(folder, manifest):
+    """Write a manifest with its checksum."""
     text = json.dumps(manifest | dict(manifest_sha256=sha256_json(manifest)), indent=1)
     with atomic_write(os.path.join(folder, "manifest.json")) as file:
         file.write(text.encode())

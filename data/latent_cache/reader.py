@@ -1,6 +1,4 @@
 """A latent cache as training data."""
-
-import mmap
 import os
 
 import numpy as np
@@ -8,154 +6,152 @@ import psutil
 import torch
 from torch.utils.data import Dataset
 
-from autoencoder.vae import CachedLatents, LatentScaling, load_autoencoder
-from common.errors import UserError
+from common.errors import ArgumentError, UserError
 from common.files import format_bytes, sha256_file
 from data.dataset import Batch, evenly_spaced_indices
 from data.latent_cache.manifest import ENCODED, Layout, read_manifest
+
+BLOCK_BYTES = 64 << 20  # read at once when the cache is copied to a device
 
 
 class LatentCache(Dataset):
     """A complete cache as training data: batches of (index, flip) -> moments (n, 2C, h, w) and labels.
 
-    An image that could not be read is replaced by the next one that could, as `LabeledImageDataset` does it, so that the run is
-    that from the images themselves.
+    A corrupt image is replaced by the next good one, as in `LabeledImageDataset`, so that training sees the same
+    images. `autoencoder.load_cached_latents` draws latents from the moments.
+
+    Args:
+        features_path (str): The folder of the cache.
+
+    Attributes:
+        channels (int): Channels of the images.
+        flips (bool): Whether mirror images are stored.
+        class_names (list[str]): Names of the classes, by label.
+        labels (ndarray): Class label of each image, shape (N,), int64.
+        image_size (int): Pixels a side of the images.
+        autoencoder_name (str): The VAE that encoded them, as --vae named it.
+        encoder_sha256 (str): Hash of the weights of its encoder.
+        latent_scaling (dict): Fields of its `LatentScaling`.
+
+    Raises:
+        UserError: If the cache is incomplete or damaged.
     """
 
     on_device = False
 
-    def __init__(self, folder):
-        self.folder, self.manifest = folder, read_manifest(folder)
+    def __init__(self, features_path):
+        self.folder, self.manifest = features_path, read_manifest(features_path)
         try:
             if not self.manifest["complete"]:
-                raise UserError(describe_incomplete_cache(folder, self.manifest))
-            self._check_labels()
+                raise incomplete_cache_error(features_path, self.manifest)
+            self.labels = self._load_labels()
             self.layout = Layout(self.manifest)
             self._check_files()
             self.class_names, self.flips = list(self.manifest["classes"]), self.manifest["orientations"] == 2
-            self.space = LatentScaling(**self.manifest["space"])
-            self.channels = self.space.image_channels
+            self.image_size = self.manifest["image_size"]
+            self.autoencoder_name, self.encoder_sha256 = self.manifest["vae"], self.manifest["vae_sha256"]
+            self.latent_scaling = self.manifest["space"]
+            self.channels = self.latent_scaling["image_channels"]
             self.substitutes = replace_corrupt_indices({index for index, _ in self.manifest["bad_images"]}, len(self))
         except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, StopIteration) as error:
-            raise UserError(f"{folder}/manifest.json says what cannot be ({type(error).__name__}: {error})") from None
-        self._maps = None
+            raise UserError(f"{features_path}/manifest.json is damaged ({type(error).__name__}: {error})") from None
+        self._files = None
 
-    def _check_labels(self):
+    def _load_labels(self):
         path, count = os.path.join(self.folder, "labels.npy"), self.manifest["count"]
         if not os.path.isfile(path):
-            raise UserError(f"--features-path {self.folder}: labels.npy is missing")
+            raise self._error("labels.npy is missing")
         if sha256_file(path) != self.manifest["files"]["labels.npy"]["sha256"]:
-            raise UserError(f"--features-path {self.folder}: labels.npy was changed since it was written")
-        self.labels = np.load(path, allow_pickle=False)
-        if self.labels.shape != (count,) or self.labels.dtype != np.int64 or not count or (
-                not 0 <= self.labels.min() <= self.labels.max() < len(self.manifest["classes"])):
-            raise UserError(f"--features-path {self.folder}: labels.npy does not fit its manifest")
+            raise self._error("labels.npy was changed since it was written")
+        labels = np.load(path, allow_pickle=False)
+        is_valid = labels.shape == (count,) and labels.dtype == np.int64
+        if not is_valid or not 0 <= labels.min() <= labels.max() < len(self.manifest["classes"]):
+            raise self._error("labels.npy does not fit its manifest")
+        return labels
+
+    def _check_files(self):
+        """Check sizes and headers: moments of another shape would be read as noise."""
+        layout, expected_sizes = self.layout, dict(zip(self.layout.names, self.layout.sizes))
+        for name in [*layout.names, "labels.npy", "paths.txt"]:
+            path = os.path.join(self.folder, name)
+            size = os.path.getsize(path) if os.path.isfile(path) else None
+            stored_size = self.manifest["files"].get(name, {}).get("bytes")
+            if size is None:
+                raise self._error(f"{name} is missing")
+            if size != stored_size or stored_size != expected_sizes.get(name, stored_size):
+                raise self._error(f"{name} has {size} bytes, it should have {stored_size}")
+        for name, header in zip(layout.names, layout.headers):
+            with open(os.path.join(self.folder, name), "rb") as file:
+                if file.read(len(header)) != header:
+                    raise self._error(f"{name} has another header than the manifest describes")
+
+    def _error(self, problem):
+        return ArgumentError(f"{problem}. Copy the cache again, or encode it again", features_path=self.folder)
 
     def __len__(self):
         return self.manifest["count"]
 
-    @property
-    def image_size(self):
-        return self.manifest["image_size"]
-
-    def autoencoder(self, vae, image_size, device, decodes):
-        """The `CachedLatents` of these latents.
-
-        vae, image_size  what the user asked for, or None
-        decodes          load the VAE, to decode with
-        raise            UserError where the cache is of another VAE or size
-        """
-        made_by, there = self.manifest["vae"], f"the cache {self.folder}"
-        sha256 = self.manifest["vae_sha256"]
-        if image_size not in (None, self.image_size):
-            raise UserError(f"--image-size {image_size}: {there} is of images of {self.image_size} pixels")
-        name = vae or made_by
-        # A name on the hub stands for the same weights as when the cache was made; a directory may hold others.
-        if not decodes and name == made_by and not (vae and os.path.isdir(name)):
-            return CachedLatents(name, self.space, sha256)
-        try:
-            own = load_autoencoder(name, self.channels, device if decodes else "cpu")
-        except UserError as error:
-            if vae is None:
-                raise UserError(f"the VAE of {there} is not where it was: pass --vae and its new place, or leave out "
-                                f"what needs it (--sample-every). [{error}]") from None
-            raise UserError(f"{error}. (And {there} was made with --vae {made_by})") from None
-        if not own.is_random:
-            raise UserError(f"--vae {name}: {there} was made with the VAE {made_by}")
-        if own.encoder_sha256 != sha256:
-            raise UserError(f"--vae {name} is another VAE (weights {own.encoder_sha256[:12]}) than that of {there}: "
-                            f"{made_by} ({sha256[:12]})")
-        if own.space != self.space:
-            raise UserError(f"--vae {name} has {own.space}, {there} was made with {self.space}")
-        return CachedLatents(name, self.space, sha256, own if decodes else None)
-
     def examples(self, count):
-        """Moments of up to `count` images from all over the data set: (n, 2C, h, w)."""
+        """Read the moments of up to `count` images, evenly spaced over the data set: shape (n, 2C, h, w)."""
         return self.__getitems__([(index, False) for index in evenly_spaced_indices(len(self), count)]).images
 
-    def __getstate__(self):  # worker processes map the files themselves
-        return self.__dict__ | dict(_maps=None)
+    def __getstate__(self):  # spawned workers open the files themselves
+        return self.__dict__ | dict(_files=None)
 
-    def _check_files(self):
-        """Names, sizes and shapes: what does not fit would be read as noise, or not at all."""
-        expected = dict(zip(self.layout.names, self.layout.sizes))
-        stated = self.manifest["files"]
-        for name in [*expected, "labels.npy", "paths.txt"]:
-            path = os.path.join(self.folder, name)
-            size = os.path.getsize(path) if os.path.isfile(path) else None
-            wanted = stated.get(name, {}).get("bytes")
-            if size is None or size != wanted or wanted != expected.get(name, wanted):
-                raise UserError(f"--features-path {self.folder}: {name} "
-                                + ("is missing" if size is None else f"has {size} bytes, it should have {wanted}"))
-        for name, header in zip(self.layout.names, self.layout.headers):
-            with open(os.path.join(self.folder, name), "rb") as file:
-                if file.read(len(header)) != header:
-                    raise UserError(f"--features-path {self.folder}: {name} does not begin as the manifest says")
-
-    def _files(self):
-        if self._maps is None:
-            self._maps = [_MappedRows(os.path.join(self.folder, name), len(header), rows, self.layout)
-                          for name, header, rows in zip(self.layout.names, self.layout.headers, self.layout.rows)]
-        return self._maps
+    def open_files(self):
+        """Return the open moments files; forked workers share them, since positions are given with each read."""
+        if self._files is None:
+            self._files = [_RandomAccessFile(os.path.join(self.folder, name)) for name in self.layout.names]
+        return self._files
 
     def __getitems__(self, keys):
-        files = self._files()
+        files = self.open_files()
         indices = [self.substitutes.get(index, index) for index, _ in keys]
-        places = [(*divmod(index, self.layout.rows_per_file), int(flip)) for index, (_, flip) in zip(indices, keys)]
-        for number, row, flip in places:
-            files[number].will_need(row, flip)
+        places = [self.layout.locate(index, int(flip)) for index, (_, flip) in zip(indices, keys)]
         moments = np.empty((len(keys), *self.layout.row_shape[1:]), dtype=self.layout.dtype)
-        for out, (number, row, flip) in zip(moments, places):
-            out[...] = files[number].rows[row, flip]
-        for number in {number for number, _, _ in places}:
-            files[number].forget()
+        # All are announced before any is read: a disk then serves them at once instead of in turn.
+        for number, offset in places:
+            files[number].prefetch(offset, moments[0].nbytes)
+        for out, (number, offset) in zip(moments, places):
+            files[number].read_into(out, offset)
         return Batch(torch.from_numpy(moments).view(self.layout.torch_dtype),
-                     torch.from_numpy(self.labels[indices]), [])
+                     {"y": torch.from_numpy(self.labels[indices])}, [])
 
-    def in_memory(self, device):
-        """The whole cache in the memory of a device, as a `DeviceLatents`; a `UserError` where it does not fit."""
+    def to_device(self, device):
+        """Copy all moments to a device.
+
+        Args:
+            device (torch.device): The device.
+
+        Returns:
+            DeviceLatents: The same data set, read from there.
+
+        Raises:
+            ArgumentError: If they do not fit into its memory.
+        """
         needed, free = self.layout.row_bytes * len(self), _free_memory(device)
         if needed > free:
-            raise UserError(f"--features-in-memory: {self.folder} takes {format_bytes(needed)}, {device} has "
-                            f"{format_bytes(free)} free; leave the flag out, the files are read fast enough")
+            raise ArgumentError(f"{self.folder} takes {format_bytes(needed)}, {device} has {format_bytes(free)} free. "
+                                "Leave the flag out: reading from files is fast enough", cache_on_device=True)
         try:
             moments = torch.empty((len(self), *self.layout.row_shape), dtype=self.layout.torch_dtype, device=device)
-        except RuntimeError as error:  # of which torch.OutOfMemoryError is one
-            raise UserError(f"--features-in-memory: {self.folder} takes {format_bytes(needed)}, which {device} does not "
-                            f"have in one piece ({str(error).splitlines()[0]})") from None
-        block = max(1, (64 << 20) // self.layout.row_bytes)
-        for first in range(0, len(self), block):
-            end = min(first + block, len(self))
-            for number, _, begin, stop in self.layout.pieces(first, end):
-                file, start = self._files()[number], number * self.layout.rows_per_file
-                rows = np.array(file.rows[begin - start:stop - start])
-                moments[begin:stop] = torch.from_numpy(rows).view(self.layout.torch_dtype).to(device)
-                file.forget()
+        except RuntimeError as error:  # torch.OutOfMemoryError is one
+            raise ArgumentError(f"{self.folder} takes {format_bytes(needed)}, which {device} cannot allocate in one "
+                                f"block ({str(error).splitlines()[0]}). Leave the flag out",
+                                cache_on_device=True) from None
+        rows_per_block = max(1, BLOCK_BYTES // self.layout.row_bytes)
+        for block_start in range(0, len(self), rows_per_block):
+            block_end = min(block_start + rows_per_block, len(self))
+            for start, end in self.layout.split_by_file(block_start, block_end):
+                number, offset = self.layout.locate(start)
+                rows = np.empty((end - start, *self.layout.row_shape), self.layout.dtype)
+                self.open_files()[number].read_into(rows, offset)
+                moments[start:end] = torch.from_numpy(rows).view(self.layout.torch_dtype).to(device)
         return DeviceLatents(self, moments)
 
 
 class DeviceLatents(Dataset):
-    """A `LatentCache` read to a device: the same answers, without a disk or a worker between."""
+    """A `LatentCache` in the memory of a device: the same batches, without a disk or workers in between."""
 
     on_device = True
 
@@ -168,55 +164,60 @@ class DeviceLatents(Dataset):
         return len(self.labels)
 
     def examples(self, count):
+        """Read the moments of up to `count` images, evenly spaced over the data set."""
         return self.cache.examples(count)
 
     def __getitems__(self, keys):
         places = torch.tensor([(self.cache.substitutes.get(index, index), flip) for index, flip in keys])
         index, flip = places.to(self.moments.device).unbind(1)
-        return Batch(self.moments[index, flip], self.labels[index], [])
+        return Batch(self.moments[index, flip], {"y": self.labels[index]}, [])
 
 
-class _MappedRows:
-    """The rows of a file as a memory map, read here and there.
+class _RandomAccessFile:
+    """A file that is read here and there, by any number of processes.
 
-    What a batch needs is asked for before any of it is touched: the disk then serves all of it at once, while plain
-    reading would wait for each row in turn. Afterwards the pages are let go: they stay in the system's cache, but not
-    in this process, whose memory would otherwise grow to the size of the cache.
+    pread, not `np.lib.format.open_memmap`: more than twice as fast at 16 KB a read, mapped pages do not count as
+    memory of the process, and a file that was cut short raises an error where a map ends by SIGBUS.
     """
 
-    def __init__(self, path, header_bytes, rows, layout):
-        with open(path, "rb") as file:
-            self.map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        self.map.madvise(mmap.MADV_RANDOM)  # no reading ahead: the next row is elsewhere
-        self.rows = np.ndarray((rows, *layout.row_shape), layout.dtype, buffer=self.map, offset=header_bytes)
-        self.header_bytes, self.row_bytes = header_bytes, layout.row_bytes
-        self.item_bytes = layout.row_bytes // layout.row_shape[0]
+    def __init__(self, path):
+        self.path, self.file = path, open(path, "rb", buffering=0)  # noqa: SIM115 - open as long as the data set
+        self._advise("POSIX_FADV_RANDOM", 0, 0)  # no read-ahead: the next row is elsewhere
 
-    def will_need(self, row, flip):
-        start = self.header_bytes + row * self.row_bytes + flip * self.item_bytes
-        first_page = start - start % mmap.PAGESIZE
-        self.map.madvise(mmap.MADV_WILLNEED, first_page, start + self.item_bytes - first_page)
+    def _advise(self, advice, offset, size):
+        if hasattr(os, advice):  # not on macOS
+            os.posix_fadvise(self.file.fileno(), offset, size, getattr(os, advice))
 
-    def forget(self):
-        self.map.madvise(mmap.MADV_DONTNEED)
+    def prefetch(self, offset, size):
+        """Ask the system to read bytes into its page cache, without waiting."""
+        self._advise("POSIX_FADV_WILLNEED", offset, size)
+
+    def read_into(self, array, offset):
+        """Fill a contiguous array with the bytes from an offset on."""
+        buffer = memoryview(array).cast("B")
+        while buffer:
+            count = os.preadv(self.file.fileno(), [buffer], offset)
+            if not count:
+                raise UserError(f"{self.path} was cut short while it was read. Copy the cache again")
+            buffer, offset = buffer[count:], offset + count
 
 
-def describe_incomplete_cache(folder, manifest):
-    """The sentence on half of a cache."""
-    path, count = os.path.join(folder, "progress.npy"), 0
+def incomplete_cache_error(features_path, manifest):
+    """Return the error for a cache that is not complete, with the number of images that are encoded."""
+    path, count = os.path.join(features_path, "progress.npy"), 0
     if os.path.exists(path):
         count = int((np.fromfile(path, dtype=np.uint8)[-manifest["count"]:] == ENCODED).sum())
-    return (f"--features-path {folder} is not complete: {count} of {manifest['count']} images are there. Run "
-            "extract_features.py again with the flags it was begun with")
+    return ArgumentError(f"the cache is not complete: {count} of {manifest['count']} images are encoded. Run "
+                         "extract_features.py again with the same flags", features_path=features_path)
 
 
-def replace_corrupt_indices(bad, count):
-    """{bad index: the next good one, in the order of the data set}."""
-    found = {}
-    for index in bad:
-        good = next(other % count for other in range(index + 1, index + count) if other % count not in bad)
-        found[index] = good
-    return found
+def replace_corrupt_indices(corrupt, count):
+    """Return {corrupt index: the next good one, in the order of the data set}."""
+    substitutes = {}
+    for index in corrupt:
+        following = (other % count for other in range(index + 1, index + count))
+        substitutes[index] = next(other for other in following if other not in corrupt)
+    return substitutes
 
 
 def _free_memory(device):
@@ -225,28 +226,38 @@ def _free_memory(device):
     return psutil.virtual_memory().available
 
 
-def verify(folder, rank=0, world=1, show=None):
-    """Read every file of a complete cache; returns sentences on those that are not what was written.
+def verify(features_path, rank=0, world_size=1, on_block=None):
+    """Read the files of a complete cache and compare them with their checksums.
 
-    rank, world  read every world-th file from rank on
-    show         called with the number of bytes of each block read
+    Args:
+        features_path (str): The folder of the cache.
+        rank (int): Of `world_size` callers that share the files, this one's number.
+        world_size (int): Number of callers.
+        on_block (callable): Called with the number of bytes of each block read.
+
+    Returns:
+        list[str]: A description of each file that is not as it was written.
     """
-    manifest = read_manifest(folder)
+    manifest = read_manifest(features_path)
     if not manifest["complete"]:
-        raise UserError(describe_incomplete_cache(folder, manifest))
-    faults = []
-    for name in sorted(manifest["files"])[rank::world]:
-        path, stated = os.path.join(folder, name), manifest["files"][name]
-        if not os.path.isfile(path):
-            faults.append(f"{name} is missing")
-        elif os.path.getsize(path) != stated["bytes"]:
-            faults.append(f"{name} has {os.path.getsize(path)} bytes, it should have {stated['bytes']}")
-        else:
-            try:
-                found = sha256_file(path, on_block=show)
-            except OSError as error:  # of a failing disk
-                faults.append(f"{name} cannot be read ({error})")
-                continue
-            if found != stated["sha256"]:
-                faults.append(f"{name} has the SHA-256 {found[:12]}..., it should have {stated['sha256'][:12]}...")
-    return faults
+        raise incomplete_cache_error(features_path, manifest)
+    problems = []
+    for name in sorted(manifest["files"])[rank::world_size]:
+        problem = _check_file(os.path.join(features_path, name), manifest["files"][name], on_block)
+        if problem:
+            problems.append(f"{name} {problem}")
+    return problems
+
+
+def _check_file(path, stored, on_block):
+    if not os.path.isfile(path):
+        return "is missing"
+    if os.path.getsize(path) != stored["bytes"]:
+        return f"has {os.path.getsize(path)} bytes, it should have {stored['bytes']}"
+    try:
+        actual_sha256 = sha256_file(path, on_block=on_block)
+    except OSError as error:  # of a failing disk
+        return f"cannot be read ({error})"
+    if actual_sha256 != stored["sha256"]:
+        return f"has the SHA-256 {actual_sha256[:12]}..., it should have {stored['sha256'][:12]}..."
+    return None

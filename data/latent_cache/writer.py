@@ -1,5 +1,4 @@
 """Filling a latent cache, by any number of processes, over any number of restarts."""
-
 import os
 import shutil
 from contextlib import contextmanager, suppress
@@ -9,10 +8,10 @@ import torch
 from filelock import FileLock, Timeout
 
 from common import distributed
-from common.errors import UserError
+from common.errors import ArgumentError, UserError
 from common.files import atomic_write, format_bytes, remove_temporary_files
 from data.latent_cache.manifest import (
-    BAD,
+    CORRUPT,
     ENCODED,
     IDENTITY,
     MISSING,
@@ -23,180 +22,220 @@ from data.latent_cache.manifest import (
 )
 from data.latent_cache.reader import LatentCache
 
-LOCK = "extraction.lock"  # there while it is being made
+LOCK = "extraction.lock"  # exists while a run writes
 
 
 class LatentCacheWriter:
-    """Fills a cache: any number of these, in any processes that see the same disk.
+    """Fills a cache. Any number of these, in any processes that see the same disk, may fill one.
 
-    manifest  from `new_manifest`
+    Files are written with pwrite, not through memory maps: a full disk then raises an error, where a map of a sparse
+    file would end the process by SIGBUS.
+
+    Args:
+        features_path (str): The folder of the cache.
+        manifest (dict): What `new_manifest` returns.
     """
 
-    def __init__(self, folder, manifest):
-        self.folder, self.manifest, self.layout = folder, manifest, Layout(manifest)
-        self.progress_path = os.path.join(folder, "progress.npy")
+    def __init__(self, features_path, manifest):
+        self.folder, self.manifest, self.layout = features_path, manifest, Layout(manifest)
+        self.progress_path = os.path.join(features_path, "progress.npy")
         self.progress_header = npy_header((self.layout.count,), np.dtype("u1"))
 
+    def _error(self, problem):
+        return ArgumentError(problem, features_path=self.folder)
+
     def is_complete(self):
-        """Whether there is nothing left to do; a `UserError` where the folder is of something else, or damaged."""
+        """Return whether nothing is left to do.
+
+        Raises:
+            UserError: If the folder holds something else, another cache, or a damaged one.
+        """
         if not os.path.exists(os.path.join(self.folder, "manifest.json")):
             names = os.listdir(self.folder) if os.path.isdir(self.folder) else []
             if any(name != LOCK and not name.startswith("manifest.json.") for name in names):
-                raise UserError(f"--features-path {self.folder} is not empty, and has no manifest.json of a latent "
-                                "cache: name another folder, or empty this one")
+                raise self._error("the folder is not empty, and has no manifest.json of a latent cache. Name another "
+                                  "folder, or empty this one")
             return False
-        found = read_manifest(self.folder)
-        if differences := _differences(found, self.manifest):
-            raise UserError(f"--features-path {self.folder} holds another cache: {differences}. Name another folder, "
-                            "or remove this one")
-        if found["complete"]:
-            LatentCache(self.folder)  # says what is wrong with it, if anything is
-        return found["complete"]
+        existing = read_manifest(self.folder)
+        if differences := describe_differences(existing, self.manifest):
+            raise self._error(f"the folder holds another cache: {differences}. Name another folder, or remove this one")
+        if existing["complete"]:
+            LatentCache(self.folder)  # raises if it is damaged
+        return existing["complete"]
 
     @contextmanager
     def locked(self):
-        """Keep other runs out of the folder: each would do the work of the other again."""
+        """Keep other runs out of the folder, which would do the same work again."""
         path = os.path.join(self.folder, LOCK)
         try:
             os.makedirs(self.folder, exist_ok=True)
             lock = FileLock(path).acquire(blocking=False)
         except Timeout:
-            raise UserError(f"--features-path {self.folder}: another extraction is writing to it. (Processes that "
-                            "survived their launcher count, too: look for extract_features.py)") from None
+            raise self._error("another extraction is writing to it. If you started none, look for processes of "
+                              "extract_features.py that outlived their launcher") from None
         except OSError as error:
-            raise UserError(f"--features-path {self.folder}: cannot be written to ({error})") from None
+            raise self._error(f"cannot be written to ({error})") from None
         with lock:
             try:
                 yield
             finally:
-                with suppress(FileNotFoundError):  # somebody removed the folder
+                with suppress(FileNotFoundError):  # the folder may have been removed meanwhile
                     os.remove(path)
 
-    def bytes_left(self):
-        """How much of the disk the files will take that they do not take yet."""
+    def count_bytes_left(self):
+        """Return how many bytes of the disk the moments will take in addition to what they take now."""
         taken = [os.stat(path).st_blocks * 512 for path in self._paths() if os.path.exists(path)]
         return max(0, sum(self.layout.sizes) - sum(taken))
 
     def _paths(self):
         return [os.path.join(self.folder, name) for name in self.layout.names]
 
-    def prepare(self, data):
-        """Make the files, or find those that an earlier run left (one process only, within `locked`).
+    def prepare(self, dataset):
+        """Create the files, or check those that an earlier run left. Called by one process, within `locked`.
 
-        raise  UserError where the disk cannot hold them, or what is there was changed
+        Raises:
+            UserError: If the disk cannot hold them, or an existing file was changed.
         """
-        paths = b"".join(os.fsencode(_one_line(path)) + b"\n" for path in data.paths)
+        paths = b"".join(os.fsencode(_check_one_line(path)) + b"\n" for path in dataset.paths)
         try:
             os.makedirs(self.folder, exist_ok=True)
-            free, left = shutil.disk_usage(self.folder).free, self.bytes_left()
-            if free < left:
-                raise UserError(f"--features-path {self.folder}: {format_bytes(left)} are needed, the disk has "
-                                f"{format_bytes(free)} free. --no-flip halves the size; so does --dtype fp16 that of fp32")
+            free, needed = shutil.disk_usage(self.folder).free, self.count_bytes_left()
+            if free < needed:
+                raise self._error(f"{format_bytes(needed)} are needed, the disk has {format_bytes(free)} free. "
+                                  "--no-flip halves the size, and so does --dtype fp16 instead of fp32")
             write_manifest(self.folder, self.manifest)
             with atomic_write(os.path.join(self.folder, "labels.npy")) as file:
-                np.save(file, np.array(data.labels, dtype=np.int64))
+                np.save(file, np.array(dataset.labels, dtype=np.int64))
             with atomic_write(os.path.join(self.folder, "paths.txt")) as file:
                 file.write(paths)
             if os.path.exists(self.progress_path):
                 self._check_files()
-                # What could not be read may have been repaired since.
                 progress = self.progress()
-                progress[progress == BAD] = MISSING
+                progress[progress == CORRUPT] = MISSING  # it may have been repaired since
             else:
-                for path, header, size in zip(self._paths(), self.layout.headers, self.layout.sizes):
-                    _sparse_file(path, header, size)
+                for path, rows in zip(self._paths(), self.layout.rows):
+                    _create_sparse_npy(path, (rows, *self.layout.row_shape), self.layout.dtype)
                 progress = np.zeros(self.layout.count, dtype=np.uint8)
-            with atomic_write(self.progress_path) as file:  # last: where it is, everything is
+            with atomic_write(self.progress_path) as file:  # last: if it exists, all files do
                 file.write(self.progress_header + progress.tobytes())
         except OSError as error:
-            raise UserError(f"--features-path {self.folder}: cannot be written to ({error})") from None
+            raise self._error(f"cannot be written to ({error})") from None
 
     def _check_files(self):
-        """Half of a cache must be as it was left: what was encoded is not looked at again."""
-        progress = (self.progress_path, self.progress_header, len(self.progress_header) + self.layout.count)
-        for path, header, size in (*zip(self._paths(), self.layout.headers, self.layout.sizes), progress):
-            plain = os.path.isfile(path) and not os.path.islink(path)  # nothing is written through a link
-            if not (plain and os.path.getsize(path) == size and _begins_with(path, header)):
-                raise UserError(f"{path} is missing or was changed since; remove the folder {self.folder} and start "
-                                "again")
+        """Raise unless the files are as they were left: what is marked as encoded is not encoded again."""
+        progress_size = len(self.progress_header) + self.layout.count
+        expected = [*zip(self._paths(), self.layout.headers, self.layout.sizes),
+                    (self.progress_path, self.progress_header, progress_size)]
+        for path, header, size in expected:
+            is_file = os.path.isfile(path) and not os.path.islink(path)  # nothing is written through a link
+            if not (is_file and os.path.getsize(path) == size and _begins_with(path, header)):
+                raise UserError(f"{path} is missing or was changed. Remove the folder {self.folder} and start again")
 
     def progress(self):
-        """(count,) uint8: what has become of each image."""
+        """Return the state of each image, shape (count,), uint8."""
         return np.fromfile(self.progress_path, dtype=np.uint8, offset=len(self.progress_header))
 
-    def missing(self, batch_size):
-        """What is left to encode: ranges (first, end) as `missing_ranges` cuts them."""
+    def missing_ranges(self, batch_size):
+        """List what is left to encode as ranges (start, end), see `distributed.missing_ranges`."""
         return distributed.missing_ranges(self.progress() != MISSING, batch_size)
 
-    def mark_bad(self, indices):
-        """Note images that cannot be read, and return how many there are now, of all processes."""
+    def mark_corrupt(self, indices):
+        """Mark images as corrupt and return how many are, over all processes."""
         for index in indices:
-            _write_at(self.progress_path, len(self.progress_header) + index, bytes([BAD]), sync=False)
-        return int((self.progress() == BAD).sum())
+            _write_at(self.progress_path, len(self.progress_header) + index, bytes([CORRUPT]), sync=False)
+        return int((self.progress() == CORRUPT).sum())
 
-    def write(self, first, moments, is_bad):
-        """Keep the images first .. first + n - 1.
+    def write(self, start, moments, is_corrupt):
+        """Write the moments of consecutive images.
 
-        moments  (n, orientations, 2C, h, w) floating point, on the CPU
-        is_bad   n truth values: there is no such image, and its moments are zeros
-        raise    UserError where the disk does not take them, or the dtype cannot hold them
+        Args:
+            start (int): Index of the first image.
+            moments (Tensor): Moments on the CPU, shape (n, orientations, 2C, h, w), floating point.
+            is_corrupt (list[bool]): Which images have no moments; theirs are zeros.
+
+        Raises:
+            UserError: If the disk does not take them, or the dtype cannot hold them.
         """
-        computed, moments = moments, moments.to(self.layout.torch_dtype)
-        if not torch.isfinite(moments).all():
-            where = f"of the images {first} .. {first + len(moments) - 1}"
-            if not torch.isfinite(computed).all():
-                raise UserError(f"--vae {self.manifest['vae']} gives latents {where} that are not finite; try "
-                                "--precision fp32")
-            raise UserError(f"--dtype {self.manifest['dtype']} cannot hold the latents {where} (up to "
-                            f"{computed.abs().max():.3g}); bf16 and fp32 hold larger numbers")
-        rows = moments.contiguous().view(torch.uint8).numpy().reshape(len(moments), -1)
+        end = start + len(moments)
+        rows = self._to_bytes(moments, f"the images {start} .. {end - 1}")
         try:
-            for number, offset, begin, end in self.layout.pieces(first, first + len(moments)):
-                _write_at(self._paths()[number], offset, rows[begin - first:end - first].tobytes())
-            # Marked when it lies on the disk: not even a power cut leaves a row that is marked and not there.
-            states = bytes(BAD if bad else ENCODED for bad in is_bad)
-            _write_at(self.progress_path, len(self.progress_header) + first, states, sync=False)
+            for range_start, range_end in self.layout.split_by_file(start, end):
+                number, offset = self.layout.locate(range_start)
+                _write_at(self._paths()[number], offset, rows[range_start - start:range_end - start].tobytes())
+            # Only after an fsync of the moments: a power cut leaves no image that is marked but not written.
+            states = bytes(CORRUPT if corrupt else ENCODED for corrupt in is_corrupt)
+            _write_at(self.progress_path, len(self.progress_header) + start, states, sync=False)
         except OSError as error:
-            raise UserError(f"--features-path {self.folder}: cannot write the images {first} .. "
-                            f"{first + len(moments) - 1} ({error}). What was written stays: mend it, and run "
-                            "the command again") from None
+            raise self._error(f"cannot write the images {start} .. {end - 1} ({error}). What was written is kept: "
+                              "solve the problem and run the command again") from None
 
-    def finish(self, data, files, max_bad_images=0):
-        """Declare the cache complete (one process only); a `UserError` where too many images were unreadable.
+    def _to_bytes(self, moments, name):
+        """Convert moments to bytes of the stored dtype, shape (n, B); raises if a value is or becomes non-finite."""
+        stored = moments.to(self.layout.torch_dtype)
+        if not torch.isfinite(moments).all():
+            raise ArgumentError(f"the latents of {name} are non-finite. Try --precision fp32", vae=self.manifest["vae"])
+        if not torch.isfinite(stored).all():
+            raise ArgumentError(f"cannot hold the latents of {name}, up to {moments.abs().max():.3g}. Use bf16 or fp32",
+                                dtype=self.manifest["dtype"])
+        return stored.contiguous().view(torch.uint8).numpy().reshape(len(moments), -1)
 
-        files  {name: SHA-256} of all its files
+    def finish(self, dataset, checksums, max_bad_images=0):
+        """Mark the cache as complete. Called by one process.
+
+        Args:
+            dataset (LabeledImageDataset): The images.
+            checksums (dict[str, str]): SHA-256 of each file in `file_names()`.
+            max_bad_images (int): Number of images that may be corrupt.
+
+        Raises:
+            UserError: If more are.
         """
         self._check_files()
-        progress = self.progress()
-        if (progress == BAD).all():
+        corrupt = np.flatnonzero(self.progress() == CORRUPT)
+        if len(corrupt) == self.layout.count:
             raise UserError("none of the images could be read")
-        if (progress == BAD).sum() > max_bad_images:
-            raise UserError(f"{(progress == BAD).sum()} images could not be read, --max-bad-images is {max_bad_images}")
-        bad = [[int(index), data.paths[index]] for index in np.flatnonzero(progress == BAD)]
-        sizes = {name: os.path.getsize(os.path.join(self.folder, name)) for name in files}
-        write_manifest(self.folder, self.manifest | dict(
-            complete=True, bad_images=bad,
-            files={name: dict(bytes=sizes[name], sha256=files[name]) for name in sorted(files)}))
-        self.clean()
+        if len(corrupt) > max_bad_images:
+            raise ArgumentError(f"{len(corrupt)} images could not be read", max_bad_images=max_bad_images)
+        files = {name: dict(bytes=os.path.getsize(os.path.join(self.folder, name)), sha256=checksums[name])
+                 for name in sorted(checksums)}
+        bad_images = [[int(index), dataset.paths[index]] for index in corrupt]
+        write_manifest(self.folder, self.manifest | dict(complete=True, bad_images=bad_images, files=files))
+        self.remove_leftovers()
 
-    def clean(self):
-        """Remove what only the making needed."""
+    def remove_leftovers(self):
+        """Remove files that only the making needed."""
         remove_temporary_files(self.folder)
         if os.path.exists(self.progress_path):
             os.remove(self.progress_path)
 
     def file_names(self):
+        """List the files of a complete cache, without the manifest."""
         return [*self.layout.names, "labels.npy", "paths.txt"]
 
 
-def _sparse_file(path, header, size):
+def describe_differences(existing, wanted):
+    """Describe in what two manifests differ, with both values; "" if they do not."""
+    names = [name for name in IDENTITY if existing.get(name) != wanted[name]]
+    if {"count", "classes", "listing_sha256"} & set(names):
+        return ("it was begun with other images, classes or another order "
+                f"({existing['count']} images there, {wanted['count']} in {wanted['data_path']})")
+    differences = []
+    for name in names:
+        if name == "vae_sha256":
+            differences.append(f"its VAE is {existing['vae']} (weights {existing[name][:12]}), "
+                               f"--vae is {wanted['vae']} ({wanted[name][:12]})")
+        elif name == "space":
+            differences += [f"{key} of its VAE is {existing[name].get(key)}, of --vae {value}"
+                            for key, value in wanted[name].items() if existing[name].get(key) != value]
+        elif name != "rows_per_file" or not differences:  # which follows from the others
+            differences.append(f"{IDENTITY[name] or name} is {existing.get(name)} there, {wanted[name]} here")
+    return "; ".join(differences)
+
+
+def _create_sparse_npy(path, shape, dtype):
     if os.path.lexists(path):
-        os.remove(path)
-    with open(path, "xb") as file:
-        file.write(header)
-        file.truncate(size)
-        file.flush()
-        os.fsync(file.fileno())
+        os.remove(path)  # a link would be written through
+    np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape).flush()
 
 
 def _begins_with(path, header):
@@ -205,7 +244,7 @@ def _begins_with(path, header):
 
 
 def _write_at(path, offset, data, sync=True):
-    """Write bytes at a place of a file; `sync`: onto the disk."""
+    """Write bytes at an offset of an existing file; with `sync` they are on the disk afterwards."""
     file = os.open(path, os.O_WRONLY)
     try:
         data = memoryview(data)
@@ -218,26 +257,7 @@ def _write_at(path, offset, data, sync=True):
         os.close(file)
 
 
-def _one_line(path):
+def _check_one_line(path):
     if "\n" in path or "\r" in path:
-        raise UserError(f"the file name {path!r} has a line break in it; rename it")
+        raise UserError(f"the file name {path!r} has a line break in it. Rename it")
     return path
-
-
-def _differences(found, wanted):
-    """In what two manifests differ, both values named; "" where they do not."""
-    names = [name for name in IDENTITY if found.get(name) != wanted[name]]
-    if {"count", "classes", "listing_sha256"} & set(names):
-        return ("the images, their classes or their order are not those that it was begun with "
-                f"({found['count']} images there, {wanted['count']} in {wanted['data_path']})")
-    parts = []
-    for name in names:
-        if name == "vae_sha256":
-            parts.append(f"its VAE is {found['vae']} (weights {found[name][:12]}), --vae is {wanted['vae']} "
-                         f"({wanted[name][:12]})")
-        elif name == "space":
-            parts += [f"{key} of its VAE is {found[name].get(key)}, of --vae {value}"
-                      for key, value in wanted[name].items() if found[name].get(key) != value]
-        elif name != "rows_per_file" or not parts:  # this one follows from the others
-            parts.append(f"{IDENTITY[name] or name} is {found.get(name)} there, {wanted[name]} here")
-    return "; ".join(parts)

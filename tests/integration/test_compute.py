@@ -5,13 +5,13 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend
 
-import models
 from autoencoder.vae import IdentityAutoencoder
 from common import compute
 from common.compute import DEFAULT_COMPUTE, Bf16InferenceModel, ComputeConfig, fastest_config, find_compiler_error
 from common.errors import UserError
 from diffusion import create_diffusion
 from helpers import DIGITS, Recompilations, differences, scalars, stored
+from networks import CONDITIONINGS, build_dit
 from sampling.noise import PerSampleRNG
 from sampling.pipeline import build_pipeline
 
@@ -21,8 +21,8 @@ RUN = [*DIGITS, "--log-every", 1, "--lr", 1e-3, "--ema-decay", 0.9]
 
 def small_model(**more):
     torch.manual_seed(0)
-    model = models.DiT(**dict(input_size=8, patch_size=2, in_channels=4, hidden_size=32, depth=3, num_heads=2,
-                              num_classes=10) | more)
+    model = build_dit(**dict(input_size=8, patch_size=2, in_channels=4, hidden_size=32, depth=3, num_heads=2,
+                             num_classes=10) | more)
     for weight in model.parameters():  # nothing that is zero at the start may hide a difference
         torch.nn.init.normal_(weight, std=0.05)
     return model
@@ -144,7 +144,7 @@ def test_the_kernel_is_the_one_that_was_asked_for(monkeypatch):
 
 # ---------------------------------------------------------------- sampling in bfloat16
 
-@pytest.mark.parametrize("conditioning", models.CONDITIONINGS)
+@pytest.mark.parametrize("conditioning", CONDITIONINGS)
 def test_weights_rounded_once_are_those_of_autocast(conditioning):
     """Bit for bit, also after the weights have moved on; the model itself keeps its weights."""
     model, (x, t, y) = small_model(conditioning=conditioning).eval(), inputs()

@@ -8,7 +8,6 @@ import pytest
 import torch
 from PIL import Image
 
-from common import distributed
 from common.checkpoint_io import load_checkpoint, save_checkpoint
 from common.files import read_npz_array
 from evaluation.feature_statistics import FeatureStatistics
@@ -215,7 +214,7 @@ def spoilt(tmp_path, **arrays):
 
 @pytest.mark.parametrize("arrays, sentence", [
     (dict(sigma=None), "no .npz with sigma in it"),
-    (dict(sigma=np.array([None, 1])), "sigma is no plain array"),
+    (dict(sigma=np.array([None, 1])), "sigma is not a plain array"),
     (dict(sigma=np.zeros((48, 47))), r"mu and sigma have the shapes (48,) and (48, 47), not (D,) and (D, D)"),
     (dict(mu=np.zeros((48, 1))), "not (D,) and (D, D)"),
     (dict(mu=np.full(48, np.nan)), "mu does not consist of finite numbers"),
@@ -238,7 +237,7 @@ def test_references_that_are_spoilt(run, sets, tmp_path, arrays, sentence):
     (np.zeros((9, 4, 4, 3)), "arr_0 is float64 of the shape (9, 4, 4, 3), not uint8 of (N, H, W, 3)"),
     (np.zeros((9, 3, 4, 4), dtype=np.uint8), "not uint8 of (N, H, W, 3)"),
     (np.zeros((9, 48), dtype=np.uint8), "not uint8 of (N, H, W, 3)"),
-    (np.array([None] * 9), "arr_0 is no plain array"),
+    (np.array([None] * 9), "arr_0 is not a plain array"),
     (np.zeros((0, 4, 4, 3), dtype=np.uint8), "holds no images: arr_0 is empty"),
 ])
 def test_samples_that_are_none(run, sets, tmp_path, images, sentence):

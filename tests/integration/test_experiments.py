@@ -40,6 +40,7 @@ from experiments.statistics import (
 )
 from helpers import ROOT, wait_for
 from models import DiT, DiT_models
+from networks import build_dit
 
 TOY = PRESETS["digits", "toy"]
 DIGITS = STUDY_DATA["digits"]
@@ -346,7 +347,7 @@ def test_networks_are_the_papers():
     assert network_cost(network)["multiply_adds"] / 1e9 == pytest.approx(6.06, abs=0.005)
     with torch.device("meta"):
         ours, published = ({key: value.shape for key, value in model.state_dict().items()}
-                           for model in (DiT(**network), DiT_models["DiT-S/2"]()))
+                           for model in (build_dit(**network), DiT_models["DiT-S/2"]()))
     assert ours == published
 
 

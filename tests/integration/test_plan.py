@@ -191,9 +191,9 @@ def test_fused_adamw_has_no_temporaries():
 @pytest.mark.parametrize("dtype, flips", [("fp16", True), ("fp16", False), ("fp32", True), ("bf16", True)])
 def test_cache_bytes_are_those_of_a_real_one(tmp_path, monkeypatch, dtype, flips):
     """Written as extract_features.py writes it, in several files."""
-    monkeypatch.setattr(manifest, "LARGEST_FILE", 8_000)
+    monkeypatch.setattr(manifest, "MAX_FILE_BYTES", 8_000)
     images = SimpleNamespace(labels=[0] * 11, paths=[f"{i}.png" for i in range(11)], class_names=["all"])
-    autoencoder = SimpleNamespace(space=LatentScaling(4, 8, 0.18215, 0.0), channels=4, stride=8, name="x", encoder_sha256="x")
+    autoencoder = SimpleNamespace(latent_scaling=LatentScaling(4, 8, 0.18215, 0.0), channels=4, stride=8, name="x", encoder_sha256="x")
     writer = LatentCacheWriter(str(tmp_path), new_manifest(images, "x", autoencoder, 64, flips, dtype, "fp32"))
     writer.prepare(images)
     writer.write(0, torch.zeros(11, 1 + flips, 8, 8, 8), [False] * 11)
@@ -245,7 +245,7 @@ def test_table_of_all(command, monkeypatch):
     (["--fsdp"], r"--fsdp shares the model between GPUs, and --gpus 1 is one alone"),
     (["--gpus", 3], r"--global-batch-size 256 cannot be shared by --gpus 3 .* multiple of 3"),
     (["--gpus", 2, "--grad-accum-steps", 3], r"--gpus 2 in --grad-accum-steps 3: it must be a multiple of 6"),
-    (["--image-size", 100], r"--image-size 100 is not a multiple of 8"),
+    (["--image-size", 100], r"--image-size 100: not a multiple of 8"),
     (["--patch-size", 3], r"--model DiT-XL/2 at --image-size 256: .* patch_size 3"),
     (["--num-heads", 5], r"hidden_size 1152 is not a multiple of num_heads 5"),
     (["--gpu", "cpu"], r"argument --gpu: invalid choice: 'cpu'"),

@@ -14,6 +14,7 @@ from torchvision.utils import save_image
 import models
 from diffusion import create_diffusion
 from helpers import ROOT, TINY, pixels, random_weights, run_process
+from networks import build_dit
 
 FEW = ["--num-sampling-steps", 4]
 
@@ -25,7 +26,7 @@ def digits_checkpoint(tmp_path_factory):
     run_process("train.py", "--data-path", "digits", *TINY, "--max-steps", 1, "--results-dir", results)
     (path,) = results.glob("*/checkpoints/0000001.pt")
     stored = torch.load(path, weights_only=True)
-    stored["ema"] = random_weights(models.DiT(**stored["config"]["model"])).state_dict()
+    stored["ema"] = random_weights(build_dit(**stored["config"]["model"])).state_dict()
     torch.save(stored, path)
     return path
 
@@ -38,14 +39,14 @@ def latent_checkpoint(image_folder, vae_folder, tmp_path_factory):
                 *TINY, "--global-batch-size", 4, "--max-steps", 1, "--num-workers", 0, "--results-dir", results)
     (path,) = results.glob("*/checkpoints/0000001.pt")
     stored = torch.load(path, weights_only=True)
-    stored["ema"] = random_weights(models.DiT(**stored["config"]["model"])).state_dict()
+    stored["ema"] = random_weights(build_dit(**stored["config"]["model"])).state_dict()
     torch.save(stored, path)
     return path
 
 
 def ema_model(path):
     stored = torch.load(path, weights_only=True)
-    model = models.DiT(**stored["config"]["model"])
+    model = build_dit(**stored["config"]["model"])
     model.load_state_dict(stored["ema"])
     return model.eval()
 

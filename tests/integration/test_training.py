@@ -4,7 +4,7 @@ import re
 import pytest
 import torch
 
-from helpers import DIGITS, TINY, largest_difference, losses, run_process, trained
+from helpers import DIGITS, TINY, differences, largest_difference, losses, run_process, stored, trained
 
 
 def test_one_and_two_processes_compute_the_same(tmp_path):
@@ -60,7 +60,7 @@ def test_resumed_run_is_the_undisturbed_run(command, tmp_path, extra):
 
 def test_checkpoint_holds_what_the_contract_says(command, tmp_path):
     """`model`, `ema`, `opt`, `args` as published, and enough to build the model again."""
-    import models
+    from networks import build_dit
     status, *_ = command("train", *DIGITS, "--max-steps", 4, "--ckpt-every", 2, "--sample-every", 4,
                          "--ema-decay", 0, "--results-dir", tmp_path)
     assert status == 0
@@ -70,7 +70,7 @@ def test_checkpoint_holds_what_the_contract_says(command, tmp_path):
     stored = trained(tmp_path, 4)
     assert {"model", "ema", "opt", "args", "step"} <= stored.keys()
     assert type(stored["args"]) is dict and stored["args"]["model"] == "DiT-S/2" and stored["step"] == 4
-    model = models.DiT(**stored["config"]["model"])
+    model = build_dit(**stored["config"]["model"])
     model.load_state_dict(stored["ema"], strict=True)
     torch.optim.AdamW(model.parameters()).load_state_dict(stored["opt"])
     assert largest_difference(stored, {"model": stored["ema"]}) == 0  # decay 0: the EMA is the model
@@ -175,3 +175,31 @@ def test_typed_sizes_are_kept_for_the_digits(command, tmp_path):
             "--max-steps", 1, "--results-dir", tmp_path)
     config = trained(tmp_path, 1)["config"]["model"]
     assert (config["hidden_size"], config["num_heads"], config["patch_size"]) == (384, 6, 8)
+
+
+def test_several_decays_save_the_average_of_each(command, tmp_path):
+    """Each is the average of a run with that decay alone; the first is `ema`, and 0 is the weights themselves."""
+    flags = [*DIGITS, "--max-steps", 3, "--num-workers", 0]
+    for name, decays in (("several", [0.5, 0, 0.9]), ("half", [0.5]), ("more", [0.9])):
+        status, _, err = command("train", *flags, "--ema-decay", *decays, "--results-dir", tmp_path / name)
+        assert status == 0, err
+    several, half, more = (stored(tmp_path / name, 3) for name in ("several", "half", "more"))
+    assert several["args"]["ema_decay"] == [0.5, 0, 0.9] and half["args"]["ema_decay"] == 0.5
+    assert differences(several["ema"], half["ema"]) == [] and "extra_emas" not in half
+    assert differences(several["extra_emas"], {"0": several["model"], "0.9": more["ema"]}) == []
+
+
+def test_several_averages_resume(command, tmp_path):
+    """Bit for bit; an average that the checkpoint lacks starts from the weights, if the change is allowed."""
+    flags = [*DIGITS, "--num-workers", 0, "--ema-decay", 0.5, 0.9]
+    command("train", *flags, "--max-steps", 4, "--results-dir", tmp_path / "straight")
+    command("train", *flags, "--max-steps", 2, "--results-dir", tmp_path / "cut")
+    status, _, err = command("train", *flags, "--max-steps", 4, "--results-dir", tmp_path / "cut", "--resume", "auto")
+    assert status == 0, err
+    assert differences(stored(tmp_path / "straight", 4), stored(tmp_path / "cut", 4)) == []
+    other = [*flags[:-1], 0.7, "--results-dir", tmp_path / "cut", "--resume", "auto", "--max-steps", 5]
+    status, _, err = command("train", *other)
+    assert status == 2 and "--ema-decay" in err
+    status, _, err = command("train", *other, "--allow-config-change")
+    assert status == 0, err
+    assert stored(tmp_path / "cut", 5)["extra_emas"].keys() == {"0.7"}

@@ -11,7 +11,6 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as some
 
-import models
 from common.checkpoint_io import load_checkpoint, save_checkpoint, select_weights, verify_checkpoint
 from common.errors import UserError
 from common.files import read_npz_array
@@ -20,6 +19,7 @@ from data.latent_cache.reader import LatentCache, verify
 from diffusion import create_diffusion
 from diffusion.timestep_sampler import create_named_schedule_sampler
 from helpers import DIGITS, TINY, call
+from networks import build_dit
 from training.ema import EMA
 from training.nan_guard import NonFiniteGuard
 from training.train_state import TrainState
@@ -94,7 +94,7 @@ def training_state(folder):
     stored = load_checkpoint(str(next(folder.glob("000-*/checkpoints/0000002.pt"))))
 
     def make():
-        model = models.DiT(**stored["config"]["model"])
+        model = build_dit(**stored["config"]["model"])
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0)
         sampler = create_named_schedule_sampler("loss-second-moment", create_diffusion(""))
         return TrainState(model, optimizer, sampler, NonFiniteGuard(None, 10), EMA(model, 0.99), dict(stored["args"]),

@@ -284,7 +284,7 @@ def test_the_checkpoint_before_a_damaged_one(command, three_checkpoints, tmp_pat
     status, out, err = command("train", *DIGITS, "--max-steps", 6, "--ckpt-every", 2, "--results-dir",
                                tmp_path / "results", "--resume", "auto")
     assert status == 0 and "at step 4" in out, err
-    assert (damage == "missing") or re.search(rf"WARNING: {path} .*looking for the one before", out)
+    assert (damage == "missing") or re.search(rf"WARNING: {path} .*trying the previous one", out)
     assert differences(stored(three_checkpoints, 6), stored(tmp_path / "results", 6)) == []
     assert len(list((tmp_path / "results").iterdir())) == 1
 

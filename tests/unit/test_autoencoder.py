@@ -1,5 +1,6 @@
 """Between pixels and latents: the scale, shift, channels and stride of a VAE, in both directions."""
 import re
+from types import SimpleNamespace
 
 import huggingface_hub.constants
 import pytest
@@ -44,7 +45,7 @@ CONFIGS = {
 
 @pytest.fixture(params=CONFIGS.values(), ids=CONFIGS)
 def case(request, tmp_path):
-    """A codec, and what was asked for."""
+    """An autoencoder, and its configuration."""
     name = saved_vae(tmp_path / "vae", **request.param)
     defaults = dict(scaling_factor=0.5, latent_channels=4, shift_factor=None, levels=2)
     return load_autoencoder(name), defaults | request.param
@@ -67,8 +68,8 @@ def shift(config):
     return torch.tensor(MEANS)[:, None, None] if "latents_mean" in config else config["shift_factor"] or 0
 
 
-def test_encode(case):
-    """By hand: (mean + std noise - shift) scale."""
+def test_encoding_samples_shifts_and_scales(case):
+    """(mean + std noise - shift) scale."""
     autoencoder, config = case
     images = torch.rand(2, 3, 16, 16) * 2 - 1
     noise = torch.randn(2, autoencoder.channels, 16 // autoencoder.stride, 16 // autoencoder.stride)
@@ -80,8 +81,7 @@ def test_encode(case):
     torch.testing.assert_close(autoencoder.encode(images, noise), expected)
 
 
-def test_decode(case):
-    """The VAE is given latents as it made them itself: scaled back, then shifted back."""
+def test_decoding_undoes_scale_and_shift(case):
     autoencoder, config = case
     scaled = torch.randn(2, autoencoder.channels, 4, 4)
     with torch.no_grad():
@@ -91,7 +91,7 @@ def test_decode(case):
     torch.testing.assert_close(images, expected)
 
 
-def test_decode_undoes_the_scale_of_encode(case):
+def test_decoding_inverts_encoding(case):
     autoencoder, _ = case
     images = torch.rand(2, 3, 16, 16) * 2 - 1
     with torch.no_grad():
@@ -100,7 +100,7 @@ def test_decode_undoes_the_scale_of_encode(case):
     torch.testing.assert_close(autoencoder.decode(autoencoder.encode(images, torch.zeros_like(mean))), expected)
 
 
-def test_the_vae_is_frozen(tmp_path):
+def test_vae_is_frozen(tmp_path):
     autoencoder = load_autoencoder(saved_vae(tmp_path / "vae"))
     assert not autoencoder.vae.training
     assert not any(weight.requires_grad for weight in autoencoder.vae.parameters())
@@ -111,7 +111,7 @@ def test_the_vae_is_frozen(tmp_path):
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_no_vae(channels):
+def test_identity_autoencoder_passes_pixels(channels):
     autoencoder = load_autoencoder("none", channels)
     images = torch.randn(2, channels, 8, 8)
     assert (autoencoder.name, autoencoder.channels, autoencoder.stride, autoencoder.is_random) == ("none", channels, 1, False)
@@ -120,14 +120,14 @@ def test_no_vae(channels):
     assert latent_size(autoencoder, 7) == 7
 
 
-def test_moments_are_what_encoding_draws_from(case):
-    """Without the images: from mean and log-variance, in half precision as a cache keeps them."""
+def test_cached_moments_give_the_latents_of_the_images(case):
+    """Exactly in float32, up to rounding in half precision."""
     autoencoder, _ = case
     images = torch.rand(2, 3, 16, 16) * 2 - 1
     noise = torch.randn(2, autoencoder.channels, 16 // autoencoder.stride, 16 // autoencoder.stride)
     moments = autoencoder.moments(images)
     assert moments.shape == (2, 2 * autoencoder.channels, *noise.shape[2:]) and not moments.requires_grad
-    cached = CachedLatents("name", autoencoder.space, "", autoencoder)
+    cached = CachedLatents("name", autoencoder.latent_scaling, "", autoencoder)
     want = autoencoder.encode(images, noise)
     assert torch.equal(cached.encode(moments, noise), want)
     half = cached.encode(moments.half(), noise)
@@ -137,8 +137,7 @@ def test_moments_are_what_encoding_draws_from(case):
     assert torch.equal(cached.decode(want), autoencoder.decode(want))
 
 
-def test_the_name_of_the_weights(tmp_path):
-    """The same for the same encoder, whatever the decoder; another for any other weight that latents depend on."""
+def test_encoder_hash_depends_on_what_latents_depend_on(tmp_path):
     autoencoder = load_autoencoder(saved_vae(tmp_path / "vae"))
     first = autoencoder.encoder_sha256
     autoencoder.vae.decoder.conv_out.weight.data += 1
@@ -152,94 +151,87 @@ def test_the_name_of_the_weights(tmp_path):
     assert bare.encoder_sha256 not in names and bare.moments(torch.zeros(1, 3, 8, 8)).shape == (1, 8, 4, 4)
 
 
-# ---------------------------------------------------------------- the first look
+# ---------------------------------------------------------------- checks at the start
 
-class Perfect(torch.nn.Module):
-    """Stands in for an `AutoencoderKL` that restores every image, with latents of a chosen spread."""
+class LinearVAE(torch.nn.Module):
+    """An `AutoencoderKL` that restores every image, with latents of a chosen standard deviation."""
 
     def __init__(self, spread=1.0, offset=0.0, gain=1.0):
-        from types import SimpleNamespace
         super().__init__()
         self.spread, self.offset, self.gain = spread, offset, gain
         self.config = SimpleNamespace(latent_channels=3, block_out_channels=(1,), in_channels=3, scaling_factor=2.0,
                                       shift_factor=0.5)
 
     def encode(self, images):
-        from types import SimpleNamespace
         mean = images * self.spread + self.offset
         return SimpleNamespace(latent_dist=SimpleNamespace(mean=mean, logvar=torch.full_like(mean, -9.0)))
 
     def decode(self, z):
-        from types import SimpleNamespace
         return SimpleNamespace(sample=(z - self.offset) / self.spread * self.gain)
 
 
-def look(**how):
-    """What is said of images whose values are spread evenly over [-1, 1] (standard deviation 0.58)."""
-    autoencoder = VAE("it", Perfect(**how))
+def check(**how):
+    """Lines on images whose values are spread evenly over [-1, 1] (standard deviation 0.58)."""
+    autoencoder = VAE("it", LinearVAE(**how))
     images = torch.linspace(-1, 1, 8 * 3 * 4 * 4)[torch.randperm(384)].view(8, 3, 4, 4)
     return autoencoder, images, list(check_autoencoder(autoencoder, images, "cpu"))
 
 
-def test_a_good_vae_is_not_warned_of():
-    _, _, lines = look(spread=1.0, offset=0.5)
+def test_good_vae_gives_no_warning():
+    _, _, lines = check(spread=1.0, offset=0.5)
     assert len(lines) == 2 and not any("WARNING" in line for line in lines)
     assert float(re.search(r"PSNR (\S+) dB", lines[0])[1]) > 90
     assert re.search(r"mean -?0\.000, std 1\.159 as scaled", lines[1])
 
 
 @pytest.mark.parametrize("how, warning", [
-    (dict(spread=0.2, offset=0.5), r"standard deviation of 0\.23\d? .* scaling_factor 2 "),
-    (dict(spread=5.0, offset=0.5), r"standard deviation of 5\.8 .* scaling_factor 2 "),
-    (dict(spread=1.0, offset=-0.5), r"mean of -2 .* shift_factor 0\.5 "),
+    (dict(spread=0.2, offset=0.5), r"standard deviation of 0\.23\d?, .* scaling_factor 2 "),
+    (dict(spread=5.0, offset=0.5), r"standard deviation of 5\.8, .* scaling_factor 2 "),
+    (dict(spread=1.0, offset=-0.5), r"mean of -2, .* shift_factor 0\.5 "),
     (dict(spread=1.0, offset=0.5, gain=0.5), r"PSNR 16\.8 dB .* 0\.50 times the contrast"),
     (dict(spread=1.0, offset=0.5, gain=3.0), r"PSNR 4\.7 dB .* 3\.00 times the contrast"),
 ])
-def test_a_first_look_warns(how, warning):
-    """Of a scale that is off either way, of a shift, of a range: of each alone."""
-    autoencoder, images, lines = look(**how)
-    (found,) = [line for line in lines if "WARNING" in line]
-    assert re.search(warning, found), found
-    cached = CachedLatents("it", autoencoder.space, "")
+def test_wrong_scale_shift_or_range_gives_one_warning(how, warning):
+    autoencoder, images, lines = check(**how)
+    (warned,) = [line for line in lines if "WARNING" in line]
+    assert re.search(warning, warned), warned
+    cached = CachedLatents("it", autoencoder.latent_scaling, "")
     lines = list(check_autoencoder(cached, autoencoder.moments(images), "cpu"))
-    assert [line for line in lines if "WARNING" in line] == ([] if "gain" in how else [found])
+    assert [line for line in lines if "WARNING" in line] == ([] if "gain" in how else [warned])
 
 
-def test_nothing_to_look_at():
+def test_nothing_is_checked_without_a_vae_or_images():
     assert list(check_autoencoder(IdentityAutoencoder(3), torch.zeros(1, 3, 4, 4), "cpu")) == []
-    assert list(check_autoencoder(VAE("it", Perfect()), None, "cpu")) == []
+    assert list(check_autoencoder(VAE("it", LinearVAE()), None, "cpu")) == []
 
 
-def test_an_image_size_that_does_not_fit(tmp_path):
+def test_image_size_must_be_a_multiple_of_the_stride(tmp_path):
     autoencoder = load_autoencoder(saved_vae(tmp_path / "vae", levels=3))
-    with pytest.raises(UserError, match=r"--image-size 30 is not a multiple of 4"):
+    with pytest.raises(UserError, match=r"--image-size 30: not a multiple of 4"):
         latent_size(autoencoder, 30)
 
 
-def test_a_folder_of_a_model_on_the_hub(monkeypatch):
-    """OWNER/MODEL/vae: many models keep their VAE in a folder."""
+def test_hub_names_may_end_in_a_folder(monkeypatch):
     from diffusers import AutoencoderKL
-    asked = []
-    monkeypatch.setattr(AutoencoderKL, "from_pretrained", lambda name, subfolder=None: asked.append((name, subfolder))
+    requested = []
+    monkeypatch.setattr(AutoencoderKL, "from_pretrained", lambda name, subfolder=None: requested.append((name, subfolder))
                         or AutoencoderKL(norm_num_groups=4, block_out_channels=(4,)))
     for name in ("ema", "some/vae", "some/model/vae", "some/model/parts/vae"):
         load_autoencoder(name)
-    assert asked == [("stabilityai/sd-vae-ft-ema", None), ("some/vae", None), ("some/model", "vae"),
+    assert requested == [("stabilityai/sd-vae-ft-ema", None), ("some/vae", None), ("some/model", "vae"),
                      ("some/model", "parts/vae")]
 
 
 @pytest.mark.parametrize("name, hub_name", [
     ("ema", "stabilityai/sd-vae-ft-ema"), ("mse", "stabilityai/sd-vae-ft-mse"), ("some/vae", "some/vae")])
-def test_a_vae_that_is_not_there(name, hub_name, tmp_path, monkeypatch):
-    """Without a network the sentence says what to fetch, and what to pass."""
+def test_error_without_a_network_says_what_to_fetch(name, hub_name, tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(UserError, match=rf"--vae '{name}' .*huggingface\.co/{hub_name} elsewhere and pass"):
+    with pytest.raises(UserError, match=rf"--vae {name}: .*huggingface\.co/{hub_name} elsewhere and pass"):
         load_autoencoder(name)
 
 
-def test_a_directory_that_is_not_there(tmp_path):
-    """A path is no name on the hub."""
-    with pytest.raises(UserError, match=f"--vae '{tmp_path}/vae'") as caught:
+def test_missing_path_is_not_a_hub_name(tmp_path):
+    with pytest.raises(UserError, match=f"--vae {tmp_path}/vae: there is no such folder") as caught:
         load_autoencoder(str(tmp_path / "vae"))
     assert "huggingface.co//" not in str(caught.value)
 
@@ -259,12 +251,11 @@ def without_a_tensor(config, weights):
     lambda config, weights: weights.write_bytes(weights.read_bytes()[:5000]),
     without_a_tensor,
 ], ids=["no config", "broken config", "another config", "no weights", "half the weights", "a tensor missing"])
-def test_a_directory_that_is_no_vae(tmp_path, spoil):
-    """What is missing in it, or spoilt, or of another size, must not be made up."""
+def test_incomplete_or_damaged_folder_is_refused(tmp_path, spoil):
     folder = tmp_path / "vae"
     saved_vae(folder)
     config, weights = folder / "config.json", folder / "diffusion_pytorch_model.safetensors"
     spoil(config, weights)
-    with pytest.raises(UserError, match=rf"--vae '{folder}' .*must hold config\.json") as caught:
+    with pytest.raises(UserError, match=rf"--vae {folder}: .*must hold config\.json") as caught:
         load_autoencoder(str(folder))
     assert "\n" not in str(caught.value)

@@ -18,7 +18,7 @@ def test_tasks_run_in_order_one_at_a_time_off_the_main_thread():
 
     with BackgroundWriter() as writer:
         for i in range(5):
-            writer.do(task, i)
+            writer.submit(task, i)
     assert done == [(i, False) for i in range(5)]
 
 
@@ -29,11 +29,11 @@ def test_an_error_of_a_task_is_raised_by_the_next_call_or_the_end():
 
     done = []
     with pytest.raises(OSError, match="disk full"), BackgroundWriter() as writer:
-        writer.do(fail)
-        writer.do(done.append, 1)
+        writer.submit(fail)
+        writer.submit(done.append, 1)
     with pytest.raises(OSError, match="disk full"), BackgroundWriter() as writer:
-        writer.do(fail)
+        writer.submit(fail)
     with pytest.raises(ValueError, match="of the block"), BackgroundWriter() as writer:
-        writer.do(fail)
+        writer.submit(fail)
         raise ValueError("of the block")
     assert done == []

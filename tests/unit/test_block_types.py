@@ -1,10 +1,11 @@
-"""The block types: sizes, starting points, equations; each trains, resumes, samples and compiles; checkpoints know."""
+"""The block types: sizes, initial weights, equations; each trains, resumes, samples, compiles and is stored."""
+import functools
+import hashlib
 import math
 
 import pytest
 import torch
 
-import models
 from common.checkpoint_io import save_checkpoint
 from common.compute import ComputeConfig
 from helpers import (
@@ -22,13 +23,17 @@ from helpers import (
     reference_mlp,
     stored,
 )
-from models import CONDITIONINGS, DiT, DiT_models
+from models import DiT, DiT_models
+from networks import CONDITIONINGS, build_dit, infer_conditioning, model_config
 from sampling.load_model import load_model
 
 OTHERS = [name for name in CONDITIONINGS if name != "adaln-zero"]
-# Of XL/2 (the paper, table 4 and figure 5): parameters in 1e6, multiply-adds in 1e9. It counts 0.02 that we do not.
+# XL/2 in the paper (table 4, figure 5): parameters in 1e6, multiply-adds in 1e9, of which 0.02 are not counted here.
 PAPER = {"in-context": (449, 119.37), "cross-attention": (598, 137.62), "adaln": (600, 118.56),
          "adaln-zero": (675, 118.64)}
+# sha256 of names and values of the initial weights of TINY_MODEL with two blocks, seed 0: a change changes every run.
+INITIAL_WEIGHTS = {"adaln-zero": "57dcd8f8929286e2", "adaln": "ac90a09fe96a3ec4", "in-context": "2bd15803e619f604",
+                   "cross-attention": "1ff90e00f57ac2d9", "adaln-single": "6de76d4174eef26f"}
 
 
 @pytest.fixture(autouse=True)
@@ -65,22 +70,19 @@ def expected_multiply_adds(conditioning, depth, d, patch, latent):
     return tokens * 3 * values * d + 256 * d + d * d + depth * (block + more) + once
 
 
-def meta_model(name, **more):
+def meta_model(name, **config):
     with torch.device("meta"):
-        return DiT_models[name](**more)
+        return build_dit(name, **config)
 
 
 @pytest.mark.parametrize("conditioning", CONDITIONINGS)
 @pytest.mark.parametrize("name", MODEL_SIZES)
-def test_size(name, conditioning, monkeypatch):
-    """Parameters and multiply-adds of every size, at 256 and 512 pixels, are those of the formulas, exactly.
-
-    Multiply-adds are counted with one block and with two: all are alike.
-    """
+def test_parameters_and_multiply_adds_follow_the_formulas(name, conditioning, monkeypatch):
+    """At 256 and 512 pixels; multiply-adds are counted with one and two blocks, since all blocks cost the same."""
     depth, width, _, patch, parameters, _ = MODEL_SIZES[name]
     want = expected_parameters(conditioning, depth, width, patch)
     assert conditioning != "adaln-zero" or want == parameters
-    monkeypatch.setattr(DiT, "initialize_weights", lambda self: None)  # there is nothing on the meta device to set
+    monkeypatch.setattr(DiT, "initialize_weights", lambda self: None)  # the meta device has no values
     model = meta_model(name, conditioning=conditioning)
     assert sum(weight.numel() for weight in model.parameters() if weight.requires_grad) == want
     for latent in (32, 64):
@@ -91,37 +93,43 @@ def test_size(name, conditioning, monkeypatch):
 
 
 @pytest.mark.parametrize("conditioning", PAPER)
-def test_figures_of_the_paper(conditioning):
-    """Counted in the whole XL/2."""
+def test_full_xl_2_has_the_figures_of_the_paper(conditioning):
     parameters, multiply_adds = PAPER[conditioning]
     model = meta_model("DiT-XL/2", conditioning=conditioning)
     assert round(sum(weight.numel() for weight in model.parameters() if weight.requires_grad) / 1e6) == parameters
-    found = giga_multiply_adds(model)
-    assert found == pytest.approx(expected_multiply_adds(conditioning, 28, 1152, 2, 32) / 1e9, rel=1e-9)
-    assert 0 < multiply_adds - found < 0.025
+    counted = giga_multiply_adds(model)
+    assert counted == pytest.approx(expected_multiply_adds(conditioning, 28, 1152, 2, 32) / 1e9, rel=1e-9)
+    assert 0 < multiply_adds - counted < 0.025
 
 
-# ---------------------------------------------------------------- the starting point
+# ---------------------------------------------------------------- initial weights
 
 @pytest.mark.parametrize("conditioning", CONDITIONINGS)
-def test_starting_point(conditioning):
-    """A block is the identity where its gates are zero, and only there; every model predicts zero."""
-    model = DiT(**TINY_MODEL, conditioning=conditioning)
+def test_initial_weights_are_frozen(conditioning):
+    digest = hashlib.sha256()
+    for name, value in build_dit(**TINY_MODEL | dict(depth=2), conditioning=conditioning).state_dict().items():
+        digest.update(name.encode())
+        digest.update(value.numpy().tobytes())
+    assert digest.hexdigest()[:16] == INITIAL_WEIGHTS[conditioning]
+
+
+@pytest.mark.parametrize("conditioning", CONDITIONINGS)
+def test_models_start_at_zero_and_gated_blocks_as_the_identity(conditioning):
+    model = build_dit(**TINY_MODEL, conditioning=conditioning)
     assert torch.equal(model(*inputs(model)), torch.zeros(3, 8, 4, 4))
     x, c, _ = model.condition(torch.randn(3, 4, 16), torch.randn(3, 16), torch.randn(3, 16))
     assert torch.equal(model.blocks[0](x, c), x) == (conditioning in ("adaln-zero", "adaln-single"))
 
 
-def test_linears_of_adaln_start_as_any():
-    model = DiT(**TINY_MODEL | dict(hidden_size=64), conditioning="adaln")
+def test_modulation_of_adaln_starts_xavier_uniform():
+    model = build_dit(**TINY_MODEL | dict(hidden_size=64), conditioning="adaln")
     for part, chunks in ((model.blocks[0], 4), (model.final_layer, 2)):
         bound = math.sqrt(6 / (64 + 64 * chunks))
         assert 0.95 * bound < part.adaLN_modulation[1].weight.abs().max() <= bound
 
 
-def test_table_of_adaln_single_starts_as_in_pixart():
-    """N(0, 1 / D), but closed gates."""
-    model = DiT(**TINY_MODEL | dict(hidden_size=1024), conditioning="adaln-single")
+def test_tables_of_adaln_single_start_as_in_pixart_with_closed_gates():
+    model = build_dit(**TINY_MODEL | dict(hidden_size=1024), conditioning="adaln-single")
     block, last = (part.adaLN_modulation.table for part in (model.blocks[0], model.final_layer))
     assert block.shape == (6, 1024) and last.shape == (2, 1024) and not block[[2, 5]].any()
     for table in (block[[0, 1, 3, 4]], last):
@@ -146,8 +154,8 @@ def cross_attention(layer, x, c, heads):
     return layer.proj(torch.einsum("nhqk,nkhd->nqhd", weights, v).flatten(2))
 
 
-def by_hand(conditioning, model, x, t, y):
-    """Tokens x (N, T, D) and embeddings t, y (N, D) through one block and the last layer."""
+def reference_output(conditioning, model, x, t, y):
+    """Send tokens x (N, T, D) and embeddings t, y (N, D) through one block and the last layer."""
     block, last, count = model.blocks[0], model.final_layer, x.shape[1]
     c, silu = (t + y)[:, None], torch.nn.functional.silu
     if conditioning == "in-context":
@@ -175,14 +183,14 @@ def by_hand(conditioning, model, x, t, y):
 def test_the_model_follows_the_equations(conditioning):
     model = random_model(conditioning=conditioning)
     x, t, y = inputs(model)
-    want = by_hand(conditioning, model, model.x_embedder(x) + model.pos_embed, model.t_embedder(t),
-                   model.y_embedder(y, train=False))
+    want = reference_output(conditioning, model, model.x_embedder(x) + model.pos_embed, model.t_embedder(t),
+                            model.y_embedder(y, train=False))
     torch.testing.assert_close(model(x, t, y), model.unpatchify(want), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("conditioning", OTHERS)
-def test_the_rest_is_the_same_for_all(conditioning):
-    """Gradients reach every weight, with and without checkpointing; kernels of reference_attention; guidance."""
+def test_gradients_kernels_and_guidance_do_not_depend_on_the_block_type(conditioning):
+    """Gradients reach every weight, with and without activation checkpointing."""
     model = random_model(depth=2, conditioning=conditioning)
     x, t, y = inputs(model, n=4)
     out = model(x, t, y)
@@ -201,16 +209,41 @@ def test_the_rest_is_the_same_for_all(conditioning):
     assert all(torch.equal(grads[0][name], grads[1][name]) for name in grads[0])
 
 
-def test_an_unknown_one_is_refused():
-    with pytest.raises(ValueError, match="adaln-zero, adaln, in-context, cross-attention, adaln-single, not 'film'"):
-        DiT(**TINY_MODEL, conditioning="film")
+def test_unknown_names_are_refused():
+    with pytest.raises(ValueError, match="conditioning .*adaln-zero, adaln, in-context.*'film'"):
+        build_dit(**TINY_MODEL, conditioning="film")
+    with pytest.raises(ValueError, match="model .*'DiT-M/2'"):
+        build_dit("DiT-M/2")
+
+
+# ---------------------------------------------------------------- building and storing
+
+@pytest.mark.parametrize("conditioning", CONDITIONINGS)
+def test_a_stored_configuration_builds_the_same_architecture(conditioning):
+    model = build_dit(**TINY_MODEL | dict(input_size=(4, 6), learn_sigma=False), conditioning=conditioning)
+    config = model_config(model)
+    assert list(config) == ["input_size", "patch_size", "in_channels", "hidden_size", "depth", "num_heads", "mlp_ratio",
+                            "class_dropout_prob", "num_classes", "learn_sigma", "conditioning"]
+    again = build_dit(**config)
+    assert type(again) is type(model) is CONDITIONINGS[conditioning] and model_config(again) == config
+    again.load_state_dict(model.state_dict(), strict=True)
+    assert infer_conditioning(model.state_dict()) == conditioning
+
+
+def test_a_name_gives_sizes_that_keywords_override():
+    config = model_config(meta_model("DiT-B/4", depth=1, conditioning="in-context"))
+    assert config == model_config(meta_model(None, patch_size=4, hidden_size=768, num_heads=12, depth=1,
+                                             conditioning="in-context"))
+
+
+def test_weights_of_an_unknown_block_type_count_as_adaln_zero():
+    assert infer_conditioning({"x_embedder.proj.weight": torch.zeros(16, 4, 2, 2)}) == "adaln-zero"
 
 
 # ---------------------------------------------------------------- from training to samples
 
 @pytest.mark.parametrize("conditioning", OTHERS)
-def test_trains_resumes_and_samples(command, tmp_path, conditioning):
-    """Bit for bit as an undisturbed run; the checkpoint says what it is."""
+def test_a_resumed_run_is_bit_equal_and_its_checkpoint_samples(command, tmp_path, conditioning):
     flags = [*DIGITS, "--conditioning", conditioning, "--lr", 1e-2, "--ema-decay", 0.5]
     for name, steps, more in (("straight", 6, []), ("cut", 3, []), ("cut", 6, ["--resume", "auto"])):
         status, _, err = command("train", *flags, "--max-steps", steps, *more, "--results-dir", tmp_path / name)
@@ -219,25 +252,25 @@ def test_trains_resumes_and_samples(command, tmp_path, conditioning):
     assert differences(straight, stored(tmp_path / "cut", 6)) == []
     assert straight["config"]["model"]["conditioning"] == straight["args"]["conditioning"] == conditioning
 
-    straight["ema"] = random_weights(DiT(**straight["config"]["model"])).state_dict()
-    torch.save(straight, tmp_path / "own.pt")
-    status, out, err = command("sample", "--ckpt", tmp_path / "own.pt", "--num-sampling-steps", "ddim3", "--cfg-scale",
-                               3, "--output", tmp_path / "own.png")
-    assert status == 0 and f", {conditioning} blocks" in out and pixels(tmp_path / "own.png").std() > 1, err
+    straight["ema"] = random_weights(build_dit(**straight["config"]["model"])).state_dict()
+    torch.save(straight, tmp_path / "x.pt")
+    status, out, err = command("sample", "--ckpt", tmp_path / "x.pt", "--num-sampling-steps", "ddim3", "--cfg-scale",
+                               3, "--output", tmp_path / "x.png")
+    assert status == 0 and f", {conditioning} blocks" in out and pixels(tmp_path / "x.png").std() > 1, err
 
 
 @pytest.mark.parametrize("conditioning", CONDITIONINGS)
-def test_bare_weights_say_their_block_type(tmp_path, monkeypatch, conditioning):
+def test_block_type_of_bare_weights_is_inferred(tmp_path, monkeypatch, conditioning):
     small = dict(hidden_size=16, depth=2, num_heads=2)
-    monkeypatch.setitem(models.DiT_models, "DiT-S/2", lambda **sizes: DiT(**small, **sizes))
-    model = DiT(input_size=8, in_channels=3, **small, conditioning=conditioning)
+    monkeypatch.setitem(DiT_models, "DiT-S/2", functools.partial(DiT, **small))
+    model = build_dit(input_size=8, in_channels=3, **small, conditioning=conditioning)
     torch.save(model.state_dict(), tmp_path / "bare.pt")
-    found = load_model(str(tmp_path / "bare.pt"), "DiT-S/2", 8, 1000, "none", set(), "cpu")
-    assert found.model.config == model.config and found.metadata()["conditioning"] == conditioning
+    loaded = load_model(str(tmp_path / "bare.pt"), "DiT-S/2", 8, 1000, "none", set(), "cpu")
+    assert model_config(loaded.model) == model_config(model) and loaded.metadata()["conditioning"] == conditioning
 
 
-def test_checkpoints_from_before(command, tmp_path):
-    """Without a word on the block type it is adaLN-Zero: sampled from, and gone on from, but not as another type."""
+def test_a_checkpoint_without_a_block_type_is_adaln_zero(command, tmp_path):
+    """It samples and resumes, but not as another type."""
     flags = [*DIGITS, "--results-dir", tmp_path]
     command("train", *flags, "--max-steps", 1)
     old, path = stored(tmp_path, 1), str(next(tmp_path.glob("*/checkpoints/0000001.pt")))
@@ -253,18 +286,17 @@ def test_checkpoints_from_before(command, tmp_path):
 
 
 @pytest.mark.parametrize("conditioning", OTHERS)
-def test_compiles(conditioning):
-    """One graph without a break, for training and for sampling; how code is made of graphs is not this project's."""
+def test_training_compiles_to_one_graph_without_a_break(conditioning):
     model = random_model(conditioning=conditioning).train()
     x, t, y = inputs(model)
-    found = []
-    with Recompilations() as seen:
+    results = []
+    with Recompilations() as compiler:
         for is_compiled in (False, True):
             if is_compiled:
                 model.compile(dynamic=False, backend="aot_eager")
             model.zero_grad()
             out = model(x, t, y, torch.zeros(3))
             out.square().mean().backward()
-            found.append((out.detach(), [weight.grad for weight in model.parameters() if weight.requires_grad]))
-        assert seen.graphs == 1 and seen.breaks == 0
-    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-4)
+            results.append((out.detach(), [weight.grad for weight in model.parameters() if weight.requires_grad]))
+        assert compiler.graphs == 1 and compiler.breaks == 0
+    torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-4)

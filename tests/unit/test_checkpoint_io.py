@@ -1,4 +1,4 @@
-"""Checkpoint files: whole or absent, and never able to run anything."""
+"""Checkpoint files: complete or absent, and read without executing code in them."""
 import argparse
 import os
 
@@ -33,14 +33,14 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch, error):
 
 
 def test_an_interrupted_save_cannot_be_taken_for_a_checkpoint(tmp_path, monkeypatch):
-    """Ctrl-C while writing: whatever is left, it does not have a checkpoint's name."""
+    """Ctrl-C while writing: no file with the name of a checkpoint is left."""
     monkeypatch.setattr(torch, "save", fails_half_way(KeyboardInterrupt()))
     with pytest.raises(KeyboardInterrupt):
         save_checkpoint(str(tmp_path / "checkpoints" / "0000001.pt"), dict(step=1))
     assert latest_checkpoint(str(tmp_path)) is None
 
 
-def test_save_makes_the_folder_and_replaces(tmp_path):
+def test_a_save_makes_the_folder_and_replaces_the_file(tmp_path):
     path = str(tmp_path / "results" / "checkpoints" / "0000001.pt")
     for step in (1, 2):
         save_checkpoint(path, dict(step=step))
@@ -48,7 +48,7 @@ def test_save_makes_the_folder_and_replaces(tmp_path):
     assert os.listdir(os.path.dirname(path)) == ["0000001.pt"]
 
 
-def test_save_where_no_folder_can_be(tmp_path):
+def test_a_folder_that_cannot_be_made_is_an_error(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="file"):
         save_checkpoint(str(tmp_path / "file" / "0000001.pt"), {})
@@ -56,29 +56,29 @@ def test_save_where_no_folder_can_be(tmp_path):
 
 # ---------------------------------------------------------------- reading
 
-def test_load_gives_tensors_and_plain_values(tmp_path):
+def test_tensors_and_plain_values_are_loaded(tmp_path):
     path = str(tmp_path / "x.pt")
     state = dict(model={"w": torch.arange(3.0)}, step=7, args=dict(lr=1e-4, names=["a", None], on=True))
     torch.save(state, path)
-    found = load_checkpoint(path)
-    assert torch.equal(found["model"].pop("w"), state["model"].pop("w"))
-    assert found == state
+    loaded = load_checkpoint(path)
+    assert torch.equal(loaded["model"].pop("w"), state["model"].pop("w"))
+    assert loaded == state
 
 
-def test_load_accepts_the_flags_of_published_checkpoints(tmp_path):
+def test_the_namespace_of_published_checkpoints_is_loaded(tmp_path):
     path = str(tmp_path / "x.pt")
     torch.save(dict(args=argparse.Namespace(model="DiT-XL/2", image_size=256)), path)
     assert vars(load_checkpoint(path)["args"]) == dict(model="DiT-XL/2", image_size=256)
 
 
-def test_load_reads_safetensors(tmp_path):
+def test_safetensors_are_loaded(tmp_path):
     path = str(tmp_path / "x.safetensors")
     save_file({"w": torch.arange(3.0)}, path)
     assert torch.equal(load_checkpoint(path)["w"], torch.arange(3.0))
 
 
 class Payload:
-    """Unpickled by a careless reader, it makes a file."""
+    """Object that creates a file if it is unpickled."""
 
     def __init__(self, path):
         self.path = path
@@ -90,7 +90,7 @@ class Payload:
 @pytest.mark.parametrize("wrap", [lambda payload: payload, lambda payload: dict(model={}, args=payload),
                                   lambda payload: dict(args=argparse.Namespace(model=payload))])
 @pytest.mark.parametrize("zipped", [True, False])
-def test_load_runs_nothing(tmp_path, wrap, zipped):
+def test_code_in_a_checkpoint_is_not_executed(tmp_path, wrap, zipped):
     path, touched = str(tmp_path / "evil.pt"), tmp_path / "touched"
     torch.save(wrap(Payload(touched)), path, _use_new_zipfile_serialization=zipped)
     with pytest.raises(UserError, match=r"evil\.pt was refused"):
@@ -102,7 +102,7 @@ def test_load_runs_nothing(tmp_path, wrap, zipped):
 @pytest.mark.parametrize("damage", [
     lambda raw: raw[: len(raw) // 2], lambda raw: raw[:-9], lambda raw: b"", lambda raw: b"no checkpoint",
 ], ids=["half", "end", "empty", "garbage"])
-def test_load_of_a_damaged_file(tmp_path, name, damage):
+def test_a_damaged_file_is_an_error_of_one_line(tmp_path, name, damage):
     path = tmp_path / name
     state = {"w": torch.arange(100.0)}
     save_file(state, path) if name == "x.safetensors" else torch.save(state, path)
@@ -113,7 +113,7 @@ def test_load_of_a_damaged_file(tmp_path, name, damage):
     assert "\n" not in str(caught.value)
 
 
-def test_load_of_what_is_no_file(tmp_path):
+def test_a_missing_file_and_a_folder_are_errors(tmp_path):
     for path in (tmp_path / "none.pt", tmp_path):
         with pytest.raises(UserError, match=str(path)):
             load_checkpoint(str(path))
@@ -124,11 +124,11 @@ def test_load_of_what_is_no_file(tmp_path):
 ONE, TWO = {"w": torch.ones(1)}, {"w": torch.zeros(1)}
 
 
-@pytest.mark.parametrize("stored, which", [(dict(model=TWO, ema=ONE, step=3), "ema"), (dict(ema=ONE), "ema"),
+@pytest.mark.parametrize("stored, expected", [(dict(model=TWO, ema=ONE, step=3), "ema"), (dict(ema=ONE), "ema"),
                                            (dict(model=ONE, opt={}), "model"), (ONE, "bare")])
-def test_which_weights(stored, which):
-    weights, found = select_weights(stored, "x.pt")
-    assert found == which
+def test_ema_comes_before_model_before_bare_weights(stored, expected):
+    weights, kind = select_weights(stored, "x.pt")
+    assert kind == expected
     assert weights.keys() == {"w"} and weights["w"] == 1
 
 
@@ -143,12 +143,12 @@ def test_prefixes_of_wrappers_are_taken_off(prefix, wrap):
 
 @pytest.mark.parametrize("stored", [{}, dict(step=3), dict(model=None), [torch.ones(1)], torch.ones(1),
                                     dict(w=torch.ones(1), step=3)])
-def test_no_weights(stored):
+def test_a_checkpoint_without_weights_is_an_error(stored):
     with pytest.raises(UserError, match=r"x\.pt holds no weights"):
         select_weights(stored, "x.pt")
 
 
-def test_weights_that_fit():
+def test_weights_that_fit_are_loaded():
     model = nn.Linear(2, 3)
     state = {name: torch.randn(tensor.shape) for name, tensor in model.state_dict().items()}
     load_weights(model, state, "x.pt")
@@ -157,11 +157,11 @@ def test_weights_that_fit():
 
 @pytest.mark.parametrize("change, sentence", [
     (lambda state: state.pop("bias"), "missing: bias"),
-    (lambda state: state.update(gate=torch.ones(1)), "not known: gate"),
-    (lambda state: state.update(weight=torch.ones(3, 4)), r"weight is \(3, 4\) there and \(3, 2\) here"),
+    (lambda state: state.update(bias=3), "bias None instead of"),
+    (lambda state: state.update(gate=torch.ones(1)), "unknown: gate"),
+    (lambda state: state.update(weight=torch.ones(3, 4)), r"weight \(3, 4\) instead of \(3, 2\)"),
 ])
-def test_weights_that_do_not_fit(change, sentence):
-    """They are refused whole: nothing is loaded of them."""
+def test_weights_that_do_not_fit_are_named_and_not_loaded(change, sentence):
     model = nn.Linear(2, 3)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     state = {name: torch.randn(tensor.shape) for name, tensor in before.items()}
@@ -171,8 +171,8 @@ def test_weights_that_do_not_fit(change, sentence):
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
-def test_newest(tmp_path):
-    """By number, not by name or time; only whole checkpoints count."""
+def test_latest_checkpoint_has_the_highest_step(tmp_path):
+    """By number, not by name or time; other files do not count."""
     assert latest_checkpoint(str(tmp_path)) is None
     folder = tmp_path / "checkpoints"
     folder.mkdir()

@@ -8,7 +8,7 @@ import torch
 
 from common.errors import UserError
 from data import build_dataset
-from data.fractals import VARIATION, FractalsDataset, System, chaos_game, draw, get_system, random_words
+from data.fractals import VARIATION, FractalsDataset, IteratedFunctionSystem, chaos_game, draw, get_system, random_words
 from data.image_folder import ImageFolderDataset
 from data.image_io import to_uint8
 from data.loader import PrefetchLoader
@@ -28,7 +28,7 @@ FRACTALS = ["--data-path", "fractals", "--num-classes", 3, "--image-size", 8, *T
 def test_both_splits():
     train, held_out = FractalsDataset(8, 3), FractalsDataset(8, 3, "held-out")
     assert (len(train), len(held_out)) == (3000, 300)
-    assert not set(train.paths) & set(held_out.paths) and len(set(train.paths + held_out.paths)) == 3300
+    assert not set(train.paths) & set(held_out.paths) and len({*train.paths, *held_out.paths}) == 3300
     for split in (train, held_out):
         assert split.class_names == ["fractal 000", "fractal 001", "fractal 002"]
         assert np.bincount(split.labels).tolist() == [len(split) // 3] * 3
@@ -63,8 +63,8 @@ def test_workers_read_the_same():
     data = FractalsDataset(16, 20)
 
     def batches(workers):
-        order = StepBatchSampler(len(data), 16, slice(0, 16), seed=1, first=0, last=4, flips=False)
-        return [(images, labels) for images, labels in PrefetchLoader(data, order, workers, torch.device("cpu"), print)]
+        order = StepBatchSampler(len(data), 16, slice(0, 16), seed=1, start_step=0, end_step=4, flips=False)
+        return [(images, cond["y"]) for images, cond in PrefetchLoader(data, order, workers, torch.device("cpu"), print)]
 
     one, other = batches(0), batches(2)
     assert all(torch.equal(a, c) and torch.equal(b, d) for (a, b), (c, d) in zip(one, other))
@@ -114,7 +114,7 @@ def test_the_chaos_game_finds_a_known_fractal():
     """Three maps that halve make Sierpinski's triangle: 3 of 4 squares, 9 of 16, 27 of 64 are met, alike often."""
     corners = np.array([[0, 0.5, 0], [0, 0, 0.5]])
     maps = np.stack([np.stack([[0.5, 0, right], [0, 0.5, down]]) for right, down in corners.T], axis=-1)
-    system = System(maps, np.arange(256) % 3, np.zeros((3, 9)))
+    system = IteratedFunctionSystem(maps, np.arange(256) % 3, np.zeros((3, 9)))
     points, colours = chaos_game(system, random_words(40_000, 9, 0, 0), 2000, 100)
     cells = (points * 8).astype(int)
     counts = np.bincount(cells[0] * 8 + cells[1], minlength=64)

@@ -1,4 +1,5 @@
-"""The network: its frozen public surface, its starting point, its parts against closed forms, guidance, bad input."""
+"""The network: its frozen interface, initial weights, parts against closed forms, guidance, invalid input."""
+import dataclasses
 import inspect
 import math
 
@@ -16,9 +17,7 @@ from helpers import (
     reference_attention,
     reference_mlp,
 )
-from models import DiT, DiT_models, LabelEmbedder, PatchEmbed, TimestepEmbedder, get_2d_sincos_pos_embed
-
-# name: depth, width, heads, patch, trainable parameters, multiply-adds of a 32 x 32 latent in 1e9 (spec, section 3)
+from models import DiT, DiT_models, DiTConfig, LabelEmbedder, PatchEmbed, TimestepEmbedder, get_2d_sincos_pos_embed
 
 
 @pytest.fixture(autouse=True)
@@ -27,14 +26,14 @@ def _seed():
 
 
 def patches(x, p):
-    """The p x p patches of x (N, C, H, W), in row-major order: a list of (N, C, p, p)."""
+    """List the p x p patches (N, C, p, p) of x (N, C, H, W) in row-major order."""
     return [x[:, :, i:i + p, j:j + p] for i in range(0, x.shape[2], p) for j in range(0, x.shape[3], p)]
 
 
-# ---------------------------------------------------------------- what others rely on
+# ---------------------------------------------------------------- the published interface
 
 def published_shapes(depth, width, patch, tokens, classes=1000, channels=4):
-    """Names and shapes of the weights in a published checkpoint of that size."""
+    """Return names and shapes of the weights in a published checkpoint of that size."""
     linears = {
         "t_embedder.mlp.0": (width, 256),
         "t_embedder.mlp.2": (width, width),
@@ -56,15 +55,14 @@ def published_shapes(depth, width, patch, tokens, classes=1000, channels=4):
     return shapes
 
 
-def test_the_table_lists_the_twelve_sizes():
+def test_table_lists_the_twelve_sizes():
     assert set(DiT_models) == set(MODEL_SIZES)
     for name in MODEL_SIZES:
         assert DiT_models[name] is getattr(models, name.replace("-", "_").replace("/", "_"))
 
 
 @pytest.mark.parametrize("name", MODEL_SIZES)
-def test_size(name):
-    """Weight names and shapes, parameters and multiply-adds are those of the published model."""
+def test_weights_parameters_and_multiply_adds_are_the_published_ones(name):
     depth, width, heads, patch, parameters, multiply_adds = MODEL_SIZES[name]
     with torch.device("meta"):
         model = DiT_models[name]()
@@ -82,7 +80,7 @@ def test_multiply_adds_at_512_pixels():
     assert giga_multiply_adds(model) == pytest.approx(524.54, abs=0.0051)
 
 
-def test_a_published_style_state_dict_loads():
+def test_published_state_dict_loads():
     state = {name: torch.randn(shape) for name, shape in published_shapes(2, 16, 2, tokens=4, classes=7).items()}
     model = DiT(**TINY_MODEL | dict(depth=2))
     model.load_state_dict(state, strict=True)
@@ -90,7 +88,7 @@ def test_a_published_style_state_dict_loads():
         assert torch.equal(value, state[name]), name
 
 
-def test_public_names():
+def test_published_names_exist():
     for name in ("PatchEmbed", "TimestepEmbedder", "LabelEmbedder", "DiTBlock", "FinalLayer", "modulate",
                  "get_2d_sincos_pos_embed"):
         assert callable(getattr(models, name))
@@ -102,16 +100,31 @@ def test_public_names():
     assert DiT(**TINY_MODEL, learn_sigma=False).out_channels == 4
 
 
+def test_public_members_describe_samples_and_conditions():
+    model = DiT(**TINY_MODEL | dict(input_size=(4, 6)))
+    assert model.sample_shape == (4, 4, 6) and model.device == torch.device("cpu") and model.has_null_condition
+    assert model.null_condition(dict(y=torch.tensor([0, 3])))["y"].tolist() == [7, 7]
+    assert not DiT(**TINY_MODEL, class_dropout_prob=0).has_null_condition
+
+
+def test_config_is_frozen_and_has_the_arguments_of_the_constructor():
+    defaults = {name: p.default for name, p in inspect.signature(DiT).parameters.items()}
+    assert dataclasses.asdict(DiTConfig()) == defaults
+    config = DiT(**TINY_MODEL, mlp_ratio=2, learn_sigma=False).config
+    assert config == DiTConfig(**TINY_MODEL, mlp_ratio=2, learn_sigma=False)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.depth = 2
+
+
 def leading(function, count):
     return list(inspect.signature(function).parameters)[:count]
 
 
-def test_signatures():
-    """Positional callers rely on the order, everybody on the defaults; what comes after must be optional."""
+def test_signatures_keep_the_published_order_and_defaults():
     constructor = {name: p.default for name, p in inspect.signature(DiT).parameters.items()}
     assert list(constructor.items()) == list(dict(
         input_size=32, patch_size=2, in_channels=4, hidden_size=1152, depth=28, num_heads=16, mlp_ratio=4.0,
-        class_dropout_prob=0.1, num_classes=1000, learn_sigma=True, conditioning="adaln-zero").items())
+        class_dropout_prob=0.1, num_classes=1000, learn_sigma=True).items())
     for function, names in [
         (DiT.forward, ["self", "x", "t", "y"]),
         (DiT.forward_with_cfg, ["self", "x", "t", "y", "cfg_scale"]),
@@ -128,14 +141,14 @@ def test_signatures():
     assert leading(LabelEmbedder.forward, 4)[3] == leading(LabelEmbedder.token_drop, 3)[2] == "force_drop_ids"
 
 
-# ---------------------------------------------------------------- the starting point
+# ---------------------------------------------------------------- initial weights
 
 def test_every_block_starts_as_the_identity():
     model = DiT(**TINY_MODEL | dict(depth=3))
     x, c = torch.randn(2, 4, 16), torch.randn(2, 16)
     for block in model.blocks:
         assert torch.equal(block(x, c), x)
-        torch.nn.init.normal_(block.adaLN_modulation[1].weight)  # control: it is the gates alone that silence it
+        torch.nn.init.normal_(block.adaLN_modulation[1].weight)  # control: only the gates make it the identity
         assert not torch.allclose(block(x, c), x)
 
 
@@ -145,7 +158,7 @@ def test_output_starts_at_zero():
     assert torch.equal(model(x, t, y), torch.zeros(3, 8, 4, 4))
 
 
-def test_initial_weights():
+def test_initial_distributions():
     """Xavier-uniform linears, the patch projection as a linear of p * p * C inputs, 0.02 for the embeddings."""
     model = DiT(input_size=16, patch_size=4, hidden_size=256, depth=1, num_heads=4)
     block = model.blocks[0]
@@ -166,7 +179,7 @@ def test_initial_weights():
 # ---------------------------------------------------------------- parts against closed forms
 
 @pytest.mark.parametrize("grid, rows, columns", [((2, 5), 2, 5), (3, 3, 3)])
-def test_position_table(grid, rows, columns):
+def test_position_table_encodes_column_and_row(grid, rows, columns):
     """Sines and cosines of the column in the first half of the width, of the row in the second."""
     table = get_2d_sincos_pos_embed(12, grid)
     assert table.shape == (rows * columns, 12)
@@ -185,28 +198,28 @@ def test_position_table_of_a_model_is_frozen():
 
 
 def test_positions_reach_the_output():
-    """Two equal patches at different places must not get the same prediction."""
+    """Equal patches at different places get different predictions."""
     model = random_model(depth=0)
     out = model(torch.ones(1, 4, 4, 4), torch.tensor([5]), torch.tensor([1]))
-    first, *others = patches(out, 2)
-    assert all((first - other).abs().max() > 1e-3 for other in others)
+    corner, *others = patches(out, 2)
+    assert all((corner - other).abs().max() > 1e-3 for other in others)
 
 
 @pytest.mark.parametrize("dim, max_period", [(8, 10000), (7, 10000), (6, 50)])
-def test_timestep_embedding(dim, max_period):
-    """Cosines, then sines, then a zero if the dimension is odd; fractional timesteps are welcome."""
+def test_timestep_features_are_cosines_then_sines(dim, max_period):
+    """With a zero at the end if the dimension is odd; timesteps may be fractional."""
     t = [0.0, 1.0, 12.25, 999.0]
     frequencies = [max_period ** (-i / (dim // 2)) for i in range(dim // 2)]
     want = [[wave(s * f) for wave in (math.cos, math.sin) for f in frequencies] + [0.0] * (dim % 2) for s in t]
     got = TimestepEmbedder.timestep_embedding(torch.tensor(t), dim, max_period)
     assert got.dtype == torch.float32
     torch.testing.assert_close(got, torch.tensor(want), rtol=0, atol=2e-4)  # float32 angles of up to 999 radians
-    whole = TimestepEmbedder.timestep_embedding(torch.tensor([0, 1, 999]), dim, max_period)
-    assert torch.equal(whole, got[[0, 1, 3]])
+    integers = TimestepEmbedder.timestep_embedding(torch.tensor([0, 1, 999]), dim, max_period)
+    assert torch.equal(integers, got[[0, 1, 3]])
 
 
-def test_timestep_embedder_in_half_precision():
-    """The features are made in float32, since bfloat16 has no integer above 256 but the even ones."""
+def test_timestep_features_are_float32_in_half_precision():
+    """bfloat16 holds only even integers above 256."""
     embedder = TimestepEmbedder(16)
     torch.nn.init.normal_(embedder.mlp[0].weight)
     torch.nn.init.normal_(embedder.mlp[2].weight)
@@ -234,14 +247,14 @@ def test_unpatchify_undoes_patchify(size, p):
     assert torch.equal(model.unpatchify(tokens), image)
 
 
-def test_a_rectangular_model_runs():
+def test_rectangular_latents_are_accepted():
     model = random_model(input_size=(8, 12))
     out = model(*inputs(model))
     assert out.shape == (3, 8, 8, 12) and out.isfinite().all()
 
 
 def test_block_follows_the_equations():
-    """x += gate * f(LN(x) (1 + scale) + shift), for reference_attention and then for the MLP; the chunks in that order."""
+    """x += gate * f(LN(x) (1 + scale) + shift), for attention, then for the MLP; the chunks in that order."""
     block = random_model().blocks[0]
     x, c = 0.01 * torch.randn(2, 4, 16), torch.randn(2, 16)  # so small that the norm's eps of 1e-6 counts
     chunks = torch.nn.functional.silu(c) @ block.adaLN_modulation[1].weight.T + block.adaLN_modulation[1].bias
@@ -266,7 +279,7 @@ def test_null_class_is_the_number_of_classes():
     assert labels.tolist() == [0, 3, 6]  # the caller's labels are left alone
 
 
-def test_random_drop_has_the_asked_rate():
+def test_labels_are_dropped_at_the_given_rate():
     n, rate = 20_000, 0.3
     labels = torch.randint(7, (n,))
     dropped = LabelEmbedder(7, 16, rate).token_drop(labels)
@@ -298,32 +311,29 @@ def test_a_model_without_dropout_trains_on_the_labels():
 # ---------------------------------------------------------------- guidance
 
 def guided(model, x, t, y, scale, **kwargs):
-    """forward_with_cfg on a batch made as the samplers make it."""
+    """Call forward_with_cfg on a batch as the samplers build it."""
     null = torch.full_like(y, model.y_embedder.num_classes)
     return model.forward_with_cfg(torch.cat([x, x]), torch.cat([t, t]), torch.cat([y, null]), scale, **kwargs)
 
 
-@pytest.mark.parametrize("channels, asked, expected", [(4, None, 3), (4, 4, 4), (4, 1, 1), (1, None, 1), (3, None, 3),
-                                                       (16, None, 16)])
+@pytest.mark.parametrize("channels, cfg_channels, expected", [(4, None, 3), (4, 4, 4), (4, 1, 1), (1, None, 1), (3, None, 3),
+                                                              (16, None, 16)])
 @pytest.mark.parametrize("learn_sigma", [True, False])
-def test_guidance_moves_the_noise_and_nothing_else(channels, asked, expected, learn_sigma):
-    """Three of four channels unless told otherwise, all of any other number; never the variance."""
+def test_guidance_changes_the_noise_alone(channels, cfg_channels, expected, learn_sigma):
+    """By default three of four channels, all of any other number; never the variance."""
     model = random_model(in_channels=channels, learn_sigma=learn_sigma)
     x, t, y = inputs(model)
     cond, null = model(x, t, y), model(x, t, torch.full_like(y, 7))
-    assert (cond - null).abs().amin(dim=(0, 2, 3)).min() > 0  # or else the test could not tell who was guided
+    assert (cond - null).abs().amin(dim=(0, 2, 3)).min() > 0  # every channel can show guidance
     eps = null + 2.5 * (cond - null)
     want = torch.cat([torch.cat([eps[:, :expected], out[:, expected:]], dim=1) for out in (cond, null)])
-    torch.testing.assert_close(guided(model, x, t, y, 2.5, cfg_channels=asked), want, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(guided(model, x, t, y, 2.5, cfg_channels=cfg_channels), want, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("cfg_channels", [None, 4])
-def test_scale_1_is_the_conditional_pass(cfg_channels):
-    """Up to rounding: eps_u + (eps_c - eps_u) need not be eps_c to the last bit, and the batch is twice as large."""
+def test_scale_1_is_the_conditional_pass():
     model = random_model()
     x, t, y = inputs(model)
-    out = guided(model, x, t, y, 1.0, cfg_channels=cfg_channels)[:3]
-    torch.testing.assert_close(out, model(x, t, y), rtol=1e-4, atol=1e-4)
+    assert torch.equal(guided(model, x, t, y, 1.0), model(x, t, y).repeat(2, 1, 1, 1))
 
 
 def test_guidance_does_not_read_the_second_half_of_x():
@@ -334,7 +344,7 @@ def test_guidance_does_not_read_the_second_half_of_x():
     assert torch.equal(model.forward_with_cfg(spoiled, t, y, 4.0), model.forward_with_cfg(x, t, y, 4.0))
 
 
-# ---------------------------------------------------------------- bad input
+# ---------------------------------------------------------------- invalid input
 
 @pytest.mark.parametrize("overrides, message", [
     (dict(input_size=9), r"\(9, 9\).*patch_size 2"),
@@ -342,6 +352,8 @@ def test_guidance_does_not_read_the_second_half_of_x():
     (dict(input_size=(4, 4, 4)), r"input_size.*\(4, 4, 4\)"),
     (dict(input_size=0), r"input_size.*0"),
     (dict(patch_size=0), r"patch_size must be a positive integer .* not 0"),
+    (dict(input_size=2.5), r"input_size.*2\.5"),
+    (dict(input_size="4"), r"input_size.*'4'"),
     (dict(hidden_size=16, num_heads=3), r"hidden_size 16.*num_heads 3"),
     (dict(hidden_size=6), r"multiple of 4, not 6"),
     (dict(class_dropout_prob=1.5), r"class_dropout_prob.*1\.5"),
@@ -370,7 +382,7 @@ def test_inputs_of_the_wrong_shape_are_refused(shape):
 
 
 @pytest.mark.parametrize("tokens, values", [(5, 32), (4, 31)])
-def test_tokens_that_make_no_image_are_refused(tokens, values):
+def test_tokens_of_the_wrong_shape_are_refused(tokens, values):
     with pytest.raises(ValueError, match=rf"\({tokens}, {values}\).*2 x 2 patches of 2 x 2 x 8"):
         DiT(**TINY_MODEL).unpatchify(torch.zeros(2, tokens, values))
 
@@ -384,22 +396,16 @@ def test_guidance_without_a_null_class_is_refused():
         model(x, t, y, force_drop_ids=torch.ones(2))
 
 
-def test_guidance_of_an_odd_batch_is_refused():
+def test_guidance_of_an_odd_batch_or_below_scale_1_is_refused():
     model = DiT(**TINY_MODEL)
     with pytest.raises(ValueError, match="odd batch of 3"):
         model.forward_with_cfg(*inputs(model), 4.0)
+    with pytest.raises(ValueError, match=r"cfg_scale.*0\.5"):
+        model.forward_with_cfg(*inputs(model, n=2), 0.5)
 
 
 @pytest.mark.parametrize("channels", [0, -1, 5])
-def test_guidance_never_reaches_the_variance(channels):
-    """More guided channels than the latents have would guide the variance."""
-    model = DiT(input_size=4, hidden_size=16, depth=1, num_heads=2, num_classes=3)
-    x, t, y = torch.zeros(2, 4, 4, 4), torch.zeros(2), torch.tensor([0, 3])
-    with pytest.raises(ValueError, match=rf"1 \.\. 4.*{channels}"):
-        model.forward_with_cfg(x, t, y, 2.0, cfg_channels=channels)
-
-
-@pytest.mark.parametrize("size", [2.5, (4, 4, 4), 0, "4"])
-def test_input_size_must_be_whole(size):
-    with pytest.raises(ValueError, match="input_size"):
-        DiT(input_size=size, hidden_size=16, depth=1, num_heads=2)
+def test_guided_channels_must_be_channels_of_the_latents(channels):
+    model = DiT(**TINY_MODEL)
+    with pytest.raises(ValueError, match=rf"cfg_channels .*1 \.\. 4.*{channels}"):
+        model.forward_with_cfg(*inputs(model, n=2), 2.0, cfg_channels=channels)

@@ -1,4 +1,4 @@
-"""Arrays in .npz files: mapped where they can be, loaded where they must be, never unpickled."""
+"""Arrays in .npz files: memory-mapped if possible, loaded otherwise, never unpickled."""
 import numpy as np
 import pytest
 
@@ -8,12 +8,12 @@ from common.files import list_npz_arrays, read_npz_array
 ARRAY = np.arange(60, dtype=np.uint8).reshape(5, 4, 3)
 
 
-def test_uncompressed_arrays_are_mapped(tmp_path):
+def test_uncompressed_arrays_are_memory_mapped(tmp_path):
     path = str(tmp_path / "a.npz")
     np.savez(path, arr_0=ARRAY, more=np.ones(3))
     assert list_npz_arrays(path) == {"arr_0", "more"}
-    found = read_npz_array(path, "arr_0")
-    assert isinstance(found, np.memmap) and np.array_equal(found, ARRAY)
+    array = read_npz_array(path, "arr_0")
+    assert isinstance(array, np.memmap) and np.array_equal(array, ARRAY)
     assert np.array_equal(read_npz_array(path, "more"), np.ones(3))
 
 
@@ -35,16 +35,16 @@ class Payload:
 
 
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
-def test_objects_are_refused(tmp_path, save):
+def test_python_objects_are_refused_and_not_unpickled(tmp_path, save):
     save(tmp_path / "a.npz", arr_0=np.array([Payload(str(tmp_path / "written"))], dtype=object))
-    with pytest.raises(UserError, match=r"a\.npz: arr_0 is no plain array"):
+    with pytest.raises(UserError, match=r"a\.npz: arr_0 is not a plain array"):
         read_npz_array(str(tmp_path / "a.npz"), "arr_0")
     assert not (tmp_path / "written").exists()
 
 
-def test_what_is_missing_is_named(tmp_path):
+def test_missing_arrays_and_other_files_are_named_in_the_error(tmp_path):
     np.savez(tmp_path / "a.npz", other=ARRAY)
-    with pytest.raises(UserError, match=r"a\.npz is damaged, or no \.npz with arr_0"):
+    with pytest.raises(UserError, match=r"a\.npz is damaged, or is not an \.npz with arr_0"):
         read_npz_array(str(tmp_path / "a.npz"), "arr_0")
     (tmp_path / "b.npz").write_bytes(b"nothing")
     with pytest.raises(UserError, match=r"b\.npz cannot be read"):

@@ -1,23 +1,24 @@
-"""From labels and noise to images: the noise, guidance, samplers, and what is written."""
+"""From conditions and noise to images: noise, guidance, samplers, pictures."""
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from autoencoder.vae import IdentityAutoencoder
-from common.errors import UserError
+from common.errors import ArgumentError, UserError
 from data.image_io import make_image_grid, save_image_grid, to_uint8
 from diffusion import create_diffusion
 from models import DiT
 from sampling.noise import GlobalRNG, PerSampleRNG
-from sampling.pipeline import SamplingPipeline, build_pipeline
+from sampling.pipeline import SamplingPipeline, build_pipeline, sample_preview
 from sampling.trajectory import TrajectoryRecorder
 
 LABELS = torch.tensor([3, 0, 4])
+COND = dict(y=LABELS)
 
 
 def tiny_model(channels=4, **config):
-    """A DiT in which every part has a say: a fresh one predicts zero whatever its input."""
+    """Build a DiT in which every part affects the output: a new one predicts zero."""
     torch.manual_seed(0)
     model = DiT(**dict(input_size=4, patch_size=2, in_channels=channels, hidden_size=16, depth=1, num_heads=2,
                        num_classes=5) | config).eval()
@@ -26,7 +27,7 @@ def tiny_model(channels=4, **config):
     return model
 
 
-def maker(model=None, steps=5, cfg_scale=1.0, **arguments):
+def build(model=None, steps=5, cfg_scale=1.0, **arguments):
     model = model or tiny_model()
     return build_pipeline(model, IdentityAutoencoder(model.in_channels), steps, cfg_scale, **arguments)
 
@@ -36,21 +37,19 @@ def maker(model=None, steps=5, cfg_scale=1.0, **arguments):
 @pytest.mark.parametrize("value, expected", [
     (-1, 0), (0, 128), (1, 255), (-1.01, 0), (1.5, 255), (-40, 0), (0.5, 191), (-0.5, 64), (0.007, 128),
     (0.0079, 129), (-0.001, 127), (0.99, 254)])
-def test_uint8_rule(value, expected):
-    """Trap 5: 127.5 x + 128, truncated; 0.5 is 191.75 and becomes 191."""
+def test_uint8_is_127_5_x_plus_128_truncated(value, expected):
     pixels = to_uint8(torch.full((1, 3, 1, 1), float(value)))
     assert pixels.dtype == torch.uint8 and pixels.flatten().tolist() == [expected] * 3
 
 
-def test_uint8_layout():
-    """Channels go last; one becomes three."""
+def test_uint8_images_have_channels_last_and_three_of_them():
     images = torch.rand(2, 3, 4, 5) * 2 - 1
     pixels = to_uint8(images)
     assert pixels.shape == (2, 4, 5, 3)
     assert torch.equal(pixels[1, 2, 3], to_uint8(images[1:, :, 2:3, 3:4]).flatten())
-    grey = to_uint8(images[:, :1])
-    assert grey.shape == (2, 4, 5, 3)
-    assert all(torch.equal(grey[..., channel], pixels[..., 0]) for channel in range(3))
+    gray = to_uint8(images[:, :1])
+    assert gray.shape == (2, 4, 5, 3)
+    assert all(torch.equal(gray[..., channel], pixels[..., 0]) for channel in range(3))
 
 
 # ---------------------------------------------------------------- noise
@@ -61,39 +60,38 @@ def draws(noise, n, steps=3):
 
 
 def test_noise_of_a_sample_does_not_depend_on_its_batch():
-    """Trap 13, also after several steps."""
-    whole = draws(PerSampleRNG(7, range(6), "cpu"), 6)
-    assert torch.equal(draws(PerSampleRNG(7, [3, 4], "cpu"), 2), whole[:, 3:5])
-    assert torch.equal(draws(PerSampleRNG(7, np.array([5, 0]), "cpu"), 2), whole[:, [5, 0]])
+    """Also after several steps."""
+    together = draws(PerSampleRNG(7, range(6), "cpu"), 6)
+    assert torch.equal(draws(PerSampleRNG(7, [3, 4], "cpu"), 2), together[:, 3:5])
+    assert torch.equal(draws(PerSampleRNG(7, np.array([5, 0]), "cpu"), 2), together[:, [5, 0]])
 
 
-def test_noise_differs():
-    """Between samples, steps and seeds; and it is standard normal."""
-    whole = torch.cat([draws(PerSampleRNG(seed, range(6), "cpu"), 6, steps=20) for seed in (7, 8)])
-    assert len({tuple(row.tolist()) for row in whole.flatten(0, 1).flatten(1)}) == 2 * 6 * 21
-    assert abs(whole.mean()) < 5 / whole.numel() ** 0.5
-    assert abs(whole.std() - 1) < 5 / (2 * whole.numel()) ** 0.5
+def test_noise_is_standard_normal_and_differs_between_samples_steps_and_seeds():
+    together = torch.cat([draws(PerSampleRNG(seed, range(6), "cpu"), 6, steps=20) for seed in (7, 8)])
+    assert len({tuple(row.tolist()) for row in together.flatten(0, 1).flatten(1)}) == 2 * 6 * 21
+    assert abs(together.mean()) < 5 / together.numel() ** 0.5
+    assert abs(together.std() - 1) < 5 / (2 * together.numel()) ** 0.5
 
 
-def test_noise_in_the_published_order():
+def test_global_noise_is_drawn_in_the_published_order():
     """x_T of N, then at each step a draw for the doubled batch, of which the first half counts."""
-    found = draws(GlobalRNG(11, "cpu"), 3)
+    noise = draws(GlobalRNG(11, "cpu"), 3)
     torch.manual_seed(11)
     expected = [torch.randn(3, 2, 3, 3), *(torch.randn(6, 2, 3, 3)[:3] for _ in range(3))]
-    assert torch.equal(found, torch.stack(expected))
+    assert torch.equal(noise, torch.stack(expected))
 
 
 # ---------------------------------------------------------------- images
 
-def test_without_guidance():
-    """Scale 1 is the conditional model, one row a sample, with the noise of the published doubled batch."""
-    make, rows = maker(), []
-    make.model.x_embedder.register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0])))
-    images = make(LABELS, GlobalRNG(1, "cpu"))
+def test_scale_1_computes_the_conditional_half_only():
+    """The noise is that of the published doubled batch."""
+    pipeline, rows = build(), []
+    pipeline.model.x_embedder.register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0])))
+    images = pipeline(COND, GlobalRNG(1, "cpu"))
     assert rows == [3] * 5
     torch.manual_seed(1)
     z = torch.randn(3, 4, 4, 4)
-    expected = create_diffusion("5").p_sample_loop(make.model, z.shape, z, clip_denoised=False,
+    expected = create_diffusion("5").p_sample_loop(pipeline.model, z.shape, z, clip_denoised=False,
                                                    model_kwargs=dict(y=LABELS),
                                                    noise_fn=lambda x: torch.randn(6, 4, 4, 4)[:3])
     assert torch.equal(images, expected)
@@ -101,7 +99,7 @@ def test_without_guidance():
 
 
 def published(model, cfg_scale, seed, labels=LABELS, **arguments):
-    """As the published sampler goes: a doubled batch, all of it sampled, the first half kept."""
+    """Sample as the published code does: a doubled batch, all of it sampled, the first half kept."""
     torch.manual_seed(seed)
     z = torch.randn(len(labels), model.in_channels, 4, 4)
     z, y = torch.cat([z, z]), torch.cat([labels, torch.full_like(labels, 5)])
@@ -113,91 +111,92 @@ def published(model, cfg_scale, seed, labels=LABELS, **arguments):
 
 @pytest.mark.parametrize("cfg_scale", [1.5, 4.0])
 def test_a_seed_gives_the_published_picture(cfg_scale):
-    make, rows = maker(cfg_scale=cfg_scale), []
-    make.model.x_embedder.register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0])))
-    images = make(LABELS, GlobalRNG(1, "cpu"))
+    pipeline, rows = build(cfg_scale=cfg_scale), []
+    pipeline.model.x_embedder.register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0])))
+    images = pipeline(COND, GlobalRNG(1, "cpu"))
     assert rows == [6] * 5
-    torch.testing.assert_close(images, published(make.model, cfg_scale, seed=1), rtol=1e-6, atol=1e-6)
-    assert (images - maker(make.model)(LABELS, GlobalRNG(1, "cpu"))).abs().max() > 1e-3
+    torch.testing.assert_close(images, published(pipeline.model, cfg_scale, seed=1), rtol=1e-6, atol=1e-6)
+    assert (images - build(pipeline.model)(COND, GlobalRNG(1, "cpu"))).abs().max() > 1e-3
 
 
-def test_guided_channels():
-    """Trap 1: 3 of 4 unless all are asked for; all where there are not 4."""
+def test_three_of_four_channels_are_guided_by_default():
+    """As published; all on request, and all if there are not four."""
     model = tiny_model()
-    images = {channels: maker(model, cfg_scale=4, cfg_channels=channels)(LABELS, GlobalRNG(1, "cpu"))
+    images = {channels: build(model, cfg_scale=4, cfg_channels=channels)(COND, GlobalRNG(1, "cpu"))
               for channels in (None, 3, "all", 4)}
     assert torch.equal(images[None], images[3]) and torch.equal(images["all"], images[4])
     assert (images[3] - images[4]).abs().max() > 1e-3
     torch.testing.assert_close(images[4], published(model, 4.0, seed=1, cfg_channels=4), rtol=1e-6, atol=1e-6)
-    assert maker(tiny_model(1), cfg_scale=4).cfg_channels == 1
-    assert maker(tiny_model(16), cfg_scale=4).cfg_channels == 16
+    assert build(tiny_model(1), cfg_scale=4).cfg_channels == 1
+    assert build(tiny_model(16), cfg_scale=4).cfg_channels == 16
 
 
 @pytest.mark.parametrize("interval, guided", [
     (None, 5), ((0, 999), 5), ((200, 600), 2), ((250, 250), 1), ((1, 2), 0), ((0, 0), 1), ((999, 999), 1)])
-def test_guidance_inside_an_interval(interval, guided):
-    """At the timesteps in it both halves are computed, at the others the conditional half alone; so says the record."""
+def test_guidance_is_limited_to_the_interval(interval, guided):
+    """Inside it both halves are computed, elsewhere the conditional half only; the metadata counts the passes."""
     model, sizes = tiny_model(), []  # the timesteps of five steps: 0, 250, 500, 749, 999
     model.register_forward_pre_hook(lambda module, inputs: sizes.append((len(inputs[0]), int(inputs[1][0]))))
-    make = maker(model, cfg_scale=4.0, cfg_interval=interval)
-    images = make(LABELS, GlobalRNG(1, "cpu"))
-    assert [t for _, t in sizes] == list(reversed(make.diffusion.timestep_map))
+    pipeline = build(model, cfg_scale=4.0, cfg_interval=interval)
+    images = pipeline(COND, GlobalRNG(1, "cpu"))
+    assert [t for _, t in sizes] == list(reversed(pipeline.diffusion.timestep_map))
     low, high = interval or (0, 999)
     assert [size for size, _ in sizes] == [6 if low <= t <= high else 3 for _, t in sizes]
-    assert make.metadata()["model_calls"] == 5 + guided and make.metadata().get("cfg_interval") == (
+    assert pipeline.metadata()["model_calls"] == 5 + guided and pipeline.metadata().get("cfg_interval") == (
         None if interval is None else list(interval))
-    everywhere, nowhere = (maker(model, cfg_scale=scale)(LABELS, GlobalRNG(1, "cpu")) for scale in (4.0, 1.0))
+    everywhere, nowhere = (build(model, cfg_scale=scale)(COND, GlobalRNG(1, "cpu")) for scale in (4.0, 1.0))
     assert torch.equal(images, everywhere) == (guided == 5)
     torch.testing.assert_close(images, nowhere) if guided == 0 else None
     assert guided == 0 or not torch.equal(images, nowhere)
 
 
 def test_samples_do_not_depend_on_their_batch():
-    make = maker(cfg_scale=2.0)
-    whole = make(LABELS, PerSampleRNG(5, range(3), "cpu"))
-    alone = make(LABELS[1:2], PerSampleRNG(5, [1], "cpu"))
-    torch.testing.assert_close(alone, whole[1:2], rtol=1e-5, atol=1e-5)
+    pipeline = build(cfg_scale=2.0)
+    together = pipeline(COND, PerSampleRNG(5, range(3), "cpu"))
+    alone = pipeline(dict(y=LABELS[1:2]), PerSampleRNG(5, [1], "cpu"))
+    torch.testing.assert_close(alone, together[1:2], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("steps, sampler, found", [
+@pytest.mark.parametrize("steps, sampler, expected", [
     (5, None, "ddpm"), ("2,3", None, "ddpm"), ("ddim5", None, "ddim"), (5, "ddim", "ddim"),
     ("ddim5", "ddpm", "ddpm")])
-def test_which_sampler(steps, sampler, found):
-    make = maker(steps=steps, sampler=sampler)
-    assert make.sampler == found
-    assert make.diffusion.timestep_map == create_diffusion(str(steps)).timestep_map
+def test_sampler_follows_from_the_steps_unless_it_is_named(steps, sampler, expected):
+    pipeline = build(steps=steps, sampler=sampler)
+    assert pipeline.sampler == expected
+    assert pipeline.diffusion.timestep_map == create_diffusion(str(steps)).timestep_map
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.7])
-def test_ddim(eta):
-    """Its noise is drawn from the argument, at every step, whatever eta."""
-    make = maker(steps="ddim5", eta=eta)
-    images = make(LABELS, GlobalRNG(1, "cpu"))
+def test_ddim_draws_its_noise_from_the_argument(eta):
+    """At every step, for any eta."""
+    pipeline = build(steps="ddim5", eta=eta)
+    images = pipeline(COND, GlobalRNG(1, "cpu"))
     torch.manual_seed(1)
     z = torch.randn(3, 4, 4, 4)
     expected = create_diffusion("ddim5").ddim_sample_loop(
-        make.model, z.shape, z, clip_denoised=False, eta=eta, model_kwargs=dict(y=LABELS),
+        pipeline.model, z.shape, z, clip_denoised=False, eta=eta, model_kwargs=dict(y=LABELS),
         noise_fn=lambda x: torch.randn(6, 4, 4, 4)[:3])
     assert torch.equal(images, expected)
 
 
-@pytest.mark.parametrize("flag, arguments", [
-    ("--cfg-scale 0.5", dict(cfg_scale=0.5)),
-    ("--cfg-scale 4", dict(cfg_scale=4.0, model=tiny_model(class_dropout_prob=0))),
-    ("--cfg-channels 5", dict(cfg_scale=4.0, cfg_channels=5)),
-    ("--cfg-interval 300 200", dict(cfg_scale=4.0, cfg_interval=(300, 200))),
-    ("--num-sampling-steps 1001", dict(steps=1001)),
-    ("--num-sampling-steps ddim300", dict(steps="ddim300")),
-    ("--num-sampling-steps ddim", dict(steps="ddim")),
-    ("--eta 0.5", dict(eta=0.5)),
+@pytest.mark.parametrize("name, value, arguments", [
+    ("cfg_scale", 0.5, dict(cfg_scale=0.5)),
+    ("cfg_scale", 4.0, dict(cfg_scale=4.0, model=tiny_model(class_dropout_prob=0))),
+    ("cfg_channels", 5, dict(cfg_scale=4.0, cfg_channels=5)),
+    ("cfg_interval", (300, 200), dict(cfg_scale=4.0, cfg_interval=(300, 200))),
+    ("num_sampling_steps", 1001, dict(steps=1001)),
+    ("num_sampling_steps", "ddim300", dict(steps="ddim300")),
+    ("num_sampling_steps", "ddim", dict(steps="ddim")),
+    ("eta", 0.5, dict(eta=0.5)),
 ])
-def test_flags_that_do_not_fit(flag, arguments):
-    with pytest.raises(UserError, match=f"^{flag}[: ]"):
-        maker(**arguments)
+def test_an_argument_that_does_not_fit_is_named(name, value, arguments):
+    with pytest.raises(ArgumentError) as caught:
+        build(**arguments)
+    assert caught.value.arguments == {name: value}
 
 
-def test_a_model_without_null_class_needs_no_guidance():
-    assert maker(tiny_model(class_dropout_prob=0))(LABELS, GlobalRNG(1, "cpu")).shape == (3, 4, 4, 4)
+def test_a_model_without_null_class_samples_at_scale_1():
+    assert build(tiny_model(class_dropout_prob=0))(COND, GlobalRNG(1, "cpu")).shape == (3, 4, 4, 4)
 
 
 class Doubling(IdentityAutoencoder):
@@ -206,26 +205,34 @@ class Doubling(IdentityAutoencoder):
 
 
 def test_steps_are_shown_and_the_last_is_decoded():
-    make, shown = maker(cfg_scale=2.0), []
-    make.autoencoder = Doubling(4)
+    pipeline, shown = build(cfg_scale=2.0), []
+    pipeline.autoencoder = Doubling(4)
     noise = PerSampleRNG(5, range(3), "cpu")
-    images = make(LABELS, noise, on_step=lambda step, x: shown.append((step, x.clone())))
+    images = pipeline(COND, noise, on_step=lambda step, x: shown.append((step, x.clone())))
     assert [step for step, _ in shown] == [-1, 0, 1, 2, 3, 4]
     assert torch.equal(shown[0][1], PerSampleRNG(5, range(3), "cpu").initial((3, 4, 4, 4)))
     assert torch.equal(images, 2 * shown[-1][1])
     assert not images.requires_grad
 
 
+def test_previews_show_up_to_ten_classes_a_row_each_with_the_same_noise():
+    for num_classes, rows in ((3, 3), (25, 10)):
+        model = tiny_model(num_classes=num_classes)
+        names = [str(label) for label in range(num_classes)]
+        images, columns = sample_preview(model, IdentityAutoencoder(4), names, columns=2)
+        assert images.shape == (2 * rows, 4, 4, 4) and columns == 2
+        assert torch.equal(images, sample_preview(model, IdentityAutoencoder(4), names, columns=2)[0])
+
+
 def test_latents_need_not_be_square():
     model = tiny_model(input_size=(4, 6))
-    make = SamplingPipeline(model, IdentityAutoencoder(4), create_diffusion("2"))
-    assert make(LABELS, GlobalRNG(0, "cpu")).shape == (3, 4, 4, 6)
+    pipeline = SamplingPipeline(model, IdentityAutoencoder(4), create_diffusion("2"))
+    assert pipeline(COND, GlobalRNG(0, "cpu")).shape == (3, 4, 4, 6)
 
 
 # ---------------------------------------------------------------- pictures
 
-def test_grid():
-    """Black is -1 and white 1; what is beyond them is cut off; tiny images are enlarged, others not."""
+def test_a_grid_clips_values_and_enlarges_tiny_images():
     tiny = torch.linspace(-1, 1, 64).view(1, 1, 8, 8).repeat(3, 1, 1, 1)
     tiny[1] = -7
     grid = make_image_grid(tiny, columns=2)
@@ -238,7 +245,7 @@ def test_grid():
     assert make_image_grid(torch.zeros(2, 3, 100, 100), columns=2).shape == (3, 104, 206)
 
 
-def test_save_grid(tmp_path):
+def test_a_grid_is_saved_as_a_picture(tmp_path):
     images = torch.rand(2, 3, 64, 64) * 2 - 1
     save_image_grid(images, 2, str(tmp_path / "grid.png"))
     with Image.open(tmp_path / "grid.png") as picture:
@@ -251,24 +258,23 @@ def test_save_grid(tmp_path):
 
 
 @pytest.mark.parametrize("steps", [1, 5, 50, 75, 120, 1000])
-def test_moments_of_the_way(steps):
-    """The noise, the image, and between them as many different moments as fit, evenly."""
-    path = TrajectoryRecorder(steps)
+def test_a_trajectory_keeps_evenly_spaced_steps(steps):
+    trajectory = TrajectoryRecorder(steps)
     for step in range(-1, steps):
-        path(step, step)
+        trajectory(step, step)
     count = min(50, steps) + 1
-    assert len(path.latents) == count
-    assert (path.latents[0], path.latents[-1]) == (-1, steps - 1)
-    gaps = np.diff(path.latents)
+    assert len(trajectory.latents) == count
+    assert (trajectory.latents[0], trajectory.latents[-1]) == (-1, steps - 1)
+    gaps = np.diff(trajectory.latents)
     assert gaps.min() >= steps // (count - 1) and gaps.max() <= -(-steps // (count - 1)) + 1
 
 
-def test_the_way_as_an_animation(tmp_path):
-    """Of decoded latents; it rests on the last frame."""
-    path, x = TrajectoryRecorder(6), torch.rand(7, 3, 3, 4, 4) - 0.5
+def test_a_trajectory_is_saved_as_an_animation(tmp_path):
+    """Of decoded latents, with a pause on the last frame."""
+    trajectory, x = TrajectoryRecorder(6), torch.rand(7, 3, 3, 4, 4) - 0.5
     for step in range(-1, 6):
-        path(step, x[step + 1])
-    path.save(Doubling(3), 2, str(tmp_path / "way.gif"))
+        trajectory(step, x[step + 1])
+    trajectory.save(Doubling(3), 2, str(tmp_path / "way.gif"))
     with Image.open(tmp_path / "way.gif") as gif:
         assert (gif.n_frames, gif.size) == (7, (134, 134))
         durations = []
@@ -278,6 +284,6 @@ def test_the_way_as_an_animation(tmp_path):
         last = np.array(gif.convert("RGB"))
     assert durations[-1] > 1000 > 100 > max(durations[:-1])
     expected = make_image_grid(2 * x[-1], 2).permute(1, 2, 0).numpy() * 255
-    assert abs(last - expected).mean() < 10  # of 255; a GIF has 256 colours
+    assert abs(last - expected).mean() < 10  # of 255; a GIF has 256 colors
     with pytest.raises(UserError, match=str(tmp_path / "missing")):
-        path.save(Doubling(3), 2, str(tmp_path / "missing" / "way.gif"))
+        trajectory.save(Doubling(3), 2, str(tmp_path / "missing" / "way.gif"))

@@ -7,8 +7,7 @@ from torch import nn
 from common.files import sha256_file, sha256_json, sha256_weights
 
 
-def test_of_a_file(tmp_path):
-    """As `sha256sum` prints it, over several blocks."""
+def test_hash_of_a_file_is_that_of_its_blocks(tmp_path):
     content = bytes(range(256)) * 10
     (tmp_path / "file").write_bytes(content)
     sizes = []
@@ -16,8 +15,8 @@ def test_of_a_file(tmp_path):
     assert sizes == [1000, 1000, 560]
 
 
-def test_of_weights():
-    """Another for any other value, name or order, buffers included."""
+def test_hash_of_weights_depends_on_values_names_and_order():
+    """Buffers included."""
     torch.manual_seed(0)
     one, two = nn.BatchNorm2d(3), nn.Linear(2, 2)
     first = sha256_weights(one, two)
@@ -31,6 +30,6 @@ def test_of_weights():
     assert len({first, *others}) == 5
 
 
-def test_of_a_value():
+def test_hash_of_a_value_does_not_depend_on_the_order_of_keys():
     assert sha256_json(dict(a=1, b=[2.5])) == sha256_json(dict(b=[2.5], a=1))
     assert sha256_json(dict(a=1)) != sha256_json(dict(a=2))
