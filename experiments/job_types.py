@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-import models
+import networks
 from common.checkpoint_io import latest_checkpoint, list_checkpoints
 from common.flops import count_multiply_adds, count_parameters
 from evaluation.periodic import read_score_table
@@ -102,7 +102,7 @@ class StudyContext:
                     classifier=self.classifier)
 
     def network(self, size=None, patch=None, conditioning="adaln-zero"):
-        """Return the arguments of `models.DiT`. Default: the preset's network."""
+        """Return the arguments of `networks.build_dit`. Default: the preset's network."""
         size, patch = size or self.preset.network[0], patch or self.preset.network[1]
         depth, hidden_size, num_heads = self.preset.sizes[size]
         return dict(input_size=self.data.image_size, patch_size=patch, in_channels=self.data.channels,
@@ -196,7 +196,7 @@ def _format_word(value):
 
 
 def network_cost(network):
-    """Return dict(parameters, multiply_adds) of a network, the arguments of `models.DiT`; for one image, forward."""
+    """Return dict(parameters, multiply_adds) of a network, the arguments of `networks.build_dit`; for one image, forward."""
     return dict(_network_cost(tuple(network.items())))
 
 
