@@ -106,8 +106,8 @@ def estimate_step_memory(build, compute=DEFAULT_COMPUTE, checkpointed=0.0, num_m
     """Estimate the memory of a training step by tracing its tensors without computing them.
 
     They are torch's fake tensors on the CPU, whose attention is one kernel that keeps its inputs, its output and one
-    number per query and head, as the fused kernels of GPUs do. Not included: what kernels use internally, what libraries
-    reserve, the VAE, and what torch.compile saves.
+    number per query and head, as the fused kernels of GPUs do. Not included: what kernels use internally, what
+    libraries reserve, the VAE, and what torch.compile saves.
 
     Args:
         build (callable): () -> DiT.
@@ -152,7 +152,8 @@ def _trace_step(build, batch, compute, checkpointed, passes, fused):
             end_of_backward = len(tracker.events)
             optimizer.step()
         moments = tracker.allocations(value for state in optimizer.state.values() for value in state.values())
-        kinds = dict.fromkeys(tracker.copies, COPY) | dict.fromkeys(gradients, GRADIENT) | dict.fromkeys(moments, MOMENT)
+        kinds = dict.fromkeys(tracker.copies, COPY) | dict.fromkeys(gradients, GRADIENT)
+        kinds |= dict.fromkeys(moments, MOMENT)
         events = np.array([(kinds.get(allocation, ACTIVATION), size) for allocation, size in tracker.events])
         sizes = _measure_weights(model, trained, compute)
     backward, update = events[:end_of_backward], events[end_of_backward:]

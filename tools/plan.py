@@ -51,7 +51,7 @@ def build_parser():
     group.add_argument("--grad-accum-steps", type=positive_int, default=1, help="microbatches per step")
     group.add_argument("--precision", choices=PRECISIONS, default="tf32", help="precision of the network")
     group.add_argument("--grad-checkpointing", type=fraction, nargs="?", const=1.0, default=0.0, metavar="SHARE",
-                       help="share of the blocks that recompute their activations, to save memory; without a value: all")
+                       help="share of the blocks that recompute activations, to save memory; without a value: all")
     group.add_argument("--fused-adamw", action="store_true", help="the optimizer step in one kernel")
     group.add_argument("--fsdp", action="store_true", help="shard weights, moments and EMA over all GPUs")
     group.add_argument("--steps", type=positive_int, nargs="+", default=PAPER_STEPS, help="training lengths to time")
@@ -169,7 +169,8 @@ def format_plan(plan, flags, gpu, microbatch):
         "",
         f"Memory of each GPU: {format_setup(flags, gpu, microbatch)}",
         "  " + "   ".join(f"{name} {format_bytes(size)}" for name, size in parts.items()),
-        f"  {'':24s} {'activations':>12s}{'peak':>12s}   {'of ' + format_bytes(row['usable']):14s}{'largest batch':>13s}"]
+        f"  {'':24s} {'activations':>12s}{'peak':>12s}   {'of ' + format_bytes(row['usable']):14s}"
+        f"{'largest batch':>13s}"]
     lines += [f"  {format_checkpointing(row['grad_checkpointing']):24s} {format_bytes(row['activations']):>12s}"
               f"{format_bytes(row['at_most']):>12s}   {'fits' if row['fits'] else 'does not fit':14s}"
               f"{row['largest_global_batch_size']:>13,}" for row in plan["memory"]]
@@ -189,7 +190,8 @@ def format_table(plans, flags, gpu, microbatch):
            f"{format_rate(flags, gpu)}")
     usable = "of " + format_bytes(flags.memory_share * gpu.memory)
     yield (f"{'model':10s}{'parameters':>14s}{'Gflops':>9s}{'tokens':>8s}{'activations':>13s}{'peak':>10s}{usable:>14s}"
-           f"{'largest batch':>15s}{'TFLOP per step':>16s}" + "".join(f"{f'{steps:,} steps':>18s}" for steps in flags.steps))
+           f"{'largest batch':>15s}{'TFLOP per step':>16s}"
+           + "".join(f"{f'{steps:,} steps':>18s}" for steps in flags.steps))
     for plan in plans:
         (row,) = plan["memory"]
         yield (f"{plan['model']:10s}{plan['parameters']:>14,}{plan['gflops']:>9.2f}{plan['tokens']:>8,}"
