@@ -190,7 +190,8 @@ def test_cache_bytes_are_those_of_a_real_one(tmp_path, monkeypatch, dtype, flips
     """Written as extract_features.py writes it, in several files."""
     monkeypatch.setattr(manifest, "MAX_FILE_BYTES", 8_000)
     images = SimpleNamespace(labels=[0] * 11, paths=[f"{i}.png" for i in range(11)], class_names=["all"])
-    autoencoder = SimpleNamespace(latent_scaling=LatentScaling(4, 8, 0.18215, 0.0), channels=4, stride=8, name="x", encoder_sha256="x")
+    autoencoder = SimpleNamespace(latent_scaling=LatentScaling(4, 8, 0.18215, 0.0), channels=4, stride=8, name="x",
+                                  encoder_sha256="x")
     writer = LatentCacheWriter(str(tmp_path), new_manifest(images, "x", autoencoder, 64, flips, dtype, "fp32"))
     writer.prepare(images)
     writer.write(0, torch.zeros(11, 1 + flips, 8, 8, 8), [False] * 11)
@@ -213,7 +214,8 @@ def test_the_cache_of_imagenet_is_as_documented(planned, monkeypatch):
 
 def test_the_page_names_the_hardware_and_both_kinds_of_memory(command):
     """Both ways of keeping activations, the GPU that it was asked for, the steps."""
-    status, out, err = command("tools.plan", *TINY, "--gpus", 2, "--gpu", "h200", "--steps", 500, "--grad-checkpointing", 0.5)
+    status, out, err = command("tools.plan", *TINY, "--gpus", 2, "--gpu", "h200", "--steps", 500,
+                               "--grad-checkpointing", 0.5)
     assert status == 0, err
     assert "4x8x8, 16 tokens" in out and "2 x H200 141 GB by DDP, 128 at once on each, tf32" in out
     assert re.search(r"no checkpointing .* fits", out) and re.search(r"--grad-checkpointing 0.5 .* fits", out)
