@@ -6,12 +6,12 @@ from dataclasses import dataclass
 
 import torch
 
-import models
 from common.checkpoint_io import latest_checkpoint, list_checkpoints
 from common.flops import count_multiply_adds, count_parameters
 from evaluation.periodic import read_score_table
 from evaluation.records import try_read, write_record
 from experiments.jobs import Task
+from models import DiT_models
 from networks import build_dit
 from training.run_dir import list_run_dirs
 
@@ -102,7 +102,7 @@ class StudyContext:
                     classifier=self.classifier)
 
     def network(self, size=None, patch=None, conditioning="adaln-zero"):
-        """Return the arguments of `models.DiT`. Default: the preset's network."""
+        """Return the arguments of `networks.build_dit`. Default: the preset's network."""
         size, patch = size or self.preset.network[0], patch or self.preset.network[1]
         depth, hidden_size, num_heads = self.preset.sizes[size]
         return dict(input_size=self.data.image_size, patch_size=patch, in_channels=self.data.channels,
@@ -117,7 +117,7 @@ class StudyContext:
         preset, size, patch = self.preset, size or self.preset.network[0], patch or self.preset.network[1]
         model, (depth, width, heads) = f"DiT-{size}/{patch}", preset.sizes[size]
         flags = [*self.data.flags, "--vae", "none", "--num-workers", self.data.num_workers, "--model",
-                 model if model in models.DiT_models else "DiT-S/2", "--depth", depth, "--hidden-size", width,
+                 model if model in DiT_models else "DiT-S/2", "--depth", depth, "--hidden-size", width,
                  "--num-heads", heads, "--patch-size", patch,
                  *(["--conditioning", conditioning] if conditioning != "adaln-zero" else []),
                  "--global-batch-size", preset.batch_size, "--lr", preset.lr, "--ema-decay", preset.ema_decay, *decays,
@@ -196,7 +196,11 @@ def _format_word(value):
 
 
 def network_cost(network):
-    """Return dict(parameters, multiply_adds) of a network, the arguments of `models.DiT`; for one image, forward."""
+    """Return dict(parameters, multiply_adds), the latter of a forward pass of one image.
+
+    Args:
+        network (dict): Arguments of `networks.build_dit`.
+    """
     return dict(_network_cost(tuple(network.items())))
 
 

@@ -1,15 +1,11 @@
 """Command lines: published flags and defaults are frozen; an error names its argument and has exit status 2."""
-import argparse
 import importlib
-import json
 import re
 
-import numpy as np
 import pytest
 import torch
 
-import models
-from common.cli import ReadOnlyFlags, add_alias, parse_args
+from common.cli import ReadOnlyFlags, parse_args
 from common.errors import MINIMUM_VERSIONS, UserError, check_versions
 from helpers import DIGITS, ROOT, TINY, run_process
 from networks import build_dit, model_config
@@ -223,56 +219,6 @@ def test_minimum_versions_are_those_of_requirements_txt(monkeypatch):
     monkeypatch.setitem(MINIMUM_VERSIONS, "timm", "99.1")
     with pytest.raises(UserError, match=r"timm \S+ is installed, 99\.1 or later is needed"):
         check_versions()
-
-
-def test_plain_formulas_of_the_benchmark_give_the_same_numbers():
-    from benchmarks.diffusion_overhead import PlainFormulas
-    from diffusion import create_diffusion
-    diffusion = create_diffusion("")
-    plain = PlainFormulas(diffusion)
-    x, output = torch.randn(4, 4, 8, 8), torch.randn(4, 8, 8, 8)
-    t = torch.tensor([0, 1, 500, 999])
-    torch.manual_seed(1)
-    want = plain.sample_step(output, x, t)
-    torch.manual_seed(1)
-    got = diffusion.p_sample(lambda *_: output, x, t, clip_denoised=False)["sample"]
-    assert np.allclose(got, want, rtol=1e-5, atol=1e-5)
-    noise = torch.randn_like(x)
-    losses = diffusion.training_losses(lambda *_: output, x, t, noise=noise)["loss"]
-    assert torch.allclose(losses, plain.losses(output, x, t, noise), rtol=1e-5)
-
-
-@pytest.mark.parametrize("what, rows", [
-    ("ablation", ["published recipe", "no flags", "+ --precision bf16", "+ --fused-adamw: --fast"]),
-    ("train", ["published recipe", "no flags", "+ --fused-adamw: --fast"]),
-    ("sample", ["published loop", "no flags", "+ --precision bf16: --fast"])])
-def test_benchmarks_report_every_variant(command, tmp_path, monkeypatch, what, rows):
-    """Its tables at a toy size; the rows that compute the same say by how much they differ."""
-    import benchmarks.train
-    from common.compute import ComputeConfig
-    monkeypatch.setitem(models.DiT_models, "DiT-S/8", lambda **more: models.DiT(
-        **dict(patch_size=8, hidden_size=16, depth=1, num_heads=2) | more))
-    monkeypatch.setattr(benchmarks.train, "fastest", lambda device: ComputeConfig("bf16"))
-    status, out, err = command("benchmark", what, "--model", "DiT-S/8", "--batch", 2, "--image-size", 64, "--warm-up",
-                               1, "--count", 2, "--calls", 1, "--json", tmp_path / "x.json")
-    assert status == 0, err
-    results = json.loads((tmp_path / "x.json").read_text())["results"]
-    assert list(results) == rows
-    difference = "difference" if what == "sample" else "loss_difference"
-    assert results["no flags"][difference] == 0 and 0 < results[rows[-1]][difference] < 0.1
-    assert all(row["lowest"] <= row["seconds"] <= row["highest"] and row["times_as_fast"] > 0
-               for row in results.values())
-    assert out.count("times as fast") == len(rows)
-
-
-# ---------------------------------------------------------------- common/cli.py
-
-def toy_parser():
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--label-distribution", choices=["uniform", "balanced"], default="uniform")
-    parser.add_argument("--steps", type=int, default=1)
-    add_alias(parser, "--labels", "--label-distribution")
-    return parser
 
 
 def test_a_former_name_of_a_flag_works_and_is_not_shown():

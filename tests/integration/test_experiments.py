@@ -204,7 +204,8 @@ def test_a_study_waits_for_another_until_its_deadline(tmp_path):
         fcntl.flock(lock, fcntl.LOCK_EX)
         lines = []
         with pytest.raises(Stopped):
-            run_tasks([Task(folder=str(tmp_path), name="x", request={})], 1, deadline=time.monotonic(), log=lines.append)
+            run_tasks([Task(folder=str(tmp_path), name="x", request={})], 1, deadline=time.monotonic(),
+                      log=lines.append)
     assert len(lines) == 1 and not (tmp_path / "x.log").exists()
 
 
@@ -330,7 +331,8 @@ def test_nothing_is_compared_across_two_classifiers(tmp_path):
             Path(task.output).write_text(content)
             write_record(task.path + ".json", dict(asked=task.full_request()) | task.collect())
         score = context.score(context.training(0, "2x32", 8), seed=0)
-        return [task.full_request() for task in (context.reference, score.training, score, context.real_image_baseline(9))]
+        baseline = context.real_image_baseline(9)
+        return [task.full_request() for task in (context.reference, score.training, score, baseline)]
 
     first = requests_with("a classifier", "a")
     (tmp_path / "a").rename(tmp_path / "b")
