@@ -27,7 +27,7 @@ from common.seeding import WEIGHTS, BatchRNG, derive_seed
 from common.signals import StopSignals
 from data import build_dataset
 from data.corrupt_images import CorruptImageLog
-from data.latent_cache import LatentCache
+from data.latent_cache.reader import LatentCache
 from data.loader import PrefetchLoader
 from data.sampler import StepBatchSampler, local_batch_slice
 from diffusion import create_diffusion
@@ -196,7 +196,7 @@ def open_dataset(flags, explicit_args, device):
         autoencoder = load_cached_latents(dataset, vae, image_size, device,
                                           needs_decoder=bool(flags.sample_every or flags.eval_every))
         if flags.cache_on_device:
-            dataset = dataset.in_memory(device)
+            dataset = dataset.to_device(device)
         if flags.flip and not dataset.flips:
             raise ArgumentError(f"the cache {source} was made without mirror images (--no-flip)", flip=None)
     else:

@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from common.checkpoint_io import load_checkpoint
-from data.latent_cache import LatentCache, verify
+from data.latent_cache.reader import LatentCache, verify
 from helpers import DIGITS, ROOT, differences, run_process, stored
 
 FIXTURES = ROOT / "tests" / "fixtures"
