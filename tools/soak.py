@@ -1,8 +1,8 @@
-"""Train on the digits while being killed at random for a quarter of an hour; compare with a run that was left alone.
+"""Train on the digits while the process is killed at random moments, and compare with an undisturbed run.
 
-    python tests/soak.py              # about 20 minutes; prints what it did, and OK or what differs
+    python -m tools.soak              # about 20 minutes
 
-Not part of `make test`. The result of the last run is in docs/reliability.md.
+The last line says OK, or what differs. `make test` does not include it.
 """
 import argparse
 import os
@@ -13,44 +13,79 @@ import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+import torch
+
+from common.checkpoint_io import load_checkpoint
+
+ROOT = Path(__file__).resolve().parents[1]
+PARTS = ("model", "ema", "opt", "schedule_sampler", "guard", "step")
 
 
-def start(results, steps, *more):
-    command = [sys.executable, ROOT / "train.py", "--data-path", "digits", "--num-workers", 1, "--max-steps", steps,
-               "--ckpt-every", 25, "--keep-checkpoints", 2, "--async-save", "--results-dir", results, *more]
+def start(results_dir, num_steps, *flags):
+    """Start a training run in another process."""
+    command = [sys.executable, ROOT / "train.py", "--data-path", "digits", "--num-workers", 1, "--max-steps", num_steps,
+               "--ckpt-every", 25, "--keep-checkpoints", 2, "--async-save", "--results-dir", results_dir, *flags]
     return subprocess.Popen([str(part) for part in command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
                             env=dict(os.environ, OMP_NUM_THREADS="1"))
 
 
+def kill_repeatedly(results_dir, num_steps, minutes):
+    """Kill a run every 4 to 16 seconds and resume it.
+
+    Returns:
+        tuple[int, int]: The number of kills, and the step of the latest checkpoint.
+    """
+    generator, kills, end = random.Random(0), 0, time.monotonic() + 60 * minutes
+    while time.monotonic() < end:
+        process = start(results_dir, num_steps, "--resume", "auto")
+        try:
+            process.wait(generator.uniform(4, 16))
+            break  # all steps are done
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            kills += 1
+    steps = [int(path.stem) for path in results_dir.glob("*/checkpoints/*.pt")]
+    return kills, max(steps, default=0)
+
+
+def load_final_state(results_dir, num_steps):
+    """Load the last checkpoint of a run; kills before the first checkpoint leave empty runs behind."""
+    (path,) = results_dir.glob(f"*/checkpoints/{num_steps:07d}.pt")
+    return load_checkpoint(str(path))
+
+
+def list_differences(one, two):
+    """List the parts of two checkpoints that are not equal bit for bit."""
+    return [part for part in PARTS if not is_equal(one[part], two[part])]
+
+
+def is_equal(one, two):
+    """Compare nested dictionaries and lists of tensors and plain values."""
+    if isinstance(one, dict):
+        return one.keys() == two.keys() and all(is_equal(value, two[name]) for name, value in one.items())
+    if isinstance(one, list):
+        return len(one) == len(two) and all(map(is_equal, one, two))
+    return torch.equal(one, two) if torch.is_tensor(one) else one == two
+
+
 def main():
-    from test_reliability import differences, stored
+    """Run the comparison; returns 1 if anything differs."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=15, help="how long to kill")
-    parser.add_argument("--steps", type=int, default=8000, help="of the whole run")
+    parser.add_argument("--minutes", type=float, default=15, help="minutes during which the run is killed")
+    parser.add_argument("--steps", type=int, default=8000, help="steps of the run")
     flags = parser.parse_args()
-    chance, kills, end = random.Random(0), 0, time.monotonic() + 60 * flags.minutes
     with tempfile.TemporaryDirectory() as folder:
-        alone, killed = Path(folder, "alone"), Path(folder, "killed")
-        undisturbed = start(alone, flags.steps)
-        while time.monotonic() < end:
-            child = start(killed, flags.steps, "--resume", "auto")
-            try:
-                child.wait(chance.uniform(4, 16))
-                break  # it came to its end
-            except subprocess.TimeoutExpired:
-                child.kill()
-                child.wait()
-                kills += 1
-        reached = max((int(path.stem) for path in killed.glob("*/checkpoints/*.pt")), default=0)
-        assert start(killed, flags.steps, "--resume", "auto").wait() == 0
-        assert undisturbed.wait() == 0
-        last = len(list(killed.iterdir())) - 1  # a run that was killed before its first checkpoint left a folder behind
-        found = differences(stored(alone, flags.steps), stored(killed, flags.steps, number=last))
-        print(f"{kills} kills in {flags.minutes:g} minutes, {reached} of {flags.steps} steps done by then:",
-              f"differs in {found[:5]}" if found else "OK, the same weights, EMA, optimiser and counters bit for bit")
-    return bool(found)
+        undisturbed_dir, killed_dir = Path(folder, "undisturbed"), Path(folder, "killed")
+        undisturbed = start(undisturbed_dir, flags.steps)
+        kills, step = kill_repeatedly(killed_dir, flags.steps, flags.minutes)
+        for process in (start(killed_dir, flags.steps, "--resume", "auto"), undisturbed):
+            if process.wait():
+                sys.exit(f"train.py exited with status {process.returncode}")
+        changed = list_differences(*(load_final_state(path, flags.steps) for path in (undisturbed_dir, killed_dir)))
+    print(f"{kills} kills in {flags.minutes:g} minutes, after which {step} of {flags.steps} steps were done:",
+          f"{', '.join(changed)} differ" if changed else "OK, the final states are equal bit for bit")
+    return int(bool(changed))
 
 
 if __name__ == "__main__":

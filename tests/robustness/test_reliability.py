@@ -646,6 +646,7 @@ def test_changed_flags_need_confirmation(command, copied_run):
     assert steps_of(copied_run) == [2, 4, 6]
     status, out, _ = command("train", *resume, *changed, "--allow-config-change")
     assert status == 0 and out.count("(--allow-config-change)") == 3
+    assert stored(copied_run, 7)["opt"]["param_groups"][0]["lr"] == 0.5
     status, _, err = command("train", *resume, "--depth", 2, "--allow-config-change")
     assert status == 2 and "depth=2" in err
     status, out, _ = command("train", *resume, *changed, "--max-steps", 8, "--log-every", 1, "--num-workers", 1,
