@@ -175,10 +175,10 @@ def build_evaluation(flags, ema, autoencoder, dataset, rows, compute):
         with distributed.raise_on_all_ranks():
             pipeline = build_pipeline(ema.full_model, autoencoder, flags.eval_sampling_steps, flags.eval_cfg_scale,
                                       compute=compute)
-        made_of = dict(model=flags.model, weights="ema", ema_decay=ema.decay, image_size=dataset.image_size,
+        metadata = dict(model=flags.model, weights="ema", ema_decay=ema.decay, image_size=dataset.image_size,
                        vae=autoencoder.name) | collect_environment(distributed.device())
         images = GeneratedImages(pipeline, len(dataset.class_names), flags.eval_samples, flags.global_seed,
-                                 made_of=made_of)
+                                 model_metadata=metadata)
         batch_size = (rows.stop - rows.start) // flags.grad_accum_steps
         return build_evaluator(flags.eval_features, flags.eval_reference, images, batch_size, dataset.image_size)
 

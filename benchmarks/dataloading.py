@@ -1,9 +1,19 @@
-"""How fast training gets its latents and images, and the memory that it takes.
+"""Measure how fast training gets its latents and images, and what listing a data set costs.
 
-Files are in the system's cache, but where a row says that they are cold.
+    python -m benchmarks.dataloading throughput
+    python -m benchmarks.dataloading listing --json docs/measurements/dataset_listing.json
+
+`throughput` reads from files in the system's page cache, except in the rows that are cold. `listing` makes as many
+empty files as ImageNet has in a temporary folder, and lists them as torchvision's `ImageFolder` does in every process,
+and as `data.build_dataset` does on rank 0. Compare numbers of one run only.
 """
-
+import argparse
+import gc
+import json
+import multiprocessing
 import os
+import resource
+import socket
 import statistics
 import tempfile
 import time
@@ -16,7 +26,10 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from autoencoder.vae import LatentScaling
+from common import distributed
 from common.files import sha256_file
+from common.provenance import collect_environment
+from data import build_dataset
 from data.dataset import Batch
 from data.image_folder import ImageFolderDataset
 from data.latent_cache.manifest import new_manifest
@@ -25,85 +38,120 @@ from data.latent_cache.writer import LatentCacheWriter
 from data.loader import PrefetchLoader
 from data.sampler import StepBatchSampler
 
-WORKERS = 2
+NUM_WORKERS = 2
+BATCH_SIZE = 256
+NUM_CLASSES = 1000
 
 
-def measure(device):
-    """Items a second, shuffled and mirrored as in training; latents of 4x32x32 as fp16 moments of both orientations."""
-    device = torch.device(device)
+def build_parser():
+    """Build the parser of the command."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("measurement", choices=["throughput", "listing"])
+    parser.add_argument("--num-images", type=int, default=1_281_000, help="files to list (default: %(default)s)")
+    parser.add_argument("--num-rounds", type=int, default=3, help="rounds of listing (default: %(default)s)")
+    parser.add_argument("--json", metavar="FILE", help="file for the results")
+    return parser
+
+
+def main():
+    """Run the command."""
+    flags = build_parser().parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    environment = collect_environment(device) | dict(cores=len(psutil.Process().cpu_affinity()))
+    if flags.measurement == "throughput":
+        rows = measure_throughput(device)
+    else:
+        rows = measure_listing(flags.num_images, flags.num_rounds)
+    for name, row in rows.items():
+        print(f"{name:34s} " + "   ".join(f"{key} {value:,.1f}" for key, value in row.items()))
+    if flags.json:
+        with open(flags.json, "w") as file:
+            json.dump(dict(measurement=flags.measurement, environment=environment, results=rows), file, indent=1)
+            file.write("\n")
+
+
+# ---------------------------------------------------------------- throughput
+
+def measure_throughput(device):
+    """Measure items a second, shuffled and mirrored as in training, and the memory of the processes that read.
+
+    Latents are of shape 4x32x32, stored as fp16 moments of both orientations.
+    """
     with tempfile.TemporaryDirectory() as folder:
-        small, large = (synthetic_cache(os.path.join(folder, f"cache-{n}"), n) for n in (8_192, 131_072))
-        files = one_file_an_image(os.path.join(folder, "files"), 8_192)
-        jpegs = ImageFolderDataset(jpeg_folder(os.path.join(folder, "jpegs"), 512), 256)
-        rows = {f"memory, {len(LatentCache(path)):,} latents": memory(LatentCache(path), times, device)
-                for path, times in ((small, 8), (large, 0.5))}  # as many items of either
-        rows |= {f"cache, {n} workers": loading(LatentCache(large), n, device) for n in (0, 1, 2, 4)}
-        rows["cache, 0 workers, cold"] = loading(dropped(LatentCache(large)), 0, device)
-        rows["cache, --features-in-memory"] = loading(LatentCache(large).in_memory(device), 0, device)
-        rows["a file an image, 2 workers"] = loading(files, WORKERS, device)
-        rows["JPEG of 500x375, 2 workers"] = loading(jpegs, WORKERS, device, batch=32, batches=4)
+        small, large = (write_random_cache(os.path.join(folder, f"cache-{count}"), count) for count in (8_192, 131_072))
+        files = write_latent_files(os.path.join(folder, "files"), 8_192)
+        jpegs = ImageFolderDataset(write_jpegs(os.path.join(folder, "jpegs"), 512), 256)
+        # Both read the same number of items.
+        rows = {f"memory, {len(LatentCache(path)):,} latents": measure_memory(LatentCache(path), epochs, device)
+                for path, epochs in ((small, 8), (large, 0.5))}
+        for num_workers in (0, 1, 2, 4):
+            rows[f"cache, {num_workers} workers"] = measure_rate(LatentCache(large), num_workers, device)
+        drop_page_cache(large)
+        rows["cache, 0 workers, cold"] = measure_rate(LatentCache(large), 0, device)
+        rows["cache on the device"] = measure_rate(LatentCache(large).to_device(device), 0, device)
+        rows["one file per latent, 2 workers"] = measure_rate(files, NUM_WORKERS, device)
+        rows["JPEG of 500x375, 2 workers"] = measure_rate(jpegs, NUM_WORKERS, device, batch_size=32, num_batches=4)
     return rows
 
 
-def line(name, row):
-    return f"{name:30s} " + "   ".join(f"{key} {value:,.0f}" for key, value in row.items())
-
-
-def loading(data, workers, device, batch=256, batches=40, windows=7):
-    """Items a second: the median, lowest and highest of some windows of so many batches."""
+def measure_rate(dataset, num_workers, device, batch_size=BATCH_SIZE, num_batches=40, num_windows=7):
+    """Measure items a second: median, lowest and highest of windows of `num_batches` batches."""
     rates, start = [], None
-    for step, _ in enumerate(batches_of(data, workers, device, batch, batches * (windows + 1) + 1)):
-        if step % batches == 0:
+    num_steps = num_batches * (num_windows + 1) + 1
+    for step, _ in enumerate(open_loader(dataset, num_workers, device, batch_size, num_steps)):
+        if step % num_batches == 0:
             if device.type == "cuda":
                 torch.cuda.synchronize()
             now = time.perf_counter()
-            if step > batches:  # the first window warms up
-                rates.append(batch * batches / (now - start))
+            if step > num_batches:  # the first window warms up
+                rates.append(batch_size * num_batches / (now - start))
             start = now
     return dict(items_per_second=statistics.median(rates), lowest=min(rates), highest=max(rates))
 
 
-def memory(data, epochs, device, batch=256):
-    """The most memory in MB that this process and its workers held while they read some epochs.
+def measure_memory(cache, epochs, device):
+    """Measure the peak in MB of the memory (PSS) that this process and its workers hold while they read a cache.
 
-    Pages of the files are counted as long as a process has them mapped, and pages that several share, once (PSS).
+    Mapped pages of files count; pages that several processes share count once.
     """
-    own, most = psutil.Process(), 0
-    for step, _ in enumerate(batches_of(data, WORKERS, device, batch, int(epochs * len(data)) // batch)):
+    process, peak = psutil.Process(), 0
+    num_steps = int(epochs * len(cache)) // BATCH_SIZE
+    for step, _ in enumerate(open_loader(cache, NUM_WORKERS, device, BATCH_SIZE, num_steps)):
         if step % 32 == 0:
-            most = max(most, sum(process.memory_full_info().pss for process in [own, *own.children()]))
-    return dict(megabytes=most / 1e6, file_megabytes=data.layout.row_bytes * len(data) / 1e6)
+            peak = max(peak, sum(each.memory_full_info().pss for each in [process, *process.children()]))
+    return dict(peak_mb=peak / 1e6, files_mb=cache.layout.row_bytes * len(cache) / 1e6)
 
 
-def batches_of(data, workers, device, batch, steps):
-    order = StepBatchSampler(len(data), batch, slice(0, batch), seed=0, first=0, last=steps, flips=True)
-    return PrefetchLoader(data, order, workers, device, on_bad=print)
+def open_loader(dataset, num_workers, device, batch_size, num_steps):
+    """Open the loader of a training run of `num_steps` steps."""
+    batches = StepBatchSampler(len(dataset), batch_size, slice(0, batch_size), seed=0, start_step=0, end_step=num_steps,
+                               flips=True)
+    return PrefetchLoader(dataset, batches, num_workers, device, on_corrupt=print)
 
 
-def synthetic_cache(folder, count):
-    """A cache of `count` random latents, written as extract_features.py writes it."""
+def write_random_cache(folder, count):
+    """Write a cache of random latents as extract_features.py does; returns its folder."""
     images = SimpleNamespace(labels=[0] * count, paths=[f"{i}.png" for i in range(count)], class_names=["all"])
-    space = LatentScaling(channels=4, stride=8, scale=0.18215, shift=0.0)
-    autoencoder = SimpleNamespace(space=space, channels=4, stride=8, name="none", encoder_sha256="none")
-    writer = LatentCacheWriter(folder, new_manifest(images, "synthetic", autoencoder, 256, True, "fp16", "fp32"))
+    scaling = LatentScaling(channels=4, stride=8, scale=0.18215, shift=0.0)
+    autoencoder = SimpleNamespace(latent_scaling=scaling, channels=4, stride=8, name="none", encoder_sha256="none")
+    writer = LatentCacheWriter(folder, new_manifest(images, "random", autoencoder, 256, True, "fp16", "fp32"))
     writer.prepare(images)
     block = torch.randn(1024, 2, 8, 32, 32)
-    for first in range(0, count, len(block)):
-        writer.write(first, block, [False] * len(block))
+    for start in range(0, count, len(block)):
+        writer.write(start, block, [False] * len(block))
     writer.finish(images, {name: sha256_file(os.path.join(folder, name)) for name in writer.file_names()})
     return folder
 
 
-def dropped(data):
-    """Let the system forget the files of a cache, as if they were read for the first time since it started."""
-    for name in os.listdir(data.folder):
-        with open(os.path.join(data.folder, name), "rb") as file:
+def drop_page_cache(folder):
+    """Remove the files of a folder from the system's page cache, as if they had not been read since it started."""
+    for name in os.listdir(folder):
+        with open(os.path.join(folder, name), "rb") as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    return data
 
 
-class OneFileAnImage(Dataset):
-    """The usual way: one .npy a sample, flip and posterior sample frozen in it. Stands here to be measured against."""
+class LatentFiles(Dataset):
+    """The usual alternative to a cache: one .npy per image, with a fixed flip and posterior sample."""
 
     on_device = False
 
@@ -115,19 +163,20 @@ class OneFileAnImage(Dataset):
 
     def __getitems__(self, keys):
         latents = [torch.from_numpy(np.load(self.paths[index])) for index, _ in keys]
-        return Batch(torch.stack(latents), torch.zeros(len(keys), dtype=torch.long), [])
+        return Batch(torch.stack(latents), {"y": torch.zeros(len(keys), dtype=torch.long)}, [])
 
 
-def one_file_an_image(folder, count):
+def write_latent_files(folder, count):
+    """Write random latents, one file each."""
     os.makedirs(folder)
     paths = [os.path.join(folder, f"{i}.npy") for i in range(count)]
     for path in paths:
         np.save(path, np.random.default_rng(0).standard_normal((4, 32, 32), dtype=np.float32))
-    return OneFileAnImage(paths)
+    return LatentFiles(paths)
 
 
-def jpeg_folder(folder, count):
-    """Pictures of the usual size of ImageNet's, with about its bytes a picture (0.11 MB)."""
+def write_jpegs(folder, count):
+    """Write pictures of the usual size and number of bytes of ImageNet's (0.11 MB)."""
     os.makedirs(os.path.join(folder, "all"))
     random = np.random.default_rng(0)
     for i in range(count):
@@ -135,3 +184,120 @@ def jpeg_folder(folder, count):
         picture = Image.fromarray(coarse).resize((500, 375), Image.Resampling.BICUBIC)
         picture.save(os.path.join(folder, "all", f"{i}.jpg"), quality=92)
     return folder
+
+
+# ---------------------------------------------------------------- listing
+
+def measure_listing(num_images, num_rounds):
+    """Measure the seconds and the memory of listing a data set, in 1 and 2 processes.
+
+    The ways take turns; seconds are the median of the rounds, memory is that of the last one. A process is measured
+    against itself with a data set of one image: `uss_mb` and `pss_mb` are what it holds afterwards, `peak_mb` the
+    growth of its largest resident set, `worker_uss_mb` what a forked worker copies when it reads every path and label.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        tiny, large = os.path.join(folder, "tiny"), os.path.join(folder, "large")
+        write_empty_images(tiny, 1, 1)
+        write_empty_images(large, num_images, NUM_CLASSES)
+        rows = {}
+        for num_processes in (1, 2):
+            seconds = {name: [] for name in LISTINGS}
+            for _ in range(num_rounds):
+                for name in LISTINGS:
+                    row = run_listing_processes(name, num_processes, tiny, large)
+                    seconds[name].append(row["seconds"])
+                    rows[f"{name}, {num_processes} processes"] = row
+            for name, values in seconds.items():
+                rows[f"{name}, {num_processes} processes"] |= dict(
+                    seconds=statistics.median(values), lowest=min(values), highest=max(values))
+    return rows
+
+
+def write_empty_images(folder, count, num_classes):
+    """Make empty files with names like ImageNet's."""
+    for label in range(num_classes):
+        name = f"n{label:08d}"
+        os.makedirs(os.path.join(folder, name))
+        for number in range(label, count, num_classes):
+            os.close(os.open(os.path.join(folder, name, f"{name}_{number}.JPEG"), os.O_CREAT))
+
+
+def list_with_torchvision(folder):
+    """List a folder in every process, in Python lists."""
+    from torchvision.datasets import ImageFolder
+    dataset = ImageFolder(folder)
+    return dataset.classes, dataset.targets, [os.path.relpath(path, folder) for path, _ in dataset.samples]
+
+
+def list_on_rank0(folder):
+    """List a folder as train.py does."""
+    dataset = build_dataset(folder, 256, collective=True)
+    return dataset.class_names, dataset.labels, dataset.paths
+
+
+LISTINGS = {"torchvision in every process": list_with_torchvision, "rank 0, broadcast": list_on_rank0}
+
+
+def run_listing_processes(name, num_processes, tiny, large):
+    """Start processes that list a folder together, and return the mean of what they measured."""
+    context = multiprocessing.get_context("spawn")
+    results = context.SimpleQueue()
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    processes = [context.Process(target=run_listing, args=(name, rank, num_processes, port, tiny, large, results))
+                 for rank in range(num_processes)]
+    for process in processes:
+        process.start()
+    rows = [results.get() for _ in processes]
+    for process in processes:
+        process.join()
+    return {key: statistics.mean(row[key] for row in rows) for key in rows[0]}
+
+
+def run_listing(name, rank, num_processes, port, tiny, large, results):
+    """List a folder in one of several processes, and send what it costs to `results`."""
+    if num_processes > 1:
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(num_processes),
+                          MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    distributed.init()
+    LISTINGS[name](tiny)  # imports what it needs
+    gc.collect()
+    before, start_peak = psutil.Process().memory_full_info(), peak_resident_bytes()
+    distributed.barrier()
+    start = time.perf_counter()
+    _, labels, paths = LISTINGS[name](large)
+    distributed.barrier()
+    seconds = time.perf_counter() - start
+    gc.collect()
+    after, end_peak = psutil.Process().memory_full_info(), peak_resident_bytes()
+    row = dict(seconds=seconds, uss_mb=(after.uss - before.uss) / 1e6, pss_mb=(after.pss - before.pss) / 1e6,
+               peak_mb=(end_peak - max(start_peak, before.rss)) / 1e6, worker_uss_mb=measure_worker(labels, paths))
+    results.put(row)
+    distributed.shutdown()
+
+
+def peak_resident_bytes():
+    """Return the largest resident set that this process had so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def measure_worker(labels, paths):
+    """Measure how many MB a forked worker copies when it reads every path and label."""
+    context = multiprocessing.get_context("fork")
+    results = context.SimpleQueue()
+
+    def read_all():
+        process, before = psutil.Process(), psutil.Process().memory_full_info().uss
+        for index in range(len(labels)):
+            _ = labels[index], paths[index]
+        results.put((process.memory_full_info().uss - before) / 1e6)
+
+    worker = context.Process(target=read_all)
+    worker.start()
+    worker.join()
+    return results.get()
+
+
+if __name__ == "__main__":
+    main()

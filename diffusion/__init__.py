@@ -1,7 +1,7 @@
-"""Gaussian diffusion: the process, its losses and its samplers. Mathematics only: no files, no devices, no network.
+"""Gaussian diffusion: the process, its losses and its samplers.
 
-    diffusion = create_diffusion("250")                       # 250 of the 1000 trained steps
-    images = diffusion.p_sample_loop(model, shape, model_kwargs=dict(y=labels))
+    diffusion = create_diffusion("250")  # 250 of the 1000 trained steps
+    latents = diffusion.p_sample_loop(model, shape, model_kwargs=dict(y=labels))
 
 Sources: DDPM (Ho et al., 2020, arXiv 2006.11239), Improved DDPM (Nichol & Dhariwal, 2021, arXiv 2102.09672),
 DDIM (Song et al., 2020, arXiv 2010.02502), classifier guidance (Dhariwal & Nichol, 2021, arXiv 2105.05233).
@@ -16,17 +16,22 @@ def create_diffusion(timestep_respacing, noise_schedule="linear", use_kl=False, 
                      predict_xstart=False, learn_sigma=True, rescale_learned_sigmas=False, diffusion_steps=1000):
     """Build the process that a DiT is trained with or sampled from.
 
-    timestep_respacing      which of the trained steps are kept: "" or None (all), "250", "ddim50",
-                            or a list such as "10,15,20" (steps in each equal section); see `space_timesteps`
-    noise_schedule          "linear" or "squaredcos_cap_v2"
-    use_kl                  train on the variational bound alone, in place of the mean squared error
-    sigma_small             with learn_sigma=False: fixed variance btilde_t in place of beta_t
-    predict_xstart          the network predicts x_0, not the noise
-    learn_sigma             the network also predicts the variance's interpolation (Improved DDPM, eq. 15)
-    rescale_learned_sigmas  multiply the bound's part of the loss by (number of steps) / 1000
-    diffusion_steps         length of the trained process
-    return                  a `GaussianDiffusion` over the kept steps
-    raise                   ValueError for an unknown schedule or an impossible respacing
+    Args:
+        timestep_respacing (str | list[int] | None): Steps to keep of the trained ones: "" or None for all, "250",
+            "ddim50", or a list such as "10,15,20" (steps in each equal section); see `space_timesteps`.
+        noise_schedule (str): "linear" or "squaredcos_cap_v2".
+        use_kl (bool): Train on the variational bound alone instead of the mean squared error.
+        sigma_small (bool): With learn_sigma=False: fixed variance btilde_t instead of beta_t.
+        predict_xstart (bool): The model predicts x_0 instead of the noise.
+        learn_sigma (bool): The model predicts the variance too (Improved DDPM, eq. 15).
+        rescale_learned_sigmas (bool): Multiply the variational part of the loss by (number of steps) / 1000.
+        diffusion_steps (int): Length of the trained process.
+
+    Returns:
+        GaussianDiffusion: The process over the kept steps.
+
+    Raises:
+        ValueError: If the schedule is unknown or the respacing impossible.
     """
     betas = named_betas(noise_schedule, diffusion_steps)
     kept = space_timesteps(diffusion_steps, timestep_respacing or [diffusion_steps])

@@ -1,29 +1,37 @@
-"""Which timesteps a training step looks at."""
+"""Timestep samplers: the timesteps that a training step draws, and the weights of their losses."""
 import numpy as np
 import torch
 import torch.distributed as dist
 
 
 def create_named_schedule_sampler(name, diffusion):
-    """A timestep sampler for `diffusion`: "uniform", or "loss-second-moment" (importance sampling)."""
+    """Create the timestep sampler "uniform" or "loss-second-moment" (importance sampling) for a diffusion process."""
     samplers = {"uniform": UniformSampler, "loss-second-moment": LossSecondMomentResampler}
     if name not in samplers:
-        raise ValueError(f"unknown schedule sampler {name!r}: take one of {', '.join(samplers)}")
+        raise ValueError(f"unknown schedule sampler {name!r}: use one of {', '.join(samplers)}")
     return samplers[name](diffusion)
 
 
 class ScheduleSampler:
-    """Draws timesteps with probabilities p_t; weights 1 / (T p_t) keep the expected loss what it was."""
+    """Draw timesteps with probabilities p_t; weights 1 / (T p_t) keep the expected loss unchanged."""
+
+    def __init__(self, diffusion):
+        self.num_timesteps = diffusion.num_timesteps
 
     def weights(self):
-        """(T,) float64 array of positive numbers, proportional to p_t."""
+        """Return positive numbers proportional to p_t, float64, shape (T,)."""
         raise NotImplementedError
 
     def sample(self, batch_size, device, generator=None):
         """Draw a batch of timesteps.
 
-        generator  a torch generator on `device`; the global one if None
-        return     timesteps (batch_size,) int64 in [0, T), and the factors of their losses (batch_size,) float32
+        Args:
+            batch_size (int): N.
+            device (torch.device | str): Where to draw.
+            generator (torch.Generator): Generator on `device`. Default: the global one.
+
+        Returns:
+            tuple[Tensor, Tensor]: Timesteps in [0, T), int64, and weights of their losses, float32, shape (N,) each.
         """
         weights = self.weights()
         p = torch.tensor(weights / weights.sum(), dtype=torch.float32, device=device)
@@ -31,46 +39,48 @@ class ScheduleSampler:
         return t, 1 / (len(p) * p[t])
 
     def update_with_local_losses(self, t, losses):
-        """Learn from the losses (N,) that this process saw at timesteps t (N,). All processes call it together."""
+        """Learn from the losses (n,) of this rank at timesteps t (n,). Collective: all ranks must call it."""
 
     def state_dict(self):
-        """What a resumed run needs, as tensors."""
+        """Return the state to resume from, as tensors."""
         return {}
 
     def load_state_dict(self, state):
-        """Go on from a `state_dict`."""
+        """Restore a `state_dict`."""
 
 
 class UniformSampler(ScheduleSampler):
-    """Every timestep alike; drawn on the device, with nothing copied to it."""
-
-    def __init__(self, diffusion):
-        self.num_timesteps = diffusion.num_timesteps
+    """Draw all timesteps equally often, on the device."""
 
     def weights(self):
+        """Return ones, shape (T,)."""
         return np.ones(self.num_timesteps)
 
     def sample(self, batch_size, device, generator=None):
+        """Draw a batch of timesteps, with weights of one; see `ScheduleSampler.sample`."""
         t = torch.randint(self.num_timesteps, (batch_size,), device=device, generator=generator)
         return t, torch.ones(batch_size, device=device)
 
 
 class LossSecondMomentResampler(ScheduleSampler):
-    """p_t proportional to sqrt(E[L_t^2]) over the last losses of each timestep (Improved DDPM, section 3.3).
+    """Draw timesteps with p_t proportional to sqrt(E[L_t^2]) of their last losses (Improved DDPM, section 3.3).
 
-    history_per_term  how many losses a timestep remembers; until all timesteps have so many, p is uniform
-    uniform_prob      share of uniform sampling mixed in, so that no timestep is forgotten
+    All ranks hold the same history: each adds the losses of all ranks, in their order.
 
-    The history is the same on all processes: each adds the losses of all, in the order of the ranks.
+    Args:
+        diffusion (GaussianDiffusion): The process, of T steps.
+        history_per_term (int): Number of losses kept per timestep; until all timesteps have as many, p is uniform.
+        uniform_prob (float): Share of uniform sampling mixed in, so that every timestep is drawn.
     """
 
     def __init__(self, diffusion, history_per_term=10, uniform_prob=0.001):
-        self.num_timesteps = diffusion.num_timesteps
+        super().__init__(diffusion)
         self.history_per_term, self.uniform_prob = history_per_term, uniform_prob
         self.losses = np.zeros((self.num_timesteps, history_per_term))  # oldest first
         self.counts = np.zeros(self.num_timesteps, dtype=np.int64)
 
     def weights(self):
+        """Return p_t, shape (T,), or ones until the history is complete."""
         if (self.counts < self.history_per_term).any():
             return np.ones(self.num_timesteps)
         p = np.sqrt((self.losses**2).mean(axis=1))
@@ -78,11 +88,8 @@ class LossSecondMomentResampler(ScheduleSampler):
         return p * (1 - self.uniform_prob) + self.uniform_prob / self.num_timesteps
 
     def update_with_local_losses(self, t, losses):
-        self.update_with_all_losses(*_gather(t, losses))
-
-    def update_with_all_losses(self, t, losses):
-        """Add losses to the history; t and losses are sequences of equal length, the same on every process."""
-        for i, loss in zip(t, losses):
+        """Add the losses (n,) of all ranks at their timesteps t (n,) to the history."""
+        for i, loss in zip(*_all_gather(t, losses)):
             if self.counts[i] < self.history_per_term:
                 self.losses[i, self.counts[i]] = loss
                 self.counts[i] += 1
@@ -90,17 +97,19 @@ class LossSecondMomentResampler(ScheduleSampler):
                 self.losses[i] = np.append(self.losses[i, 1:], loss)
 
     def state_dict(self):
+        """Return the history as tensors, a copy."""
         return dict(losses=torch.from_numpy(self.losses.copy()), counts=torch.from_numpy(self.counts.copy()))
 
     def load_state_dict(self, state):
+        """Restore the history of a sampler of the same sizes."""
         if state["losses"].shape != self.losses.shape:
             raise ValueError(f"the saved loss history has shape {tuple(state['losses'].shape)}, "
                              f"this sampler's is {self.losses.shape}")
         self.losses, self.counts = state["losses"].numpy().copy(), state["counts"].numpy().copy()
 
 
-def _gather(t, losses):
-    """Timesteps and losses of all processes as NumPy arrays, in the order of the ranks; batches may differ in size."""
+def _all_gather(t, losses):
+    """Gather timesteps and losses of all ranks as arrays, in their order; ranks may have batches of unequal size."""
     pairs = torch.stack([t.float(), losses.detach().float()])  # T is far below 2^24: exact
     if not (dist.is_available() and dist.is_initialized()):
         t, losses = pairs.cpu().numpy()

@@ -76,7 +76,7 @@ class LoadedModel:
     @property
     def num_classes(self):
         """Number of classes with training data, which can be fewer than the rows of the class table."""
-        rows = self.model.config["num_classes"]
+        rows = self.model.config.num_classes
         return min(rows, len(self.class_names)) if self.class_names else rows
 
     def description(self):

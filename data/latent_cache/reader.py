@@ -1,5 +1,6 @@
 """A latent cache as training data."""
 import os
+import weakref
 
 import numpy as np
 import psutil
@@ -182,6 +183,7 @@ class _RandomAccessFile:
 
     def __init__(self, path):
         self.path, self.file = path, open(path, "rb", buffering=0)  # noqa: SIM115 - open as long as the data set
+        weakref.finalize(self, self.file.close)
         self._advise("POSIX_FADV_RANDOM", 0, 0)  # no read-ahead: the next row is elsewhere
 
     def _advise(self, advice, offset, size):

@@ -1,4 +1,4 @@
-"""train.py --features-path: the run from the images themselves, up to the rounding of what is stored."""
+"""train.py --features-path: the run from the images, up to the rounding of what is stored."""
 import re
 import shutil
 
@@ -97,21 +97,20 @@ def test_cached_training_sees_what_training_from_images_sees(record, images, vae
     assert abs(other[2] - want[2]).max() > 10 * tolerance * want[2].mean()
 
 
-def test_every_epoch_draws_anew(record, cache):
-    """Neither the flip nor the posterior sample of an image is frozen."""
+def test_every_epoch_draws_new_flips_and_samples(record, cache):
     seen = record("--features-path", cache[1], "--max-steps", 10)[0]
     first, second = seen[:5].flatten(0, 1), seen[5:].flatten(0, 1)
     distances = (first[:, None] - second[None]).flatten(2).abs().mean(dim=2)
     assert distances.min() > 0.05
 
 
-def test_in_memory_is_the_same(record, cache):
+def test_cache_on_the_device_gives_the_same_run(record, cache):
     want = record("--features-path", cache[1], "--max-steps", 7, results="files")
     got = record("--features-path", cache[1], "--max-steps", 7, "--features-in-memory", results="memory")
     assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1]) and (got[2] == want[2]).all()
 
 
-def test_bad_images_are_replaced_alike(record, images, vae, tmp_path):
+def test_corrupt_images_are_replaced_alike(record, images, vae, tmp_path):
     """With --max-bad-images, either way of training takes the same other image."""
     shutil.copytree(images, tmp_path / "spoilt")
     names = ImageFolderDataset(images, 32).paths
@@ -128,7 +127,7 @@ def test_bad_images_are_replaced_alike(record, images, vae, tmp_path):
     assert 0 < len(listed) == want[3].count("WARNING: skipped the image")
 
 
-def test_resumed_from_a_cache(command, cache, tmp_path):
+def test_resumed_run_equals_the_undisturbed_one(command, cache, tmp_path):
     """In the middle of an epoch, with workers: bit for bit the undisturbed run."""
     flags = ["--features-path", cache[1], *FLAGS, "--ckpt-every", 3, "--num-workers", 1]
     command("train", *flags, "--max-steps", 8, "--results-dir", tmp_path / "straight")
@@ -139,7 +138,7 @@ def test_resumed_from_a_cache(command, cache, tmp_path):
     assert largest_difference(trained(tmp_path / "straight", 8), trained(tmp_path / "cut", 8)) == 0
 
 
-def test_two_processes_from_a_cache(vae, images, tmp_path):
+def test_two_processes_have_the_losses_of_one(vae, images, tmp_path):
     make_cache(images, vae, tmp_path / "cache")
     flags = ["--features-path", tmp_path / "cache", *FLAGS, "--max-steps", 4]
     run_process("train.py", *flags, "--results-dir", tmp_path / "one")
@@ -147,8 +146,8 @@ def test_two_processes_from_a_cache(vae, images, tmp_path):
     assert losses(tmp_path / "one") == pytest.approx(losses(tmp_path / "two"), abs=1.1e-4)
 
 
-def test_the_checkpoint_knows_the_vae(command, cache, vae, images, tmp_path, monkeypatch):
-    """Sampling needs no other flag, and grids are drawn during training: the cache knows its VAE."""
+def test_checkpoint_of_a_cached_run_knows_its_vae(command, cache, vae, images, tmp_path, monkeypatch):
+    """Sampling needs no other flag, and grids are drawn during training."""
     status, out, err = command("train", "--features-path", cache[1], *FLAGS, "--max-steps", 1, "--sample-every", 1,
                                "--results-dir", tmp_path)
     assert status == 0, err
@@ -165,20 +164,19 @@ def test_the_checkpoint_knows_the_vae(command, cache, vae, images, tmp_path, mon
 
 @pytest.mark.parametrize("flags, sentence", [
     (["--image-size", "64"], "--image-size 64: the cache {cache} is of images of 32 pixels"),
-    (["--vae", "none"], "--vae none: the cache {cache} was made with the VAE {vae}"),
+    (["--vae", "none"], "--vae none: the cache {cache} was made with {vae}"),
     (["--num-classes", "2"], "--num-classes 2: {cache} has 3 classes"),
     (["--global-batch-size", "100"], "--global-batch-size 100: {cache} has 45 images"),
     (["--data-path", "digits"], "--data-path: not allowed with argument --features-path"),
 ])
-def test_flags_that_do_not_fit_the_cache(command, cache, vae, tmp_path, flags, sentence):
+def test_flags_that_contradict_the_cache_are_refused(command, cache, vae, tmp_path, flags, sentence):
     status, _, err = command("train", "--features-path", cache[1], *FLAGS, *flags,
                              "--results-dir", tmp_path / "results")
     assert status == 2 and sentence.format(cache=cache[1], vae=vae) in err, err
     assert not (tmp_path / "results").exists()
 
 
-def test_mirror_images_that_are_not_there(command, images, vae, tmp_path):
-    """--no-flip at the extraction decides; asking for flips later is a mistake."""
+def test_flips_need_mirror_images_in_the_cache(command, images, vae, tmp_path):
     make_cache(images, vae, tmp_path / "cache", "--no-flip")
     flags = ["--features-path", tmp_path / "cache", *FLAGS, "--max-steps", 1, "--results-dir", tmp_path / "results"]
     status, _, err = command("train", *flags, "--flip")
@@ -192,8 +190,8 @@ def test_mirror_images_that_are_not_there(command, images, vae, tmp_path):
     (0.02, 0.1, "standard deviation of .* scaling_factor 0.02"),
     (2.0, 9.0, "mean of .* shift_factor 9"),
 ])
-def test_a_wrong_scale_is_told_at_the_start(record, images, vae, tmp_path, scale, shift, warning):
-    """From images and from a cache; what a VAE of random weights restores is told, too."""
+def test_wrong_scale_or_shift_gives_a_warning_at_the_start(record, images, vae, tmp_path, scale, shift, warning):
+    """From images and from a cache."""
     from diffusers import AutoencoderKL
     model = AutoencoderKL.from_pretrained(vae)
     model.register_to_config(scaling_factor=scale, shift_factor=shift)

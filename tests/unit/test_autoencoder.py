@@ -114,7 +114,8 @@ def test_vae_is_frozen(tmp_path):
 def test_identity_autoencoder_passes_pixels(channels):
     autoencoder = load_autoencoder("none", channels)
     images = torch.randn(2, channels, 8, 8)
-    assert (autoencoder.name, autoencoder.channels, autoencoder.stride, autoencoder.is_random) == ("none", channels, 1, False)
+    assert (autoencoder.name, autoencoder.channels, autoencoder.image_channels) == ("none", channels, channels)
+    assert autoencoder.stride == 1 and not autoencoder.is_random
     assert torch.equal(autoencoder.encode(images, None), images)
     assert torch.equal(autoencoder.decode(images), images)
     assert latent_size(autoencoder, 7) == 7
@@ -214,8 +215,12 @@ def test_image_size_must_be_a_multiple_of_the_stride(tmp_path):
 def test_hub_names_may_end_in_a_folder(monkeypatch):
     from diffusers import AutoencoderKL
     requested = []
-    monkeypatch.setattr(AutoencoderKL, "from_pretrained", lambda name, subfolder=None: requested.append((name, subfolder))
-                        or AutoencoderKL(norm_num_groups=4, block_out_channels=(4,)))
+
+    def from_pretrained(name, subfolder=None):
+        requested.append((name, subfolder))
+        return AutoencoderKL(norm_num_groups=4, block_out_channels=(4,))
+
+    monkeypatch.setattr(AutoencoderKL, "from_pretrained", from_pretrained)
     for name in ("ema", "some/vae", "some/model/vae", "some/model/parts/vae"):
         load_autoencoder(name)
     assert requested == [("stabilityai/sd-vae-ft-ema", None), ("some/vae", None), ("some/model", "vae"),

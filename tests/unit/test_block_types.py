@@ -210,9 +210,9 @@ def test_gradients_kernels_and_guidance_do_not_depend_on_the_block_type(conditio
 
 
 def test_unknown_names_are_refused():
-    with pytest.raises(ValueError, match="conditioning .*adaln-zero, adaln, in-context.*'film'"):
+    with pytest.raises(ValueError, match=r"conditioning .*adaln-zero, adaln, in-context.*'film'"):
         build_dit(**TINY_MODEL, conditioning="film")
-    with pytest.raises(ValueError, match="model .*'DiT-M/2'"):
+    with pytest.raises(ValueError, match=r"model .*'DiT-M/2'"):
         build_dit("DiT-M/2")
 
 

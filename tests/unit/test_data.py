@@ -72,8 +72,8 @@ def test_listing_is_that_of_torchvision(tmp_path):
     """Order, classes and files: nested folders, links, odd names, files that are not images."""
     from torchvision.datasets import ImageFolder
     root = tmp_path / "data"
-    for name in ("b/2.png", "b/10.PNG", "b/1.jpeg", "b/a.txt", "b/z/1.webp", "b/a/1.bmp", "b/.hidden.png", "b/a-1/x.tif",
-                 "B/1.ppm", "a b/\u00e9.jpg", "10/1.png", "9/1.pgm", "c/deep/er/1.tiff", "note.png"):
+    for name in ("b/2.png", "b/10.PNG", "b/1.jpeg", "b/a.txt", "b/z/1.webp", "b/a/1.bmp", "b/.hidden.png",
+                 "b/a-1/x.tif", "B/1.ppm", "a b/\u00e9.jpg", "10/1.png", "9/1.pgm", "c/deep/er/1.tiff", "note.png"):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).touch()
     open(os.path.join(os.fsencode(root), b"9", b"\xff.png"), "w").close()  # not UTF-8
@@ -138,7 +138,8 @@ def test_corrupt_image_is_replaced_by_the_next_with_its_label(tmp_path):
     data = numbered(tmp_path, bad=[2, 4, 5], limit=3)
     batch = data.__getitems__([(index, False) for index in range(6)])
     assert values(batch) == [0, 1, 1, 1, 3, 0] and batch.cond["y"].tolist() == [0, 1, 1, 1, 1, 0]
-    assert [image.path for image in batch.corrupt] == [str(tmp_path / name) for name in ("0/2.png", "0/4.png", "1/5.png")]
+    names = ("0/2.png", "0/4.png", "1/5.png")
+    assert [image.path for image in batch.corrupt] == [str(tmp_path / name) for name in names]
 
 
 @pytest.mark.parametrize("limit", [0, 1])

@@ -1,7 +1,7 @@
 """The diffusion process against closed forms.
 
-Much of this rests on data whose perfect network is known: if x_0 ~ N(m, s^2) in each dimension, then x_t is Gaussian
-too, and so is everything that a sampler should make of it. `GaussianNetwork` is that network.
+Many tests use data whose optimal network is known: if x_0 ~ N(m, s^2) in each dimension, then x_t is Gaussian too, and
+so are the samples. `GaussianNetwork` is that network.
 """
 import inspect
 import itertools
@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from diffusion import GaussianDiffusion, create_diffusion
-from diffusion.likelihood import discretized_gaussian_log_likelihood, normal_kl
+from diffusion.losses import discretized_gaussian_log_likelihood, normal_kl
 from diffusion.schedules import named_betas, space_timesteps
 
 BETAS = np.linspace(1e-4, 0.02, 1000)  # DDPM, section 4
@@ -29,10 +29,7 @@ def _seed():
 
 
 class GaussianNetwork:
-    """What a perfect network says of data N(mean, std^2): the noise, E[eps | x_t].
-
-    kept  the steps of a sampling process: also say the variance, such that its reverse steps are exact for any length
-    """
+    """Predict the noise E[eps | x_t] of data N(mean, std^2) and, given the kept steps, the exact reverse variance."""
 
     def __init__(self, mean, std, kept=None):
         scale = np.sqrt(1 - ALPHA_BAR) / (ALPHA_BAR * std**2 + 1 - ALPHA_BAR)
@@ -55,12 +52,12 @@ class GaussianNetwork:
 
 
 def constant(*values):
-    """A network that returns the given tensors, one channel block each, whatever it is asked."""
+    """Return a network whose output is always these tensors, concatenated over channels."""
     return lambda x, t: torch.cat([value.expand_as(x) for value in values], dim=1)
 
 
 def fixed(noise):
-    """A noise_fn that gives the same noise to every step."""
+    """Return a noise_fn that returns the same noise at every step."""
     return lambda x: noise
 
 
@@ -69,19 +66,19 @@ def at(t, n=SHAPE[0]):
 
 
 def column(array):
-    """(T,) -> (T, 1, 1, 1) float64, to stand beside a batch that holds one sample for each step."""
+    """Reshape (T,) to float64 (T, 1, 1, 1), for a batch with one sample for each step."""
     return torch.from_numpy(np.asarray(array, dtype=np.float64)).view(-1, 1, 1, 1)
 
 
 def every_step(diffusion):
-    """t = 0 .. T - 1 as one batch, with a clean and a noise tensor that fit: all steps are tested at once."""
+    """Return t = 0 .. T - 1 as one batch, with two random tensors of that batch size."""
     t = torch.arange(diffusion.num_timesteps)
     return t, torch.randn(len(t), 1, 2, 2), torch.randn(len(t), 1, 2, 2)
 
 
-# ---------------------------------------------------------------- the door
+# ---------------------------------------------------------------- the published interface
 
-def test_create_diffusion_signature():
+def test_create_diffusion_keeps_its_arguments_and_defaults():
     parameters = inspect.signature(create_diffusion).parameters
     assert next(iter(parameters)) == "timestep_respacing"
     assert [(name, p.default) for name, p in parameters.items()][1:] == list(dict(
@@ -112,16 +109,16 @@ def test_published_arguments_keep_their_place(method, arguments):
 
 # ---------------------------------------------------------------- schedules and respacing
 
-@pytest.mark.parametrize("steps, first, last", [(1000, 1e-4, 0.02), (100, 1e-3, 0.2), (4000, 2.5e-5, 0.005)])
-def test_linear_schedule(steps, first, last):
+@pytest.mark.parametrize("steps, start, end", [(1000, 1e-4, 0.02), (100, 1e-3, 0.2), (4000, 2.5e-5, 0.005)])
+def test_linear_schedule_scales_with_its_length(steps, start, end):
     betas = named_betas("linear", steps)
     assert betas.dtype == np.float64 and len(betas) == steps
-    np.testing.assert_allclose(betas[[0, -1]], [first, last], rtol=1e-12)
-    np.testing.assert_allclose(np.diff(betas), (last - first) / (steps - 1), rtol=1e-9)
+    np.testing.assert_allclose(betas[[0, -1]], [start, end], rtol=1e-12)
+    np.testing.assert_allclose(np.diff(betas), (end - start) / (steps - 1), rtol=1e-9)
 
 
-def test_cosine_schedule():
-    """Improved DDPM, eq. 17: alpha_bar is a squared cosine that starts at 1; only the last betas meet the cap."""
+def test_cosine_schedule_is_a_squared_cosine_with_capped_betas():
+    """Improved DDPM, eq. 17; only the last beta reaches the cap."""
     betas = named_betas("squaredcos_cap_v2", 500)
     wave = np.cos((np.arange(501) / 500 + 0.008) / 1.008 * np.pi / 2) ** 2
     np.testing.assert_allclose(np.cumprod(1 - betas)[:-1], wave[1:-1] / wave[0], rtol=1e-9)
@@ -153,12 +150,11 @@ def test_keeping_every_step_changes_nothing(respacing):
     (9, "3,2", [0, 2, 4, 5, 8]),  # sections of 5 and 4
     (11, [1, 2, 1], [0, 4, 7, 8]),
 ])
-def test_kept_steps(steps, counts, kept):
+def test_sections_keep_evenly_spaced_steps(steps, counts, kept):
     assert space_timesteps(steps, counts) == kept
 
 
-def test_sections_of_unequal_density():
-    """1000 steps in three sections of 334, 333, 333: each keeps its share, with its first and last step."""
+def test_sections_of_unequal_density_keep_their_ends():
     kept = space_timesteps(1000, "10,15,20")
     for low, high, count in [(0, 333, 10), (334, 666, 15), (667, 999, 20)]:
         section = [step for step in kept if low <= step <= high]
@@ -177,7 +173,7 @@ def test_any_number_of_steps_can_be_kept():
 @pytest.mark.parametrize("respacing", ["0", "1001", "-5", "501,1", "ddim0", "ddim300", "ddim1001", "ddim-1",
                                        "abc", "10,,20", "10,", "2.5", "ddim", "ddimx"])
 def test_impossible_respacings_are_refused(respacing):
-    """The message repeats what was asked. 300 is no ceil(1000 / k) for a whole k: from 334 it falls to 250."""
+    """ddim300: no integer stride keeps 300 of 1000 steps, a stride of 3 keeps 334 and one of 4 keeps 250."""
     named = respacing if not respacing[-1].isdigit() or "." in respacing else respacing.split(",")[0]
     with pytest.raises(ValueError, match=named):
         create_diffusion(respacing)
@@ -193,7 +189,7 @@ def test_a_respaced_process_has_the_same_alpha_bar(respacing, schedule):
     np.testing.assert_array_equal(short.alphas_cumprod_next, np.append(short.alphas_cumprod[1:], 0.0))
 
 
-def test_a_shorter_trained_process():
+def test_a_process_may_be_trained_with_fewer_steps():
     diffusion = create_diffusion("4", diffusion_steps=100)
     assert (diffusion.num_timesteps, diffusion.original_num_steps) == (4, 100)
     assert list(diffusion.timestep_map) == [0, 33, 66, 99]
@@ -236,7 +232,7 @@ def test_posterior_is_bayes_rule(respacing):
     torch.testing.assert_close(mean[1:], want.float(), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(variance[1:], (1 / precision).float().expand_as(x_0[1:]), rtol=1e-5, atol=0)
     torch.testing.assert_close(log_variance[1:].exp(), variance[1:], rtol=1e-5, atol=0)
-    # the last step leads to x_0 itself; its log variance is that of the step before, not minus infinity
+    # at t = 0 the posterior is x_0; its log variance is that of t = 1, not minus infinity
     torch.testing.assert_close(mean[0], x_0[0])
     assert not variance[0].any() and torch.equal(log_variance[0], log_variance[1])
 
@@ -251,7 +247,7 @@ def test_q_refuses_shapes_that_differ():
 
 # ---------------------------------------------------------------- p: the reverse step
 
-def test_noise_and_x_0_are_two_names_for_one_prediction():
+def test_predictions_of_noise_and_of_x_0_are_equivalent():
     for kwargs in (dict(), dict(predict_xstart=True)):
         diffusion = create_diffusion("", learn_sigma=False, **kwargs)
         t, x_0, noise = every_step(diffusion)
@@ -275,8 +271,8 @@ def test_learned_variance_lies_between_the_two_bounds(respacing):
 
 
 @pytest.mark.parametrize("sigma_small", [False, True])
-def test_fixed_variances(sigma_small):
-    """beta_t or btilde_t; at the step to x_0, where no noise is added, the published values of each."""
+def test_fixed_variance_is_beta_or_btilde(sigma_small):
+    """At t = 0, which adds no noise, both have their published values."""
     diffusion = create_diffusion("", learn_sigma=False, sigma_small=sigma_small)
     t, x, _ = every_step(diffusion)
     step = diffusion.p_mean_variance(constant(x), x, t)
@@ -311,10 +307,10 @@ def test_a_network_of_the_wrong_width_is_refused(learn_sigma, factor):
 # ---------------------------------------------------------------- samplers on data with a known answer
 
 def response(loop, steps):
-    """Mean and standard deviation that an affine sampler gives its samples, with nothing left to chance.
+    """Compute mean and standard deviation of the samples of an affine sampler, without random noise.
 
-    Sample 0 gets no noise at all and each other sample one unit of it, in x_T or in one of the steps: the difference
-    is what that noise contributes.
+    Sample 0 gets no noise and each other sample a unit of it, in x_T or in one step; their difference is the
+    contribution of that noise.
     """
     start = torch.zeros(steps + 2, 1, 1, 1)
     start[1] = 1
@@ -355,8 +351,8 @@ def test_ddim_recovers_the_data(respacing, eta, tolerance):
     assert got == pytest.approx((0.7, 0.5), abs=tolerance)
 
 
-def test_drawn_samples_recover_the_data():
-    """With the samplers' own noise: 20,000 draws, within 4 standard errors."""
+def test_random_samples_recover_the_data():
+    """20,000 draws, within 4 standard errors."""
     diffusion, n = create_diffusion("50"), 20_000
     network = GaussianNetwork(0.7, 0.5, kept=diffusion.timestep_map)
     samples = diffusion.p_sample_loop(network, (n, 1), clip_denoised=False, device="cpu")
@@ -365,8 +361,8 @@ def test_drawn_samples_recover_the_data():
 
 
 @pytest.mark.parametrize("respacing", ["", "10"])
-def test_ddim_step_follows_the_noise(respacing):
-    """Told the true noise, a step of eta 0 goes from x_t to x_{t-1} of that noise, and reversed to x_{t+1}."""
+def test_ddim_step_with_the_true_noise_leads_to_the_neighboring_steps(respacing):
+    """With eta 0 from x_t to x_{t-1} of that noise, and reversed to x_{t+1}."""
     diffusion = create_diffusion(respacing, learn_sigma=False)
     t, x_0, noise = every_step(diffusion)
     x_t = diffusion.q_sample(x_0, t, noise)
@@ -417,8 +413,8 @@ def test_ddpm_step_adds_its_variance(kwargs, variance):
     torch.testing.assert_close(noisy - still, want, rtol=1e-4, atol=1e-6)
 
 
-def test_ddim_inversion_comes_back():
-    """x_0 -> noise -> x_0. The map is known: (x_0 - m) / s standard deviations stay as many on the way."""
+def test_ddim_inversion_returns_to_x_0():
+    """x_0 -> noise -> x_0; the noise is known to be (x_0 - m) / s."""
     diffusion = create_diffusion("", learn_sigma=False)
     network = GaussianNetwork(0.3, 0.5)
     x_0 = torch.linspace(-1, 1.5, 6).view(6, 1)
@@ -430,7 +426,7 @@ def test_ddim_inversion_comes_back():
     torch.testing.assert_close(back, x_0, rtol=0, atol=1e-2)
 
 
-def test_ddim_is_reversed_without_noise_only():
+def test_ddim_with_noise_cannot_be_reversed():
     with pytest.raises(ValueError, match=r"eta.*0\.5"):
         create_diffusion("").ddim_reverse_sample(constant(torch.tensor(0.0)), torch.zeros(SHAPE), at(0), eta=0.5)
 
@@ -445,7 +441,7 @@ class GaussianClassifier:
         spread = std**2 * (1 - gain * np.sqrt(ALPHA_BAR)) + tau**2                 # Var[y | x_t]
         tables = np.stack([-(gain**2) / spread, gain * (y - mean + gain * np.sqrt(ALPHA_BAR) * mean) / spread])
         self.tables = torch.tensor(tables, dtype=torch.float32)
-        # what guidance should make of the data: p(x_0 | y)
+        # p(x_0 | y), the data that guidance leads to
         self.std = math.sqrt(1 / (1 / std**2 + 1 / tau**2))
         self.mean = self.std**2 * (mean / std**2 + y / tau**2)
 
@@ -455,7 +451,7 @@ class GaussianClassifier:
 
 
 def test_guided_score_is_that_of_the_conditional_data():
-    """Bayes' rule for scores: the guided prediction of x_0 is the perfect one of p(x_0 | y), at every step."""
+    """Bayes' rule for scores: the guided prediction of x_0 is the optimal one for p(x_0 | y), at every step."""
     diffusion = create_diffusion("", learn_sigma=False)
     classifier = GaussianClassifier(0.7, 0.5, y=-0.4, tau=0.6)
     t, x, _ = every_step(diffusion)
@@ -486,10 +482,10 @@ def test_guided_samplers_recover_the_conditional_data(loop):
     assert got == pytest.approx((classifier.mean, classifier.std), abs=2e-3)
 
 
-# ---------------------------------------------------------------- what network and loops are told
+# ---------------------------------------------------------------- loops
 
-class Listener:
-    """A network or classifier that answers zero and remembers when it was asked, and with which keywords."""
+class CallRecorder:
+    """A network or classifier that returns zero and records the timesteps and labels of its calls."""
 
     def __init__(self, factor):
         self.factor, self.timesteps, self.labels = factor, [], []
@@ -502,17 +498,17 @@ class Listener:
 
 
 @pytest.mark.parametrize("loop", ["p_sample_loop", "ddim_sample_loop"])
-def test_network_and_classifier_are_told_the_trained_steps(loop):
+def test_network_and_classifier_get_the_trained_steps(loop):
     diffusion = create_diffusion("7")
-    network, classifier, labels = Listener(2), Listener(1), torch.tensor([3, 1, 2])
+    network, classifier, labels = CallRecorder(2), CallRecorder(1), torch.tensor([3, 1, 2])
     getattr(diffusion, loop)(network, SHAPE, cond_fn=classifier, model_kwargs=dict(y=labels), device="cpu")
     assert network.timesteps == classifier.timesteps == [999, 832, 666, 500, 333, 166, 0]
     assert all(y is labels for y in network.labels + classifier.labels)
 
 
-def test_the_network_is_told_the_trained_steps_everywhere_else():
+def test_network_gets_the_trained_steps_outside_the_loops():
     diffusion = create_diffusion("ddim50")
-    network, x, kwargs = Listener(2), torch.zeros(SHAPE), dict(y=None)
+    network, x, kwargs = CallRecorder(2), torch.zeros(SHAPE), dict(y=None)
     diffusion.ddim_reverse_sample(network, x, at(3), model_kwargs=kwargs)
     diffusion.training_losses(network, x, at(4), kwargs)
     diffusion.calc_bpd_loop(network, x, model_kwargs=kwargs)
@@ -520,8 +516,8 @@ def test_the_network_is_told_the_trained_steps_everywhere_else():
 
 
 @pytest.mark.parametrize("sampler, kwargs", [("p", dict()), ("ddim", dict(eta=0.0)), ("ddim", dict(eta=1.0))])
-def test_loops(sampler, kwargs):
-    """A loop yields every step and returns the last; it starts from the given noise and leaves that alone."""
+def test_loops_start_from_the_noise_and_yield_every_step(sampler, kwargs):
+    """The plain loop returns the last sample; the noise is not modified."""
     diffusion = create_diffusion("12", learn_sigma=False)
     network = GaussianNetwork(0.7, 0.5)
     loop, progressive = (getattr(diffusion, f"{sampler}_sample_loop{suffix}") for suffix in ("", "_progressive"))
@@ -531,15 +527,15 @@ def test_loops(sampler, kwargs):
         rest = iter(fresh)
         return lambda x: next(rest)
 
-    given = noise.clone()
-    steps = list(progressive(network, SHAPE, given, noise_fn=draws(), **kwargs))
-    assert len(steps) == 12 and torch.equal(given, noise)
-    first = getattr(diffusion, f"{sampler}_sample")(network, noise, at(11), noise_fn=draws(), **kwargs)
-    assert torch.equal(steps[0]["sample"], first["sample"])
-    assert torch.equal(steps[0]["pred_xstart"], first["pred_xstart"])
-    for again in (loop(network, SHAPE, noise, noise_fn=draws(), **kwargs),
+    start = noise.clone()
+    steps = list(progressive(network, SHAPE, start, noise_fn=draws(), **kwargs))
+    assert len(steps) == 12 and torch.equal(start, noise)
+    one_step = getattr(diffusion, f"{sampler}_sample")(network, noise, at(11), noise_fn=draws(), **kwargs)
+    assert torch.equal(steps[0]["sample"], one_step["sample"])
+    assert torch.equal(steps[0]["pred_xstart"], one_step["pred_xstart"])
+    for sample in (loop(network, SHAPE, noise, noise_fn=draws(), **kwargs),
                   loop(network, SHAPE, noise, noise_fn=draws(), progress=True, **kwargs)):
-        assert torch.equal(again, steps[-1]["sample"])
+        assert torch.equal(sample, steps[-1]["sample"])
 
 
 class Convolution(torch.nn.Conv2d):
@@ -549,11 +545,11 @@ class Convolution(torch.nn.Conv2d):
 
 @pytest.mark.parametrize("loop, kwargs", [("p_sample_loop", dict()), ("ddim_sample_loop", dict(eta=0.0))])
 def test_global_generator_is_used_in_the_published_order(loop, kwargs):
-    """The initial noise, then one draw a step, also where the step adds none: a seed gives the published picture."""
+    """The initial noise, then one draw a step, even if it adds none: a seed gives the published picture."""
     diffusion = create_diffusion("5", learn_sigma=False)
     network = Convolution(2, 2, 1)
     torch.manual_seed(3)
-    got = getattr(diffusion, loop)(network, SHAPE, **kwargs)  # where no device is named, the network's is taken
+    got = getattr(diffusion, loop)(network, SHAPE, **kwargs)  # on the network's device by default
     after = torch.rand(())
     torch.manual_seed(3)
     noise, *fresh = (torch.randn(SHAPE) for _ in range(6))
@@ -601,7 +597,7 @@ def test_control_host_data_is_refused():
 
 @pytest.mark.parametrize("kwargs", [dict(), dict(learn_sigma=False), dict(use_kl=True)])
 def test_a_warm_step_needs_nothing_from_the_host(kwargs):
-    """Tables go to a device once; after that no step copies to it, nor reads from it (which "meta" cannot do)."""
+    """Tables are copied to a device once; after that no step copies to it or reads from it ("meta" cannot be read)."""
     diffusion = create_diffusion("10", **kwargs)
     x = torch.empty(SHAPE, device="meta")
     network, gradient = constant(*[x] * (1 if "learn_sigma" in kwargs else 2)), lambda x, t: x
@@ -616,16 +612,16 @@ def test_a_warm_step_needs_nothing_from_the_host(kwargs):
 
     t = torch.zeros(3, dtype=torch.long, device="meta")
     all_steps(t)
-    tables = {key: id(table) for key, table in diffusion._on_device.items()}
+    tables = {key: id(table) for key, table in diffusion._device_tables.items()}
     with NoHostData():
         all_steps(t)
         diffusion.p_sample_loop(network, SHAPE, device="meta")
         diffusion.ddim_sample_loop(network, SHAPE, device="meta")
-    assert tables == {key: id(table) for key, table in diffusion._on_device.items()} != {}
+    assert tables == {key: id(table) for key, table in diffusion._device_tables.items()} != {}
 
 
-def test_a_network_in_bfloat16_leaves_the_arithmetic_in_float32():
-    """Under autocast the output has 8 bits: a log variance, or a mean, of so few would drown the step in rounding."""
+def test_arithmetic_is_float32_for_a_network_in_bfloat16():
+    """A log variance or a mean with the 8 bits of bfloat16 would be dominated by rounding."""
     diffusion = create_diffusion("")
     x, output = torch.randn(2, 2, 4, 4), torch.randn(2, 4, 4, 4).bfloat16()
     t = torch.tensor([1, 999])
@@ -638,7 +634,7 @@ def test_a_network_in_bfloat16_leaves_the_arithmetic_in_float32():
 # ---------------------------------------------------------------- losses
 
 def losses(**kwargs):
-    """Loss terms of a random network's output at steps 0, 1, 500, 999, and that output, a leaf."""
+    """Return loss terms of a random output at steps 0, 1, 500, 999, the output (a leaf), x_0 and the noise."""
     diffusion = create_diffusion("", **kwargs)
     x_0, noise = torch.randn(4, 2, 3, 3).clamp(-1, 1), torch.randn(4, 2, 3, 3)
     output = torch.randn(4, 4, 3, 3).requires_grad_()
@@ -674,8 +670,8 @@ def test_the_bound_trains_the_variance_alone():
     assert output.grad[:, :2].any() and not output.grad[:, 2:].any()
 
 
-def test_kl_loss_is_the_whole_bound():
-    """T times the same bits per dimension, and the mean is trained by it too."""
+def test_kl_loss_estimates_the_full_bound():
+    """T times the same bits per dimension; it trains the mean too."""
     terms, *_ = losses()
     torch.manual_seed(0)
     kl, output, *_ = losses(use_kl=True)
@@ -686,8 +682,8 @@ def test_kl_loss_is_the_whole_bound():
 
 
 @pytest.mark.parametrize("respacing, factor", [("", 1.0), ("100", 0.1)])
-def test_rescaled_bound(respacing, factor):
-    """The bound's share shrinks with the number of steps; the squared error does not."""
+def test_rescaled_bound_shrinks_with_the_number_of_steps(respacing, factor):
+    """The squared error does not."""
     x_0, noise, eps, values = torch.randn(4, 2, 1, 3, 3)
     plain, rescaled = (create_diffusion(respacing, rescale_learned_sigmas=rescale).training_losses(
         constant(eps, values), x_0, torch.tensor([0, 70]), noise=noise) for rescale in (False, True))
@@ -696,7 +692,7 @@ def test_rescaled_bound(respacing, factor):
     assert torch.equal(rescaled["loss"], rescaled["mse"] + rescaled["vb"])
 
 
-def test_normal_kl():
+def test_normal_kl_is_that_of_torch():
     mean1, mean2 = torch.randn(2, 100, dtype=torch.float64)
     log_var1, log_var2 = torch.randn(2, 100, dtype=torch.float64)
     want = kl_divergence(Normal(mean1, (log_var1 / 2).exp()), Normal(mean2, (log_var2 / 2).exp()))
@@ -704,7 +700,7 @@ def test_normal_kl():
 
 
 def log_bin(x, mean, std):
-    """Float64 reference: GELU's tanh form is x * cdf(x), which gives the approximate cdf without its formula."""
+    """Compute a float64 reference: the tanh form of GELU is x * cdf(x), which gives the cdf without its formula."""
     def cdf(z):
         return torch.nn.functional.gelu(z, approximate="tanh") / z
     lower, upper = (cdf((x + side / 255 - mean) / std) for side in (-1, 1))
@@ -713,7 +709,7 @@ def log_bin(x, mean, std):
     return (upper - lower).clamp(min=1e-12).log()
 
 
-def test_likelihood_of_a_pixel_bin():
+def test_likelihood_is_the_probability_of_a_pixel_bin():
     x = torch.tensor([-1.0, -0.9995, -0.998, -0.5, 0.1, 0.998, 0.9995, 1.0, 3.0], dtype=torch.float64)
     for mean, std in [(0.05, 0.3), (0.9, 0.05), (-0.97, 0.02), (0.3, 2.0)]:
         got = discretized_gaussian_log_likelihood(x, torch.full_like(x, mean), torch.full_like(x, math.log(std)))
@@ -733,14 +729,14 @@ def test_likelihoods_of_all_pixel_bins_sum_to_1():
 
 @pytest.mark.parametrize("kwargs", [dict(), dict(predict_xstart=True), dict(learn_sigma=False),
                                     dict(learn_sigma=False, sigma_small=True)])
-def test_terms_of_the_bound(kwargs):
-    """KL of the posterior at t > 0, the likelihood of the data at t = 0; in bits, a mean over the dimensions."""
+def test_terms_of_the_bound_are_kl_and_likelihood(kwargs):
+    """KL of the posterior at t > 0, likelihood of the data at t = 0, in bits, averaged over the dimensions."""
     diffusion = create_diffusion("", use_kl=True, **kwargs)
     x_0, noise = torch.randn(4, 2, 3, 3).clamp(-1, 1), torch.randn(4, 2, 3, 3)
     error, values = torch.randn(2, 4, 2, 3, 3)
     truth, near = (x_0, 0.003) if diffusion.predict_xstart else (noise, 0.3)
     for t in (torch.tensor([0, 1, 500, 999]), torch.tensor([1, 2, 3, 4]), torch.tensor([0, 0, 0, 0])):
-        # at t = 0 a smaller error, half a standard deviation: far out, float32 cannot tell a bin's likelihood
+        # at t = 0 an error of half a standard deviation: further out, float32 cannot represent a bin's likelihood
         prediction = truth + torch.where((t == 0).view(-1, 1, 1, 1), near, 1.0) * error
         network = constant(prediction, *[values] * kwargs.get("learn_sigma", True))
         x_t = diffusion.q_sample(x_0, t, noise)
@@ -756,9 +752,9 @@ def test_terms_of_the_bound(kwargs):
 
 # ---------------------------------------------------------------- bits per dimension
 
-def test_bpd_loop_adds_up():
-    """Column 0 is t = T - 1. Each column is the term that training sees; the sum and the prior make the total."""
-    # a process that stops half-way, so that the prior counts
+def test_bpd_loop_sums_the_terms_of_training_and_the_prior():
+    """Column 0 is t = T - 1."""
+    # a process that ends far from N(0, I), so that the prior counts
     diffusion = GaussianDiffusion(np.linspace(0.01, 0.06, 20), range(20), 20, predict_xstart=False,
                                   variance="learned_range", loss="mse")
     x_0 = torch.randn(SHAPE).clamp(-1, 1)
@@ -785,7 +781,7 @@ def test_bpd_loop_adds_up():
     torch.testing.assert_close(bpd["total_bpd"], bpd["vb"].sum(dim=1) + bpd["prior_bpd"])
 
 
-def test_bpd_loop_clips_where_asked():
+def test_bpd_loop_clips_by_default():
     diffusion = create_diffusion("5", predict_xstart=True)
     x_0 = torch.ones(SHAPE)
     network = constant(torch.tensor(3.0), torch.tensor(0.0))
@@ -794,10 +790,10 @@ def test_bpd_loop_clips_where_asked():
 
 
 @pytest.mark.parametrize("std", [0.2, 0.3])
-def test_bound_of_a_perfect_network_is_tight(std):
-    """Where every reverse step is exact, so is the bound, for each x_0: -log2 of the probability of its pixel bin.
+def test_bound_of_an_optimal_network_is_tight(std):
+    """If every reverse step is exact, the bound is -log2 of the probability of each x_0's pixel bin.
 
-    The noise that is drawn on the way leaves a standard error of 0.016 for each x_0.
+    The random noise of the terms leaves a standard error of 0.016 for each x_0.
     """
     diffusion, mean = create_diffusion("50"), 0.1
     network = GaussianNetwork(mean, std, kept=diffusion.timestep_map)

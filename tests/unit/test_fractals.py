@@ -1,4 +1,4 @@
-"""The embedded fractals, and the classifier in whose features they are compared."""
+"""The built-in fractals, and the classifier in whose features they are compared."""
 import json
 import re
 
@@ -18,14 +18,14 @@ from evaluation.feature_statistics import FeatureStatistics
 from evaluation.features import load_feature_space
 from evaluation.image_sources import open_image_source
 from evaluation.scores import compute_scores
-from helpers import TINY, call
+from helpers import ROOT, TINY, call, pixels
 
 FRACTALS = ["--data-path", "fractals", "--num-classes", 3, "--image-size", 8, *TINY, "--global-batch-size", 8]
 
 
 # ---------------------------------------------------------------- images
 
-def test_both_splits():
+def test_splits_are_disjoint_and_balanced():
     train, held_out = FractalsDataset(8, 3), FractalsDataset(8, 3, "held-out")
     assert (len(train), len(held_out)) == (3000, 300)
     assert not set(train.paths) & set(held_out.paths) and len({*train.paths, *held_out.paths}) == 3300
@@ -37,8 +37,8 @@ def test_both_splits():
     assert FractalsDataset.flips is False
 
 
-def test_an_image_is_a_function_of_its_class_and_index():
-    """Whatever is done with numpy's generator, whichever was drawn before, however many classes there are."""
+def test_image_is_a_function_of_its_class_and_index():
+    """Not of numpy's generator, of the images drawn before, or of the number of classes."""
     want = draw(5, 1003, 32)
     np.random.seed(7)
     get_system.cache_clear()
@@ -50,21 +50,22 @@ def test_an_image_is_a_function_of_its_class_and_index():
         np.testing.assert_array_equal(to_uint8(image[None])[0].permute(2, 0, 1), want)
 
 
-def test_images_are_those_of_yesterday():
-    """Drawn once, on a machine with AVX-512: who changes this changes what every number was measured on."""
-    for (label, index), sums in YESTERDAY.items():
+def test_images_do_not_change():
+    """Sums of pixels computed once: another value would change the data of every measurement."""
+    for (label, index), sums in PIXEL_SUMS.items():
         assert draw(label, index, 32).sum(axis=(1, 2)).tolist() == sums
 
 
-YESTERDAY = {(0, 0): [18638, 25787, 45240], (1, 1000): [111338, 86845, 45344], (999, 7): [43184, 74099, 92035]}
+PIXEL_SUMS = {(0, 0): [18638, 25787, 45240], (1, 1000): [111338, 86845, 45344], (999, 7): [43184, 74099, 92035]}
 
 
-def test_workers_read_the_same():
+def test_workers_do_not_change_the_images():
     data = FractalsDataset(16, 20)
 
     def batches(workers):
         order = StepBatchSampler(len(data), 16, slice(0, 16), seed=1, start_step=0, end_step=4, flips=False)
-        return [(images, cond["y"]) for images, cond in PrefetchLoader(data, order, workers, torch.device("cpu"), print)]
+        loader = PrefetchLoader(data, order, workers, torch.device("cpu"), print)
+        return [(images, cond["y"]) for images, cond in loader]
 
     one, other = batches(0), batches(2)
     assert all(torch.equal(a, c) and torch.equal(b, d) for (a, b), (c, d) in zip(one, other))
@@ -72,22 +73,21 @@ def test_workers_read_the_same():
 
 
 @pytest.mark.parametrize("size", [1, 5, 32, 100])
-def test_any_size(size):
+def test_images_have_any_size(size):
     image = FractalsDataset(size, 2).read(1500)
     assert image.shape == (3, size, size) and image.dtype == torch.float32
     assert image.min() >= -1 and -0.5 < image.max() <= 1
 
 
-def test_a_class_is_the_same_at_any_size():
-    """A large picture, made small, is near the small one (which has less to darken); another class' is not."""
+def test_class_is_the_same_at_any_size():
+    """A large image, scaled down, is near the small one of its class and not of another."""
     small = [draw(label, 3, 16).astype(float) for label in range(4)]
     large = [draw(label, 3, 64).astype(float).reshape(3, 16, 4, 16, 4).mean(axis=(2, 4)) for label in range(4)]
     distances = np.array([[np.abs(one - other).mean() for other in large] for one in small])
     assert (2 * distances.diagonal() < np.sort(distances, axis=1)[:, 1]).all()
 
 
-def test_no_image_is_empty_or_full():
-    """And classes are told apart by the mean of a few of their images."""
+def test_images_are_neither_empty_nor_full_and_classes_differ():
     means = []
     for label in range(60):
         images = np.stack([draw(label, index, 32) for index in range(0, 1100, 220)])
@@ -100,8 +100,8 @@ def test_no_image_is_empty_or_full():
     assert np.mean(np.array(nearest) == range(60)) > 0.9
 
 
-def test_maps_contract_whatever_the_image():
-    """The bound that is promised beside LARGEST, at the corners of what `draw` may multiply by."""
+def test_maps_of_every_image_contract():
+    """At the extremes of the factors that `draw` applies."""
     for label in range(50):
         linear = get_system(label).maps[:, :2]
         for signs in range(16):
@@ -110,25 +110,33 @@ def test_maps_contract_whatever_the_image():
             assert longest.max() < 1
 
 
-def test_the_chaos_game_finds_a_known_fractal():
-    """Three maps that halve make Sierpinski's triangle: 3 of 4 squares, 9 of 16, 27 of 64 are met, alike often."""
+def test_chaos_game_draws_the_sierpinski_triangle():
+    """Three maps that halve: 27 of 64 squares are visited, equally often."""
     corners = np.array([[0, 0.5, 0], [0, 0, 0.5]])
     maps = np.stack([np.stack([[0.5, 0, right], [0, 0.5, down]]) for right, down in corners.T], axis=-1)
     system = IteratedFunctionSystem(maps, np.arange(256) % 3, np.zeros((3, 9)))
-    points, colours = chaos_game(system, random_words(40_000, 9, 0, 0), 2000, 100)
+    points, color_indices = chaos_game(system, random_words(40_000, 9, 0, 0), 2000, 100)
     cells = (points * 8).astype(int)
     counts = np.bincount(cells[0] * 8 + cells[1], minlength=64)
     want = np.array([[(i & j) == 0 for j in range(8)] for i in range(8)]).ravel()
     assert ((counts > 0) == want).all()
     assert np.allclose(counts[want], counts.sum() / 27, rtol=0.1)
-    # The last map that a point went through says in which half of the picture it lies.
-    assert (points[0][colours // 3 == 1] >= 0.5).all() and (points[0][colours // 3 != 1] <= 0.5).all()
+    # The last map that a point went through decides in which half of the picture it lies.
+    assert (points[0][color_indices // 3 == 1] >= 0.5).all() and (points[0][color_indices // 3 != 1] <= 0.5).all()
+
+
+def test_code_in_the_docs_draws_their_picture(tmp_path, monkeypatch):
+    code = (ROOT / "docs" / "fractals.md").read_text().split("```python\n")[1].split("```")[0]
+    (tmp_path / "docs").mkdir()
+    monkeypatch.chdir(tmp_path)
+    exec(code, {})
+    assert np.abs(pixels("docs/fractals.png") - pixels(ROOT / "docs" / "fractals.png")).mean() < 0.5
 
 
 # ---------------------------------------------------------------- commands
 
-def test_defaults_that_are_not_typed(command, tmp_path):
-    """32 x 32 pixels, 100 classes, no VAE; the model and the recipe stay the paper's; mirror images are not drawn."""
+def test_defaults_follow_from_the_data_set(command, tmp_path):
+    """32 x 32 pixels, 100 classes, no VAE, no flips; the model and the recipe are the paper's."""
     status, out, err = command("train", "--data-path", "fractals", *TINY, "--global-batch-size", 4, "--max-steps", 1,
                                "--num-workers", 0, "--results-dir", tmp_path)
     assert status == 0, err
@@ -139,7 +147,7 @@ def test_defaults_that_are_not_typed(command, tmp_path):
     assert "WARNING" not in out
 
 
-def test_the_papers_tokens():
+def test_tokens_are_as_many_as_in_the_paper():
     """Patches of 2, 4 and 8 give 256, 64 and 16 tokens."""
     import models
     from train import FRACTALS as defaults
@@ -166,14 +174,14 @@ def judge(tmp_path_factory):
     return path
 
 
-def test_a_checkpoint_says_what_it_was_trained_on(command, trained, tmp_path):
+def test_class_names_come_from_the_checkpoint(command, trained, tmp_path):
     status, _, err = command("sample", "--ckpt", trained, "--class-labels", "fractal 002", "0", "--num-sampling-steps",
                              2, "--output", tmp_path / "x.png")
     assert status == 0 and (tmp_path / "x.png").exists(), err
 
 
-def test_from_data_to_scores(command, trained, judge, tmp_path):
-    """A checkpoint against held-out fractals of its own size and number of classes."""
+def test_checkpoint_is_scored_against_held_out_fractals(command, trained, judge, tmp_path):
+    """Of its size and number of classes."""
     status, out, err = command("evaluate", trained, "--reference", "fractals-held-out", "--features", judge,
                                "--num-fid-samples", 20, "--num-sampling-steps", 2, "--output", tmp_path / "x.json")
     assert status == 0, err
@@ -185,8 +193,8 @@ def test_from_data_to_scores(command, trained, judge, tmp_path):
     assert re.search(r"class agreement: \d+\.\d% \(of real images not trained on: \d+\.\d%\)", out)
 
 
-def test_real_against_real_is_the_yardstick(command, judge, tmp_path):
-    """The agreement of held-out images is the classifier's accuracy, far above chance."""
+def test_agreement_of_real_images_is_the_accuracy(command, judge, tmp_path):
+    """Far above that of noise."""
     sizes = ["--num-classes", 3, "--image-size", 8]
     command("evaluate", "--make-reference", "fractals", *sizes, "--features", judge, "--output", tmp_path / "ref.npz")
     status, _, err = command("evaluate", "fractals-held-out", *sizes, "--reference", tmp_path / "ref.npz", "--features",
@@ -204,7 +212,7 @@ def test_real_against_real_is_the_yardstick(command, judge, tmp_path):
     assert other["scores"]["class_agreement"] < 0.6
 
 
-def test_scores_while_it_trains(command, judge, tmp_path):
+def test_training_is_scored_periodically(command, judge, tmp_path):
     status, _, err = command("train", *FRACTALS, "--max-steps", 2, "--num-workers", 0, "--eval-every", 2,
                                "--eval-reference", "fractals-held-out", "--eval-features", judge, "--eval-samples", 12,
                                "--eval-sampling-steps", 2, "--results-dir", tmp_path)
@@ -212,14 +220,13 @@ def test_scores_while_it_trains(command, judge, tmp_path):
     assert "class_agreement" in (tmp_path / "000-DiT-S-2" / "evaluations.csv").read_text()
 
 
-def test_bits_per_dimension_of_fractals(command, trained, tmp_path):
+def test_nll_of_fractals(command, trained, tmp_path):
     status, out, err = command("evaluate", trained, "--nll", "fractals-held-out", "--nll-images", 2, "--output",
                                tmp_path / "x.json")
     assert status == 0 and "bits" in out, err
 
 
-def test_a_latent_cache_of_fractals(command, vae_folder, tmp_path):
-    """A class of few pixels by a tiny VAE; there is nothing to mirror."""
+def test_latent_cache_of_fractals_has_no_mirror_images(command, vae_folder, tmp_path):
     status, _, err = command("extract_features", "--data-path", "fractals", "--num-classes", 1, "--image-size", 8,
                                "--vae", vae_folder, "--num-workers", 0, "--batch-size", 250, "--features-path",
                                tmp_path / "cache")
@@ -228,10 +235,9 @@ def test_a_latent_cache_of_fractals(command, vae_folder, tmp_path):
     assert (manifest["count"], manifest["orientations"], manifest["data_path"]) == (1000, 1, "fractals")
 
 
-def test_the_classifier_of_digits(command, tmp_path):
-    """The same commands serve the other data set: channels and sizes are the data's."""
-    status, _, err = command("tools.train_classifier", "--data-path", "digits", "--num-workers", 0, "--width", 8, "--steps",
-                               60, "--batch-size", 64, "--lr", 0.01, "--output", tmp_path / "digits.pt")
+def test_classifier_of_digits_is_a_feature_space(command, tmp_path):
+    status, _, err = command("tools.train_classifier", "--data-path", "digits", "--num-workers", 0, "--width", 8,
+                               "--steps", 60, "--batch-size", 64, "--lr", 0.01, "--output", tmp_path / "digits.pt")
     assert status == 0, err
     features = load_feature_space(str(tmp_path / "digits.pt"), "cpu")
     images = open_image_source("digits-held-out")
@@ -242,14 +248,14 @@ def test_the_classifier_of_digits(command, tmp_path):
     assert features.metadata()["space"] == "a classifier of digits (10 classes)"
 
 
-def test_a_classifier_of_a_folder(command, image_folder, tmp_path):
+def test_classifier_of_an_image_folder(command, image_folder, tmp_path):
     status, out, err = command("tools.train_classifier", "--data-path", image_folder, "--held-out-path", image_folder,
                                "--image-size", 16, "--num-workers", 0, "--width", 4, "--steps", 3, "--batch-size", 8,
                                "--output", tmp_path / "c.pt")
     assert status == 0 and "of 24 images" in out, err
 
 
-def test_the_classifier_is_a_function_of_its_seed():
+def test_classifier_is_a_function_of_its_seed():
     data = FractalsDataset(8, 2)
     one, again, other = (train_classifier(data, steps=3, batch_size=8, width=4, seed=seed).state_dict()
                          for seed in (0, 0, 1))
@@ -257,14 +263,14 @@ def test_the_classifier_is_a_function_of_its_seed():
     assert not torch.equal(one["head.weight"], other["head.weight"])
 
 
-def test_labels_that_the_classifier_does_not_know(command, judge, tmp_path):
+def test_labels_unknown_to_the_classifier_are_refused(command, judge, tmp_path):
     np.savez(tmp_path / "x.npz", arr_0=np.zeros((9, 8, 8, 3), dtype=np.uint8), arr_1=np.arange(9))
     status, _, err = command("evaluate", tmp_path / "x.npz", "--reference", "fractals-held-out", "--num-classes", 3,
                              "--features", judge, "--output", tmp_path / "x.json")
     assert status == 2 and "the samples have the labels 0 .. 8, a classifier of fractals (3 classes) knows" in err
 
 
-def test_no_agreement_without_labels(judge):
+def test_class_agreement_needs_labels(judge):
     features = load_feature_space(str(judge), "cpu")
     rows = torch.randn(10, 16)
     measured = FeatureStatistics(10, (rows.mean(dim=0).numpy(), np.cov(rows.numpy(), rowvar=False)), features=rows)
@@ -278,7 +284,7 @@ def test_no_agreement_without_labels(judge):
 @pytest.mark.parametrize("name, flags, sentence", [
     ("train", [*FRACTALS, "--patch-size", 3], r"--image-size 8: .*\(8, 8\) .* patch_size 3"),
     ("train", [*FRACTALS, "--num-classes", 0], r"argument --num-classes: 0 is not a positive whole number"),
-    ("tools.train_classifier", ["--data-path", "nowhere", "--output", "c.pt"], r"--data-path nowhere: there is no such fol"),
+    ("tools.train_classifier", ["--data-path", "nowhere", "--output", "c.pt"], r"--data-path nowhere: there is no"),
     ("tools.train_classifier", ["--data-path", "digits", "--num-classes", 9, "--output", "c.pt"],
      r"--num-classes 9 is for --data-path fractals, not digits"),
     ("tools.train_classifier", ["--data-path", "fractals", "--output", "nowhere/c.pt"],
@@ -294,19 +300,19 @@ def test_no_agreement_without_labels(judge):
     ("extract_features", ["--data-path", "fractals", "--vae", "none", "--features-path", "c"], r"--vae none"),
     ("evaluate", ["x.npz", "--reference", "digits", "--num-classes", 3], r"--num-classes says how a checkpoint's"),
 ])
-def test_mistakes(command, tmp_path, monkeypatch, name, flags, sentence):
+def test_wrong_flags_are_refused(command, tmp_path, monkeypatch, name, flags, sentence):
     monkeypatch.chdir(tmp_path)
     status, _, err = command(name, *flags)
     assert status == 2 and re.search(sentence, err), err
     assert "Traceback" not in err and not list(tmp_path.glob("*.pt"))
 
 
-def test_a_folder_needs_held_out_images(command, image_folder, tmp_path):
+def test_classifier_of_a_folder_needs_held_out_images(command, image_folder, tmp_path):
     status, _, err = command("tools.train_classifier", "--data-path", image_folder, "--output", tmp_path / "c.pt")
     assert status == 2 and "needs --held-out-path" in err
 
 
-def test_a_broken_image_is_told(tmp_path):
+def test_corrupt_image_is_named(tmp_path):
     for name in "ab":
         (tmp_path / name).mkdir()
         (tmp_path / name / "x.png").write_bytes(b"no picture")
@@ -314,7 +320,7 @@ def test_a_broken_image_is_told(tmp_path):
         train_classifier(ImageFolderDataset(str(tmp_path), 8), steps=1, batch_size=2)
 
 
-def test_fractals_by_name():
+def test_fractals_have_a_name():
     assert build_dataset("fractals", 8).class_names[-1] == "fractal 099"
     assert len(build_dataset("fractals-held-out", 8, num_classes=7)) == 700
     images = open_image_source("fractals-held-out", 8, 2)

@@ -1,4 +1,4 @@
-"""The golden vectors: 1,125 results of the published method, recorded once, must come out again."""
+"""The golden vectors: 1,125 recorded results of the published method are reproduced."""
 import importlib.util
 import json
 from pathlib import Path
@@ -14,7 +14,7 @@ TOLERANCE = 2e-5
 
 
 class Recorded(dict):
-    """A copy of the recorded results that a control may falsify; `files` as in the archive that np.load gives."""
+    """A copy of the recorded results that a control can change; `files` as in the archive of np.load."""
 
     @property
     def files(self):
@@ -40,7 +40,7 @@ def got(vectors):
     return vectors.run(json.loads((GOLDEN / "cases.json").read_text()), models, create_diffusion)
 
 
-def test_all_golden_vectors_come_out(vectors, got, want):
+def test_all_golden_vectors_are_reproduced(vectors, got, want):
     assert len(want.files) == 1125 and set(got) == set(want.files)
     worst, broken = vectors.compare(got, want)
     assert not broken
@@ -52,8 +52,8 @@ def test_all_golden_vectors_come_out(vectors, got, want):
     ("sample/eps_range/ddpm", "sample/eps_range"),
     ("diffusion/kl/0/loss_loss", "diffusion/kl"),
 ])
-def test_control_a_falsified_entry_is_reported(vectors, got, want, key, group):
-    """The comparison itself must be able to fail: one entry off by a thousandth shows in its group, and only there."""
+def test_control_a_changed_entry_is_reported(vectors, got, want, key, group):
+    """One entry that is off by a thousandth is reported in its group, and only there."""
     worst, broken = vectors.compare(got, Recorded(want, **{key: want[key] * 1.001}))
     assert not broken
     assert [name for name, diff in worst.items() if diff > TOLERANCE] == [group]

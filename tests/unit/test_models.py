@@ -316,8 +316,8 @@ def guided(model, x, t, y, scale, **kwargs):
     return model.forward_with_cfg(torch.cat([x, x]), torch.cat([t, t]), torch.cat([y, null]), scale, **kwargs)
 
 
-@pytest.mark.parametrize("channels, cfg_channels, expected", [(4, None, 3), (4, 4, 4), (4, 1, 1), (1, None, 1), (3, None, 3),
-                                                              (16, None, 16)])
+@pytest.mark.parametrize("channels, cfg_channels, expected", [
+    (4, None, 3), (4, 4, 4), (4, 1, 1), (1, None, 1), (3, None, 3), (16, None, 16)])
 @pytest.mark.parametrize("learn_sigma", [True, False])
 def test_guidance_changes_the_noise_alone(channels, cfg_channels, expected, learn_sigma):
     """By default three of four channels, all of any other number; never the variance."""

@@ -1,4 +1,4 @@
-"""Which timesteps a training step draws, and that weighting them leaves the expected loss what it was."""
+"""Timestep samplers: what they draw, and that their weights leave the expected loss unchanged."""
 import math
 import pathlib
 import subprocess
@@ -20,7 +20,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 
 
 def steps(number):
-    """Stands for a diffusion process of so many steps."""
+    """Return a stand-in for a diffusion process of that many steps."""
     return types.SimpleNamespace(num_timesteps=number)
 
 
@@ -29,7 +29,7 @@ def seeded(seed=0):
 
 
 def learned(losses, **arguments):
-    """A resampler of which timestep i has seen the losses `losses[i]`, which fill its history."""
+    """Return a resampler whose history of timestep i is `losses[i]`."""
     losses = torch.tensor(losses, dtype=torch.float32)
     sampler = LossSecondMomentResampler(steps(len(losses)), losses.shape[1], **arguments)
     for column in losses.T:
@@ -41,19 +41,18 @@ def probabilities(sampler):
     return sampler.weights() / sampler.weights().sum()
 
 
-def test_names():
+def test_named_samplers_have_a_weight_for_every_timestep():
     diffusion = create_diffusion("7")
-    for name, kind in (("uniform", UniformSampler), ("loss-second-moment", LossSecondMomentResampler)):
+    for name, sampler_class in (("uniform", UniformSampler), ("loss-second-moment", LossSecondMomentResampler)):
         sampler = create_named_schedule_sampler(name, diffusion)
-        assert isinstance(sampler, kind)
+        assert isinstance(sampler, sampler_class)
         assert sampler.weights().shape == (7,)
     with pytest.raises(ValueError, match="second-moment"):
         create_named_schedule_sampler("importance", diffusion)
 
 
 @pytest.mark.parametrize("sampler", [UniformSampler(steps(10)), LossSecondMomentResampler(steps(10))])
-def test_uniform_draws(sampler):
-    """The resampler too, which has seen no loss yet: all of 0 .. T - 1, equally often, each of weight 1."""
+def test_draws_are_uniform_before_any_loss(sampler):
     t, weights = sampler.sample(20_000, "cpu", seeded())
     assert t.dtype == torch.int64 and weights.dtype == torch.float32
     assert torch.equal(weights, torch.ones(20_000))
@@ -77,8 +76,8 @@ def test_uniform_until_every_timestep_has_its_history():
     assert probabilities(sampler)[2] > 1.2 * probabilities(sampler)[1] > 1.2 * probabilities(sampler)[0]
 
 
-def test_probabilities():
-    """sqrt(E[L^2]), Improved DDPM section 3.3, not the mean of |L|; a part is spread evenly."""
+def test_probabilities_follow_the_second_moment_of_the_losses():
+    """sqrt(E[L^2]) (Improved DDPM, section 3.3), not the mean of |L|, mixed with a uniform share."""
     sampler = learned([[0.0, 0], [3, 4], [-1, 7]], uniform_prob=0.1)
     moments = np.sqrt([0, 12.5, 25])
     assert probabilities(sampler) == pytest.approx(0.9 * moments / moments.sum() + 0.1 / 3)
@@ -110,22 +109,22 @@ def test_weighting_leaves_the_expected_loss_alone():
     assert abs(drawn.mean() - losses.mean()) > 100 * error
 
 
-def test_losses_in_a_graph_are_taken_as_numbers():
+def test_losses_that_require_gradients_are_accepted():
     sampler = LossSecondMomentResampler(steps(2), history_per_term=1)
     sampler.update_with_local_losses(torch.tensor([0, 1]), torch.tensor([1.0, 3.0], requires_grad=True) * 1)
     assert probabilities(sampler) == pytest.approx([0.25, 0.75], abs=1e-3)
 
 
-def test_state_goes_on_where_it_was():
-    """Also a state in the middle of filling; what is saved is a copy, of tensors alone."""
-    first = LossSecondMomentResampler(steps(2), history_per_term=2)
-    first.update_with_local_losses(torch.tensor([0, 0, 1]), torch.tensor([1.0, 2.0, 3.0]))
-    state = first.state_dict()
+def test_a_restored_sampler_continues_like_the_saved_one():
+    """Also from an incomplete history; the saved state is a copy and holds tensors only."""
+    original = LossSecondMomentResampler(steps(2), history_per_term=2)
+    original.update_with_local_losses(torch.tensor([0, 0, 1]), torch.tensor([1.0, 2.0, 3.0]))
+    state = original.state_dict()
     assert all(torch.is_tensor(value) for value in state.values())
     saved = {name: value.clone() for name, value in state.items()}
-    second = LossSecondMomentResampler(steps(2), history_per_term=2)
-    second.load_state_dict(state)
-    for sampler in (first, second):
+    restored = LossSecondMomentResampler(steps(2), history_per_term=2)
+    restored.load_state_dict(state)
+    for sampler in (original, restored):
         sampler.update_with_local_losses(torch.tensor([1, 0]), torch.tensor([4.0, 5.0]))
         assert probabilities(sampler) == pytest.approx(probabilities(learned([[2.0, 5], [3, 4]])))
     assert all(torch.equal(value, saved[name]) for name, value in state.items())
@@ -157,8 +156,8 @@ dist.destroy_process_group()
 """
 
 
-def test_two_processes_learn_as_one(tmp_path):
-    """Batches of different sizes; the histories overflow, so the order of the ranks shows."""
+def test_two_ranks_learn_as_one(tmp_path):
+    """With batches of unequal sizes; the histories overflow, so that the order of the ranks matters."""
     generator = seeded()
     sizes = [[3, 2, 9], [1, 5, 8]]
     batches = [[(torch.randint(4, (n,), generator=generator), torch.rand(n, generator=generator))
