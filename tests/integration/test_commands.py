@@ -221,6 +221,14 @@ def test_minimum_versions_are_those_of_requirements_txt(monkeypatch):
         check_versions()
 
 
+def toy_parser():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--label-distribution", choices=["uniform", "balanced"], default="uniform")
+    parser.add_argument("--steps", type=int, default=1)
+    add_alias(parser, "--labels", "--label-distribution")
+    return parser
+
+
 def test_a_former_name_of_a_flag_works_and_is_not_shown():
     flags, explicit_args = parse_args(toy_parser(), argv=["--labels", "balanced"])
     assert flags.label_distribution == "balanced" and explicit_args == {"label_distribution"}
