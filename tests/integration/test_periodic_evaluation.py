@@ -65,7 +65,8 @@ def test_scores_are_those_of_evaluate_py(command, reference, tmp_path):
     best = folder_of(tmp_path) / "checkpoints" / "best.pt"
     assert best.samefile(best.with_name("0000009.pt"))
     status, _, err = command("evaluate", "score", best, "--reference", reference, "--features", "pixels",
-                             "--cfg-scale", 1, "--num-fid-samples", 12, "--num-sampling-steps", "ddim3", "--per-proc-batch-size", 8,
+                             "--cfg-scale", 1, "--num-fid-samples", 12, "--num-sampling-steps", "ddim3",
+                             "--per-proc-batch-size", 8,
                              "--output", tmp_path / "record.json")
     assert status == 0, err
     found = json.loads((tmp_path / "record.json").read_text())["scores"]
