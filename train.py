@@ -196,7 +196,7 @@ def open_dataset(flags, explicit_args, device):
         autoencoder = load_cached_latents(dataset, vae, image_size, device,
                                           needs_decoder=bool(flags.sample_every or flags.eval_every))
         if flags.cache_on_device:
-            dataset = dataset.in_memory(device)
+            dataset = dataset.to_device(device)
         if flags.flip and not dataset.flips:
             raise ArgumentError(f"the cache {source} was made without mirror images (--no-flip)", flip=None)
     else:
@@ -245,10 +245,10 @@ def resume(checkpoints, path, args, config, flags):
     changes = []
 
     def check(stored):
-        changes.extend(find_config_changes(stored, args, config, path))
+        changes.extend(find_config_changes(stored, args, config))
         if changes and not flags.allow_config_change:
-            raise UserError(f"--resume {path}: {'; '.join(changes)}. Another value makes another run: give the old "
-                            "one, or pass --allow-config-change")
+            raise UserError(f"{'; '.join(changes)}. Another value makes another run: give the old one, or pass "
+                            "--allow-config-change")
 
     step = checkpoints.restore(path, check)
     return step, [f"WARNING: {change} (--allow-config-change)" for change in changes]

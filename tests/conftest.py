@@ -1,4 +1,4 @@
-"""Fixtures: running commands, small data sets and a small VAE. A test is marked by the folder it lies in."""
+"""Fixtures: running commands, small data sets and a small VAE. A test has the marker of its folder."""
 import importlib
 import sys
 
@@ -12,7 +12,7 @@ from helpers import ROOT, Children
 
 @pytest.fixture
 def command(monkeypatch, capfd):
-    """Run a command's main in this process: command("train", "--flag", ...) -> (exit status, output, errors)."""
+    """Run a command in this process: command("train", "--flag", ...) -> (exit status, stdout, stderr)."""
     def run(name, *flags):
         from common.errors import run_command
         module = importlib.import_module(name)
@@ -28,25 +28,31 @@ def command(monkeypatch, capfd):
     return run
 
 
-@pytest.fixture
-def children(tmp_path_factory):
+@pytest.fixture(scope="module")
+def module_children(tmp_path_factory):
+    """Run commands in child processes, for fixtures of a module."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(ROOT))  # for the server, which does not know pytest's path
         patch.setenv("OMP_NUM_THREADS", "1")
-        started = Children(tmp_path_factory.mktemp("logs"))
-        yield started
-        started.close()
+        yield Children(tmp_path_factory.mktemp("logs"))
+
+
+@pytest.fixture
+def children(module_children):
+    """Run commands in child processes; those that still run at the end of the test are killed."""
+    yield module_children
+    module_children.close()
 
 
 @pytest.fixture(scope="session")
 def image_folder(tmp_path_factory):
-    """Three classes of eight small colour images each, of several sizes."""
+    """Three classes of eight small color images each, of several sizes."""
     root = tmp_path_factory.mktemp("images")
-    random = np.random.default_rng(0)
+    generator = np.random.default_rng(0)
     for label, name in enumerate(["ant", "bee", "cat"]):
         (root / name).mkdir()
         for i in range(8):
-            noise = random.integers(0, 256, (5, 7, 3), dtype=np.uint8)
+            noise = generator.integers(0, 256, (5, 7, 3), dtype=np.uint8)
             noise[..., label] = 200
             Image.fromarray(noise).resize((40 + i, 36), Image.Resampling.BICUBIC).save(root / name / f"{i}.png")
     return root
@@ -54,7 +60,7 @@ def image_folder(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def vae_folder(tmp_path_factory):
-    """A small AutoencoderKL with random weights, as diffusers saves one: 4 channels, 4 pixels a latent."""
+    """A small AutoencoderKL with random weights, as diffusers saves it: 4 channels, stride 4."""
     from diffusers import AutoencoderKL
     torch.manual_seed(0)
     vae = AutoencoderKL(block_out_channels=(8, 8, 16), down_block_types=("DownEncoderBlock2D",) * 3,

@@ -1,4 +1,4 @@
-"""Small real things to run the commands on, and ways to run and compare them."""
+"""Running commands, planting faults in them, and comparing what they write."""
 import contextlib
 import importlib
 import itertools
@@ -28,14 +28,13 @@ DIGITS = ["--data-path", "digits", *TINY, "--global-batch-size", "8"]
 
 
 def call(name, *flags):
-    """Run a command's main in this process; errors come as they are."""
+    """Run a command's main function in this process; its errors are raised."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [f"{name}.py", *map(str, flags)])
         importlib.import_module(name).main()
 
 
-
-def run_process(script, *flags, processes=None, check=True, **more):
+def run_process(script, *flags, processes=None, check=True, **kwargs):
     """Run a command as a user does: `python SCRIPT`, or `torchrun` on several gloo processes."""
     launcher = [sys.executable]
     if processes:
@@ -43,15 +42,20 @@ def run_process(script, *flags, processes=None, check=True, **more):
                      f"--master-port={free_port()}"]
     environment = dict(os.environ, OMP_NUM_THREADS="1")
     done = subprocess.run([*launcher, str(ROOT / script), *map(str, flags)], env=environment, capture_output=True,
-                          text=True, stdin=subprocess.DEVNULL, timeout=300, **more)
+                          text=True, stdin=subprocess.DEVNULL, timeout=600, **kwargs)
     if check:
         assert done.returncode == 0, done.stdout + done.stderr
     return done
 
 
+# ---------------------------------------------------------------- commands in child processes
 
 class Children:
-    """Commands in processes of their own, which start at once: a server that has imported everything forks them."""
+    """Run commands in processes that start quickly: they are forked by a server that has imported everything.
+
+    Args:
+        folder (Path): Where their output goes.
+    """
 
     def __init__(self, folder):
         self.folder, self.started = folder, []
@@ -61,17 +65,21 @@ class Children:
                                              "diffusers.models.autoencoders.autoencoder_kl"])
 
     def start(self, name, *flags, processes=1, prepare=None):
-        """Start a command on some gloo processes; returns them. The text of each goes to its `log`.
+        """Start a command on several gloo processes and return them; each has the path of its output in `log`.
 
-        prepare  called with the process' number before the command begins, to plant a fault; of a module's top level
+        Args:
+            name (str): Module of the command.
+            *flags: Its command line.
+            processes (int): Number of ranks.
+            prepare (callable): Called with the rank before the command begins, to plant a fault; must be picklable.
         """
         port, group = str(free_port()), []
         for rank in range(processes):
             environment = dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(processes), MASTER_PORT=port,
                                MASTER_ADDR="127.0.0.1") if processes > 1 else {}
             log = self.folder / f"{len(self.started)}.log"
-            child = self.context.Process(target=in_child, args=(name, [str(flag) for flag in flags], environment,
-                                                                str(log), prepare, rank))
+            child = self.context.Process(target=run_child, args=(name, [str(flag) for flag in flags], environment,
+                                                                 str(log), prepare, rank))
             log.touch()
             child.start()
             child.log = log
@@ -80,26 +88,29 @@ class Children:
         return group
 
     def run(self, name, *flags, processes=1, prepare=None, status=0):
-        """Run a command to its end on some processes; returns what they printed, one after the other."""
-        group = self.start(name, *flags, processes=processes, prepare=prepare)
+        """Run a command to its end and return the output of all processes; each must exit with `status`."""
+        return self.join(self.start(name, *flags, processes=processes, prepare=prepare), status)
+
+    def join(self, group, status=0):
+        """Wait for a group of processes and return their output; each must exit with `status`."""
         for child in group:
-            child.join(120)
+            child.join(300)
         text = "".join(child.log.read_text() for child in group)
-        assert [child.exitcode for child in group] == [status] * processes, text
+        assert [child.exitcode for child in group] == [status] * len(group), text
         return text
 
     def close(self):
+        """Kill what still runs."""
         for child in self.started:
             if child.is_alive():
                 child.kill()
 
 
-
-def in_child(name, flags, environment, log, prepare, rank):
-    """Where a child begins."""
+def run_child(name, flags, environment, log, prepare, rank):
+    """Run a command in this child process."""
     os.environ.update(environment)
     torch.set_num_threads(1)
-    multiprocessing.set_start_method("fork", force=True)  # for their own workers, as where nobody sets one
+    multiprocessing.set_start_method("fork", force=True)  # the default on Linux, which its data workers use
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)
@@ -110,95 +121,62 @@ def in_child(name, flags, environment, log, prepare, rank):
     run_command(importlib.import_module(name).main)
 
 
-
-def wait_for(condition, seconds=60):
-    """Wait until condition() is true; returns what it gave."""
+def wait_for(condition, seconds=120):
+    """Wait until `condition()` is true, and return its value."""
     end = time.monotonic() + seconds
-    while not (found := condition()):
-        assert time.monotonic() < end, "nothing came of it"
-        time.sleep(0.005)
-    return found
-
+    while not (value := condition()):
+        assert time.monotonic() < end, f"not true after {seconds} seconds"
+        time.sleep(0.01)
+    return value
 
 
 _PORTS = itertools.count(20_000 + os.getpid() * 37 % 10_000)
 
 
 def free_port():
-    """A port that nothing uses: below the range from which systems choose ports, where an idle one may be taken."""
+    """Return an unused port below the range from which systems choose ports, where it may be taken meanwhile."""
     for port in _PORTS:
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind(("127.0.0.1", port))
             return port
 
 
+# ---------------------------------------------------------------- faults, planted in a child process
 
-def picture(*shape, seed=0):
-    """(H, W, ...) uint8 noise."""
-    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+class AtTrainingLoss:
+    """Do something at the n-th computation of a training loss, which is once per microbatch.
 
+    Args:
+        count (int): Which computation, counted from 1.
+        action (callable): Called without arguments, before the loss is computed; must be picklable.
+        rank (int): The rank that does it. Default: all.
+    """
 
+    def __init__(self, count, action, rank=None):
+        self.count, self.action, self.rank = count, action, rank
 
-def write_images(root, files):
-    """files: {"class/name.png": PIL image or bytes}; returns the folder's name."""
-    for name, content in files.items():
-        path = root / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content) if isinstance(content, bytes) else content.save(path)
-    return str(root)
+    def __call__(self, rank):
+        if self.rank not in (None, rank):
+            return
+        training_losses, calls = GaussianDiffusion.training_losses, itertools.count(1)
 
+        def with_action(*args, **kwargs):
+            if next(calls) == self.count:
+                self.action()
+            return training_losses(*args, **kwargs)
 
-
-def largest_difference(a, b, part="model"):
-    return max((a[part][name] - b[part][name]).abs().max().item() for name in a[part])
-
-
-
-def losses(results):
-    """Every loss that log.txt shows."""
-    (log,) = results.glob("*/log.txt")
-    return [float(loss) for loss in re.findall(r"Train Loss: (\S+),", log.read_text())]
-
+        GaussianDiffusion.training_losses = with_action
 
 
-def trained(results, step):
-    """The checkpoint of a run's first experiment."""
-    return load_checkpoint(str(next(results.glob(f"*/checkpoints/{step:07d}.pt"))))
+class SpoilLoss:
+    """Multiply the loss of one sample by a value, in some steps.
 
-
-
-def differences(one, two, path=""):
-    """Names of what is not the same, bit for bit, in two checkpoints; flags and folders aside."""
-    if torch.is_tensor(one):
-        return [] if torch.is_tensor(two) and torch.equal(one, two) else [path]
-    if isinstance(one, dict):
-        names = [name for name in one if not (path == "" and name == "args")]
-        missing = [f"{path}/{name}" for name in set(one) ^ set(two)]
-        return missing + [found for name in names if name in two
-                          for found in differences(one[name], two[name], f"{path}/{name}")]
-    if isinstance(one, (list, tuple)):
-        return [path] if len(one) != len(two) else [
-            found for i, pair in enumerate(zip(one, two)) for found in differences(*pair, f"{path}/{i}")]
-    return [] if one == two else [path]
-
-
-
-def scalars(results, name="train/loss"):
-    """{step: value} of what TensorBoard was told, all digits; where a step was told twice, the last."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-    events = EventAccumulator(str(folder_of(results) / "tensorboard")).Reload()
-    return {event.step: event.value for event in events.Scalars(name)}
-
-
-
-def stored(results, step, number=0):
-    return load_checkpoint(str(folder_of(results, number) / "checkpoints" / f"{step:07d}.pt"))
-
-STATE = ("/model", "/ema", "/opt", "/schedule_sampler")
-
-
-class Spoils:
-    """Makes the loss of one sample of one process something else in some steps (counted from 0)."""
+    Args:
+        steps (iterable): The steps, counted from 0.
+        value (float): The factor.
+        rank (int): The rank of the sample. Default: all.
+        row (int): The row of the sample in the local batch.
+    """
 
     def __init__(self, steps, value, rank=None, row=1):
         self.steps, self.value, self.rank, self.row = set(steps), value, rank, row
@@ -206,29 +184,100 @@ class Spoils:
     def __call__(self, rank):
         if self.rank not in (None, rank):
             return
-        losses, count = GaussianDiffusion.training_losses, [0]
+        training_losses, calls = GaussianDiffusion.training_losses, itertools.count()
 
-        def spoilt(diffusion, *args, **more):
-            terms = losses(diffusion, *args, **more)
-            if count[0] in self.steps:
+        def spoiled(*args, **kwargs):
+            terms = training_losses(*args, **kwargs)
+            if next(calls) in self.steps:
                 factor = torch.ones_like(terms["loss"])
                 factor[self.row] = self.value
                 terms["loss"] = terms["loss"] * factor
-            count[0] += 1
             return terms
 
-        GaussianDiffusion.training_losses = spoilt
+        GaussianDiffusion.training_losses = spoiled
 
 
+# ---------------------------------------------------------------- what a run leaves behind
 
-def steps_of(results, number=0):
-    """Steps of the checkpoints of an experiment, oldest first."""
-    return sorted(list_checkpoints(str(folder_of(results, number))))
-
+STATE = ("/model", "/ema", "/opt", "/schedule_sampler")  # in `differences` of checkpoints: what a step changes
 
 
 def folder_of(results, number=0):
+    """Return the folder of the run with a number."""
     return next(results.glob(f"{number:03d}-*"))
+
+
+def stored(results, step, number=0):
+    """Load the checkpoint of a run after `step` steps."""
+    return load_checkpoint(str(folder_of(results, number) / "checkpoints" / f"{step:07d}.pt"))
+
+
+def trained(results, step):
+    """Load the checkpoint after `step` steps of the only run in a folder."""
+    return stored(results, step)
+
+
+def steps_of(results, number=0):
+    """List the steps of a run's checkpoints, ascending."""
+    return sorted(list_checkpoints(str(folder_of(results, number))))
+
+
+def losses(results):
+    """List the losses in log.txt."""
+    (log,) = results.glob("*/log.txt")
+    return [float(loss) for loss in re.findall(r"Train Loss: (\S+),", log.read_text())]
+
+
+def scalars(results, name="train/loss"):
+    """Return {step: value} of a TensorBoard tag; of a step that was logged twice, the last value."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    events = EventAccumulator(str(folder_of(results) / "tensorboard")).Reload()
+    return {event.step: event.value for event in events.Scalars(name)}
+
+
+def largest_difference(a, b, part="model"):
+    """Return the largest absolute difference of weights in two checkpoints."""
+    return max((a[part][name] - b[part][name]).abs().max().item() for name in a[part])
+
+
+def differences(one, two, path=""):
+    """List the paths of values that differ between two checkpoints, bit for bit; their flags may differ."""
+    if torch.is_tensor(one):
+        return [] if torch.is_tensor(two) and torch.equal(one, two) else [path]
+    if isinstance(one, dict):
+        names = [name for name in one if not (path == "" and name == "args")]
+        missing = [f"{path}/{name}" for name in set(one) ^ set(two)]
+        return missing + [inner for name in names if name in two
+                          for inner in differences(one[name], two[name], f"{path}/{name}")]
+    if isinstance(one, (list, tuple)):
+        return [path] if len(one) != len(two) else [
+            inner for i, pair in enumerate(zip(one, two)) for inner in differences(*pair, f"{path}/{i}")]
+    return [] if one == two else [path]
+
+
+# ---------------------------------------------------------------- images
+
+def picture(*shape, seed=0):
+    """Return uint8 noise of shape (H, W, ...)."""
+    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+def write_images(root, files):
+    """Write {"class/name.png": PIL image or bytes} and return the folder's path as text."""
+    for name, content in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content) if isinstance(content, bytes) else content.save(path)
+    return str(root)
+
+
+def pixels(path):
+    """Read an image as integers, shape (H, W, ...)."""
+    with Image.open(path) as image:
+        return np.asarray(image).astype(int)
+
+
+# ---------------------------------------------------------------- models
 
 MODEL_SIZES = {
     "DiT-XL/2": (28, 1152, 16, 2, 674_834_720, 118.62),
@@ -247,54 +296,17 @@ MODEL_SIZES = {
 TINY_MODEL = dict(input_size=4, patch_size=2, hidden_size=16, depth=1, num_heads=2, num_classes=7)
 
 
-def reference_attention(layer, x, heads):
-    """softmax(q k / sqrt(width of a head)) v, the rows of the qkv weight being q, k, v, each head by head."""
-    q, k, v = layer.qkv(x).unflatten(-1, (3, heads, -1)).unbind(2)
-    weights = torch.einsum("nqhd,nkhd->nhqk", q, k).div(math.sqrt(q.shape[-1])).softmax(-1)
-    return layer.proj(torch.einsum("nhqk,nkhd->nqhd", weights, v).flatten(2))
-
-
-
-def giga_multiply_adds(model):
-    """Of one forward pass for one image; nothing is computed, the tensors are on the meta device."""
-    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
-        x = torch.zeros(1, model.in_channels, *model.x_embedder.input_size)
-        model.eval()(x, torch.zeros(1), torch.zeros(1, dtype=torch.long))
-    return counter.get_total_flops() / 2 / 1e9
-
-
-
-def inputs(model, n=3):
-    """n latents, timesteps and labels that fit the model; no label is the null class."""
-    x = torch.randn(n, model.in_channels, *model.x_embedder.input_size)
-    return x, torch.randint(1000, (n,)), torch.randint(model.y_embedder.num_classes, (n,))
-
-
-
-def reference_mlp(layer, x):
-    h = layer.fc1(x)
-    return layer.fc2(0.5 * h * (1 + torch.tanh(math.sqrt(2 / math.pi) * (h + 0.044715 * h**3))))
-
-
-
-def random_model(**overrides):
-    """A tiny model in which every part has a say: a fresh one predicts zero whatever its input."""
-    model = build_dit(**TINY_MODEL | overrides).eval()
+def random_model(**config):
+    """Return a tiny DiT whose output depends on all weights; with its initial weights it would be zero."""
+    model = build_dit(**TINY_MODEL | config).eval()
     for weight in model.parameters():
         if weight.requires_grad:
             torch.nn.init.normal_(weight, std=0.3)
     return model
 
 
-
-def pixels(path):
-    with Image.open(path) as picture:
-        return np.asarray(picture).astype(int)
-
-
-
 def random_weights(model, seed=0, scale=0.2):
-    """Weights that make the output depend on everything (freshly initialised, it is zero)."""
+    """Fill a model with random weights, so that its output depends on all of them, and return it."""
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -302,9 +314,34 @@ def random_weights(model, seed=0, scale=0.2):
     return model
 
 
+def inputs(model, n=3):
+    """Draw latents, timesteps and labels for a model, n of each; no label is the null class."""
+    return (torch.randn(n, *model.sample_shape), torch.randint(1000, (n,)),
+            torch.randint(model.config.num_classes, (n,)))
+
+
+def giga_multiply_adds(model):
+    """Count the multiply-adds of a forward pass for one image, on the meta device."""
+    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model.eval()(torch.zeros(1, *model.sample_shape), torch.zeros(1), torch.zeros(1, dtype=torch.long))
+    return counter.get_total_flops() / 2 / 1e9
+
+
+def reference_attention(layer, x, heads):
+    """Compute softmax(q k / sqrt(head width)) v; the rows of the qkv weight are q, k, v, each head by head."""
+    q, k, v = layer.qkv(x).unflatten(-1, (3, heads, -1)).unbind(2)
+    weights = torch.einsum("nqhd,nkhd->nhqk", q, k).div(math.sqrt(q.shape[-1])).softmax(-1)
+    return layer.proj(torch.einsum("nhqk,nkhd->nqhd", weights, v).flatten(2))
+
+
+def reference_mlp(layer, x):
+    """Compute an MLP with the tanh approximation of GELU."""
+    h = layer.fc1(x)
+    return layer.fc2(0.5 * h * (1 + torch.tanh(math.sqrt(2 / math.pi) * (h + 0.044715 * h**3))))
+
 
 class Recompilations:
-    """Counts the graphs that were compiled, and breaks in them."""
+    """Count the graphs that are compiled in this context, and the breaks in them."""
 
     def __enter__(self):
         torch._dynamo.reset()
@@ -321,4 +358,3 @@ class Recompilations:
     @property
     def breaks(self):
         return sum(torch._dynamo.utils.counters["graph_break"].values())
-

@@ -8,7 +8,7 @@ from torch.distributed.tensor import DTensor
 
 from common import distributed
 from common.checkpoint_io import CHECKPOINT_NAME, list_checkpoints, load_checkpoint, save_checkpoint
-from common.errors import UserError
+from common.errors import ArgumentError, UserError
 from common.files import remove_temporary_files, replace_with_hard_link
 from training.fsdp import full_tensor
 
@@ -30,7 +30,8 @@ class CheckpointManager:
         protected (str): Path of a checkpoint that is never removed: the one that the run resumed.
         async_save (bool): Write a copy in the background while training continues.
         **stateful: The objects; their names are the keys in a checkpoint. An object's `settle()`, if it has one, is
-            called by all ranks before it is saved.
+            called by all ranks before it is saved, and its `reset()` in its turn if a restored checkpoint lacks
+            it; without `reset` it then keeps its state.
     """
 
     def __init__(self, run_dir, metadata, keep_checkpoints=None, keep_every=None, protected=None, async_save=False,
@@ -97,27 +98,34 @@ class CheckpointManager:
 
         Args:
             path (str): The checkpoint.
-            check (callable): Called with the checkpoint before anything is restored; raises if it belongs elsewhere.
+            check (callable): Called with the checkpoint before anything is restored; raises if it is of another run.
 
         Raises:
-            UserError: If it is damaged, or is not the training state of such a run.
+            ArgumentError: If it is not the training state of such a run.
+            UserError: If it is damaged.
         """
         stored = load_checkpoint(path)
         try:
             return self._restore(stored, path, check)
-        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        except ArgumentError:
+            raise
+        except UserError as error:
+            raise ArgumentError(f"{error}", resume=path) from None
+        except Exception as error:  # a file that holds something else causes errors of many types
             reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-            raise UserError(f"--resume {path}: this is not a training state of this code ({reason})") from None
+            raise ArgumentError(f"this is not a training state of this code ({reason})", resume=path) from None
 
     def _restore(self, stored, path, check):
+        if check:
+            check(stored)
         step = stored["step"] if "step" in stored else _step_in_name(path)
         if type(step) is not int or not 0 <= step < 2**62:
             raise ValueError(f"step is {step!r}")
-        if check:
-            check(stored)
         for name, part in self.stateful.items():
             if stored.get(name):
                 part.load_state_dict(stored[name])
+            elif hasattr(part, "reset"):
+                part.reset()
         return step
 
     def has_failed(self):
@@ -172,5 +180,5 @@ def _to_host(value, copy, keep):
 def _step_in_name(path):
     match = CHECKPOINT_NAME.fullmatch(os.path.basename(path))
     if match is None:
-        raise UserError(f"--resume {path}: the file does not hold its step, and neither does its name (0050000.pt)")
+        raise ArgumentError("the file does not hold its step, and neither does its name (0050000.pt)", resume=path)
     return int(match[1])

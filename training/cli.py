@@ -110,6 +110,8 @@ def check_flags(flags):
     """Raise an `ArgumentError` for flags that mean nothing without another one."""
     if flags.keep_every and not flags.keep_checkpoints:
         raise ArgumentError("needs --keep-checkpoints; without it all are kept", keep_every=flags.keep_every)
+    if len({f"{decay:g}" for decay in flags.ema_decay}) < len(flags.ema_decay):
+        raise ArgumentError("two averages would have the same name in checkpoints", ema_decay=flags.ema_decay)
     if flags.eval_every and not flags.eval_reference:
         raise ArgumentError("needs --eval-reference, with which samples are compared", eval_every=flags.eval_every)
     if flags.eval_reference and not flags.eval_every:

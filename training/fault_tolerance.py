@@ -8,8 +8,8 @@ class FaultTolerance:
 
     The training loop makes two calls:
 
-        is_stopping = faults.poll()       # after each step
-        faults.finish(step, path)         # after the last checkpoint
+        is_stopping = faults.poll()                   # after each step
+        faults.finish(step, path, end_step, log)      # after the last checkpoint
 
     Reasons to stop are a signal (SIGTERM, SIGUSR1), a fault of the data (an unreadable image, a dead worker process),
     and too many bad steps in a row. They are known on all ranks one step after they occurred on one; batches are loaded

@@ -42,6 +42,8 @@ class NonFiniteGuard:
         """Restore the counters. A run that ended by bad steps may try again when a person restarts it."""
         self.total, self.in_a_row, self.averaged = (int(state[name]) for name in ("total", "in_a_row", "averaged"))
         self.average = float(state["average"])
+        if min(self.total, self.in_a_row, self.averaged) < 0 or not 0 <= self.average < math.inf:
+            raise ValueError(f"the counters of bad steps are {state}")
         if self.is_exhausted and not int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
             self.in_a_row = 0
 

@@ -47,8 +47,12 @@ class EMAStates:
         """Return the weights of each average."""
         return {decay: state.state_dict() for decay, state in self.states.items()}
 
+    def reset(self):
+        """Start all averages from the weights, which are restored before them."""
+        self.load_state_dict({})
+
     def load_state_dict(self, state):
-        """Load the averages; one that the checkpoint does not hold starts from the weights themselves."""
+        """Load the averages; one that the checkpoint does not hold starts from the weights."""
         for decay, average in self.states.items():
             if decay in state:
                 average.load_state_dict(state[decay])
@@ -100,14 +104,13 @@ def _shard_state_like(patterns, tensors):
     return {name: shard_like(patterns.get(name), value) for name, value in tensors.items()}
 
 
-def find_config_changes(stored, args, config, path):
+def find_config_changes(stored, args, config):
     """Compare a checkpoint with the run that is to resume it.
 
     Args:
         stored (dict): The checkpoint.
         args (dict): Flags of this run.
         config (dict): Model and data of this run, as its checkpoints hold them.
-        path (str): Path of the checkpoint, for messages.
 
     Returns:
         list[str]: A sentence about each flag and each property of the data that is not what it was.
@@ -115,10 +118,9 @@ def find_config_changes(stored, args, config, path):
     Raises:
         UserError: If the file holds no training state, or that of another model.
     """
-    missing = [name for name in ("model", "ema", "opt", "args") if name not in stored]
+    missing = [name for name in ("model", "ema", "opt", "args") if not stored.get(name)]
     if missing:
-        raise UserError(f"--resume {path}: this file has no {', '.join(missing)}; "
-                        "it may do to sample from, but not to continue training")
+        raise UserError(f"this file has no {', '.join(missing)}. It may do to sample from, but not to resume training")
     if not stored["opt"]["state"] and stored.get("step", 1) > stored.get("guard", {}).get("total", 0):
         raise ValueError("the optimizer's moments are missing")
     stored_config = stored.get("config", {})
@@ -128,7 +130,7 @@ def find_config_changes(stored, args, config, path):
     if model_changes:
         then = ", ".join(f"{name}={value}" for name, value in model_changes.items())
         now = ", ".join(f"{name}={config['model'].get(name)}" for name in model_changes)
-        raise UserError(f"--resume {path}: this checkpoint is of another model ({then}; the flags give {now})")
+        raise UserError(f"this checkpoint is of another model ({then}; the flags give {now})")
     stored_args = stored["args"] if isinstance(stored["args"], Mapping) else vars(stored["args"])
     changes = [f"{flag_name(name)} is {value}, it was {stored_args[name]}" for name, value in args.items()
                if name in stored_args and name not in CHANGEABLE_FLAGS and stored_args[name] != value]

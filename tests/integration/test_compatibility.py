@@ -1,14 +1,13 @@
-"""Files made before the house was rebuilt (commit 33b873f, November 2026) load, and continue as they did then."""
+"""Files of an earlier version (commit 33b873f, November 2026) load, and give the same results."""
 import shutil
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from common.checkpoint_io import load_checkpoint
 from data.latent_cache.reader import LatentCache, verify
-from helpers import DIGITS, ROOT, differences, run_process, stored
+from helpers import DIGITS, ROOT, TINY, differences, pixels, stored
 
 FIXTURES = ROOT / "tests" / "fixtures"
 RUN = [*DIGITS, "--num-workers", 0, "--schedule-sampler", "loss-second-moment", "--max-steps", 6]
@@ -19,8 +18,8 @@ def old_run(tmp_path):
     return shutil.copytree(FIXTURES / "run", tmp_path / "old")
 
 
-def test_an_old_checkpoint_resumes_to_what_a_new_run_computes(command, old_run, tmp_path):
-    """Made after 3 steps by `train.py`, with flags under their former names; floats may differ between processors."""
+def test_old_checkpoint_is_resumed_as_a_new_one(command, old_run, tmp_path):
+    """It was made after 3 steps, with flags under former names; rounding may differ between processors."""
     status, out, err = command("train", *RUN, "--resume", "auto", "--results-dir", old_run)
     assert status == 0 and "at step 3" in out and "WARNING" not in out, out + err
     status, _, err = command("train", *RUN, "--results-dir", tmp_path / "new")
@@ -33,49 +32,49 @@ def test_an_old_checkpoint_resumes_to_what_a_new_run_computes(command, old_run, 
     assert torch.equal(old["schedule_sampler"]["counts"], new["schedule_sampler"]["counts"])
 
 
-def test_a_checkpoint_has_the_keys_it_had(command, old_run, tmp_path):
-    """The names on disk are frozen: of the file, of its configuration and of its optimizer state."""
+def test_names_in_checkpoints_are_unchanged(command, old_run, tmp_path):
+    """Those of the file, of its configuration and of its optimizer state."""
     status, _, err = command("train", *RUN[:-1], 3, "--results-dir", tmp_path / "new")
     assert status == 0, err
     old, new = stored(old_run, 3), stored(tmp_path / "new", 3)
     assert old.keys() == new.keys() and old["config"] == new["config"]
     assert old["model"].keys() == new["model"].keys() and old["opt"].keys() == new["opt"].keys()
     assert old["opt"]["param_groups"] == new["opt"]["param_groups"]
-    renamed = {"features_in_memory", "override", "timeout"}  # our own flags, whose former names are aliases
+    renamed = {"features_in_memory", "override", "timeout"}  # flags whose former names are aliases
     assert old["args"].keys() - new["args"].keys() == renamed
     assert {name: value for name, value in old["args"].items() if name not in renamed | {"results_dir", "max_steps",
             "ckpt_every", "log_every"}}.items() <= new["args"].items()
 
 
-def test_an_old_checkpoint_gives_its_picture(command, old_run, tmp_path):
+def test_old_checkpoint_gives_the_same_picture(command, old_run, tmp_path):
     path = old_run / "000-DiT-S-2" / "checkpoints" / "0000003.pt"
     status, _, err = command("sample", "--ckpt", path, "--num-sampling-steps", 10, "--cfg-scale", 2, "--output",
                              tmp_path / "sample.png")
     assert status == 0, err
-    old, new = (np.asarray(Image.open(file)).astype(int) for file in (FIXTURES / "sample.png", tmp_path / "sample.png"))
+    old, new = pixels(FIXTURES / "sample.png"), pixels(tmp_path / "sample.png")
     assert old.shape == new.shape and abs(old - new).max() <= 1
 
 
-def test_an_old_checkpoint_of_another_block_type_gives_its_samples(tmp_path):
-    run_process("sample_ddp.py", "--ckpt", FIXTURES / "adaln-single.pt", "--num-sampling-steps", 4, "--cfg-scale", 1.5,
-                "--num-fid-samples", 4, "--sample-dir", tmp_path)
+def test_old_checkpoint_of_another_block_type_gives_the_same_samples(command, tmp_path):
+    status, _, err = command("sample_ddp", "--ckpt", FIXTURES / "adaln-single.pt", "--num-sampling-steps", 4,
+                             "--cfg-scale", 1.5, "--num-fid-samples", 4, "--sample-dir", tmp_path)
+    assert status == 0, err
     (path,) = tmp_path.glob("*.npz")
     with np.load(path) as new, np.load(FIXTURES / "adaln-single-samples.npz") as old:
         assert abs(old["arr_0"].astype(int) - new["arr_0"]).max() <= 1 and (old["arr_1"] == new["arr_1"]).all()
 
 
-def test_an_old_latent_cache_trains(command, tmp_path):
+def test_old_latent_cache_can_be_trained_on(command, tmp_path):
     cache = shutil.copytree(FIXTURES / "latent_cache", tmp_path / "latent_cache")
     assert verify(str(cache)) == [] and len(LatentCache(str(cache))) == 8
-    status, _, err = command("train", "--features-path", cache, "--model", "DiT-S/2", "--depth", 1, "--hidden-size", 16,
-                               "--num-heads", 2, "--num-classes", 2, "--global-batch-size", 4, "--max-steps", 2,
-                               "--num-workers", 0, "--results-dir", tmp_path / "results")
+    status, _, err = command("train", "--features-path", cache, *TINY, "--num-classes", 2, "--global-batch-size", 4,
+                             "--max-steps", 2, "--num-workers", 0, "--results-dir", tmp_path / "results")
     assert status == 0, err
     assert stored(tmp_path / "results", 2)["config"]["num_images"] == 8
 
 
-def test_control_a_changed_weight_is_seen(old_run):
-    """The comparisons above can fail."""
+def test_control_a_changed_weight_is_noticed(old_run):
+    """The comparisons can fail."""
     path = old_run / "000-DiT-S-2" / "checkpoints" / "0000003.pt"
     one, two = load_checkpoint(str(path)), load_checkpoint(str(path))
     two["ema"]["pos_embed"] = two["ema"]["pos_embed"] + 1e-3

@@ -1,4 +1,4 @@
-"""--fsdp: what DDP computes, of which each process keeps a part; the same files."""
+"""--fsdp: the results and files of DDP, with a shard of the state on each rank."""
 import os
 import re
 from functools import partial
@@ -6,9 +6,10 @@ from functools import partial
 import pytest
 import torch
 
+import models
 from common import distributed
 from common.errors import ArgumentError
-from helpers import DIGITS, Spoils, differences, folder_of, scalars, stored
+from helpers import DIGITS, STATE, SpoilLoss, differences, folder_of, scalars, stored
 from training.checkpoint_manager import CheckpointManager
 from training.fsdp import has_only_linear_weights, init_mesh, to_local
 
@@ -16,16 +17,20 @@ RUN = [*DIGITS, "--depth", 3, "--lr", 1e-3, "--ema-decay", 0.9, "--class-dropout
        "--ckpt-every", 3, "--max-grad-norm", 0.3, "--schedule-sampler", "loss-second-moment"]
 
 
-class Watched:
-    """Has each process say at the end of its run which share of everything it holds, and what was compiled."""
+class ReportShards:
+    """Let each rank print at the end of its run which share of the state it holds, and how often it was compiled.
 
-    def __init__(self, a_node=None):
-        self.a_node = a_node
+    Args:
+        ranks_per_node (int): Pretend that a node has this many ranks.
+    """
+
+    def __init__(self, ranks_per_node=None):
+        self.ranks_per_node = ranks_per_node
 
     def __call__(self, rank):
-        if self.a_node:
-            os.environ["LOCAL_WORLD_SIZE"] = str(self.a_node)
-        torch.compile = partial(torch.compile, backend="eager")  # whether it can be traced, without a C++ compiler
+        if self.ranks_per_node:
+            os.environ["LOCAL_WORLD_SIZE"] = str(self.ranks_per_node)
+        torch.compile = partial(torch.compile, backend="eager")  # traces, but needs no C++ compiler
         wait = CheckpointManager.wait
 
         def wait_and_report(checkpoints):
@@ -46,36 +51,35 @@ class Watched:
 
 
 def shares(out, name):
-    """{rank: (share, sum)} as `Watched` said last."""
+    """Return {rank: (share, sum)} as `ReportShards` printed last."""
     return {int(rank): (float(share), total)
             for rank, share, total in re.findall(rf"^(\d) {name} (\S+) (\S+)$", out, re.MULTILINE)}
 
 
-def check_alike(one, two, step, tolerance=2e-5):
-    """Checkpoints of two runs: the same names, shapes and types, and values but for rounding."""
+def assert_close(one, two, step, tolerance=2e-5):
+    """Compare checkpoints of two runs: names, shapes and types exactly, values up to rounding."""
     one, two = stored(one, step), stored(two, step)
     assert one["opt"]["param_groups"] == two["opt"]["param_groups"]
     pairs = [(one[part], two[part]) for part in ("model", "ema")]
     assert one["opt"]["state"].keys() == two["opt"]["state"].keys()
     pairs += [(moments, two["opt"]["state"][i]) for i, moments in one["opt"]["state"].items()]
-    for ours, theirs in pairs:
-        assert list(ours) == list(theirs) and {type(value) for value in theirs.values()} == {torch.Tensor}
-        for name in ours:
-            torch.testing.assert_close(ours[name], theirs[name], rtol=1e-3, atol=tolerance)
+    for left, right in pairs:
+        assert list(left) == list(right) and {type(value) for value in right.values()} == {torch.Tensor}
+        for name in left:
+            torch.testing.assert_close(left[name], right[name], rtol=1e-3, atol=tolerance)
 
 
-def test_as_ddp_and_back(children, command, tmp_path):
-    """Losses, weights, EMA, moments; cut and resumed bit for bit; either goes on from the other's checkpoint."""
-    watched = Watched()
+def test_fsdp_equals_ddp_and_each_resumes_the_other(children, command, tmp_path):
+    """Losses, weights, EMA and moments; FSDP resumes its own checkpoints bit for bit."""
     reference = tmp_path / "held-out.npz"
     command("evaluate", "--make-reference", "digits-held-out", "--features", "pixels", "--output", reference)
-    more = ["--fsdp", "--async-save", "--sample-every", 3, "--eval-every", 3, "--eval-reference", reference,
+    extra = ["--fsdp", "--async-save", "--sample-every", 3, "--eval-every", 3, "--eval-reference", reference,
             "--eval-features", "pixels", "--eval-samples", 65, "--eval-sampling-steps", "ddim2"]
     children.run("train", *RUN, "--max-steps", 6, "--results-dir", tmp_path / "ddp", processes=2)
-    out = children.run("train", *RUN, *more, "--max-steps", 6, "--results-dir", tmp_path / "fsdp", processes=2,
-                       prepare=watched)
-    check_alike(tmp_path / "ddp", tmp_path / "fsdp", 3)
-    check_alike(tmp_path / "ddp", tmp_path / "fsdp", 6)
+    out = children.run("train", *RUN, *extra, "--max-steps", 6, "--results-dir", tmp_path / "fsdp", processes=2,
+                       prepare=ReportShards())
+    assert_close(tmp_path / "ddp", tmp_path / "fsdp", 3)
+    assert_close(tmp_path / "ddp", tmp_path / "fsdp", 6)
     ddp, fsdp = scalars(tmp_path / "ddp"), scalars(tmp_path / "fsdp")
     assert len(ddp) == 6 and max(abs(ddp[step] - fsdp[step]) for step in ddp) < 1e-5
     norms = [scalars(tmp_path / name, "train/grad_norm") for name in ("ddp", "fsdp")]
@@ -91,9 +95,9 @@ def test_as_ddp_and_back(children, command, tmp_path):
                                        ("to-one", "fsdp", [], 1)):
         path = folder_of(tmp_path / source) / "checkpoints" / "0000003.pt"
         out = children.run("train", *RUN, *flags, "--max-steps", 6, "--resume", path, "--results-dir", tmp_path / name,
-                           processes=count, prepare=watched)
+                           processes=count, prepare=ReportShards())
         assert "at step 3" in out and ("graphs 0 breaks 0" in out) == (flags != compiled) and "breaks 1" not in out
-        check_alike(tmp_path / "ddp", tmp_path / name, 6)
+        assert_close(tmp_path / "ddp", tmp_path / name, 6)
     assert differences(stored(tmp_path / "fsdp", 6), stored(tmp_path / "again", 6)) == []
     status, out, err = command(
         "sample", "--ckpt", path, "--num-sampling-steps", "ddim2", "--output", tmp_path / "x.png")
@@ -101,34 +105,30 @@ def test_as_ddp_and_back(children, command, tmp_path):
 
 
 @pytest.mark.parametrize("where, count", [("all", 2), ("node", 4)])
-def test_accumulating_in_bf16(children, tmp_path, where, count):
-    """Weights that travel as bfloat16 give what autocast gives; two nodes of two hold two copies that stay alike."""
+def test_gathering_in_bf16_equals_autocast(children, tmp_path, where, count):
+    """With accumulated gradients; the replicas of two nodes of two ranks stay equal."""
     flags = [*RUN, "--max-steps", 3, "--grad-accum-steps", 2, "--precision", "bf16", "--fused-adamw"]
     children.run("train", *flags, "--results-dir", tmp_path / "ddp", processes=count)
     out = children.run("train", *flags, "--fsdp", where, "--results-dir", tmp_path / "fsdp", processes=count,
-                       prepare=Watched(a_node=2))
-    check_alike(tmp_path / "ddp", tmp_path / "fsdp", 3, tolerance=1e-4)
-    found = {name: shares(out, name) for name in ("weights", "moments", "ema")}
-    for held in found.values():
+                       prepare=ReportShards(ranks_per_node=2))
+    assert_close(tmp_path / "ddp", tmp_path / "fsdp", 3, tolerance=1e-4)
+    for held in (shares(out, name) for name in ("weights", "moments", "ema")):
         assert len(held) == count and all(0.4 < share < 0.6 for share, _ in held.values())
         assert count == 2 or (held[0] == held[2] and held[1] == held[3] and held[0] != held[1])
 
 
-def test_a_step_that_is_not_finite(children, tmp_path):
-    """On one process: no process applies it."""
+def test_non_finite_step_of_one_rank_is_applied_by_none(children, tmp_path):
     out = children.run("train", *RUN, "--fsdp", "--ckpt-every", 1, "--max-steps", 3, "--results-dir", tmp_path,
-                       processes=2, prepare=Spoils([1], float("nan"), rank=1))
+                       processes=2, prepare=SpoilLoss([1], float("nan"), rank=1))
     one, two, three = (stored(tmp_path, step) for step in (1, 2, 3))
-    state = ("/model", "/ema", "/opt", "/schedule_sampler")
-    assert [name for name in differences(one, two) if name.startswith(state)] == [] and two["guard"]["total"] == 1
+    assert [name for name in differences(one, two) if name.startswith(STATE)] == [] and two["guard"]["total"] == 1
     assert any(name.startswith("/model") for name in differences(two, three))
     assert all(torch.isfinite(weight).all() for weight in three["model"].values())
     assert "WARNING: (step=0000002) not applied, its gradient is non-finite" in out
 
 
-def test_whose_blocks_travel_in_bf16():
-    """Those of linear layers only: of others autocast makes no bfloat16."""
-    import models
+def test_only_blocks_of_linear_layers_are_gathered_in_bf16():
+    """Autocast does not convert other weights."""
     assert has_only_linear_weights(models.DiTBlock(16, 2))
     assert not has_only_linear_weights(torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.LayerNorm(4)))
     block = models.DiTBlock(16, 2)
@@ -154,8 +154,7 @@ def test_nodes_need_equal_numbers_of_ranks(monkeypatch, per_node):
     assert caught.value.arguments == dict(fsdp="node")
 
 
-def test_an_average_is_full_only_to_be_sampled(children, tmp_path):
-    """Sharded, the module to sample from has no memory outside of the block that uses it."""
+def test_full_average_takes_memory_only_while_it_is_sampled(children, tmp_path):
     out = children.run("train", *RUN, "--fsdp", "--max-steps", 2, "--results-dir", tmp_path, processes=2,
                        prepare=report_full_model)
     assert out.count("full model on {'meta'} outside, on {'cpu'} inside") == 2

@@ -1,5 +1,6 @@
-"""Files and flags mutated at random: a sentence and a status, never a traceback of ours, and never another result."""
+"""Files and flags mutated at random give an error message and a status: never a traceback, never another result."""
 import contextlib
+import importlib
 import json
 import os
 import shutil
@@ -9,54 +10,59 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as some
+from hypothesis import strategies as st
 
+import networks
 from common.checkpoint_io import load_checkpoint, save_checkpoint, select_weights, verify_checkpoint
-from common.errors import UserError
+from common.cli import parse_args
+from common.errors import ArgumentError, UserError
 from common.files import read_npz_array
 from data.latent_cache.manifest import read_manifest, write_manifest
 from data.latent_cache.reader import LatentCache, verify
 from diffusion import create_diffusion
 from diffusion.timestep_sampler import create_named_schedule_sampler
-from helpers import DIGITS, TINY, call
-from networks import build_dit
+from helpers import DIGITS, TINY, call, stored
+from training.checkpoint_manager import CheckpointManager
 from training.ema import EMA
 from training.nan_guard import NonFiniteGuard
-from training.train_state import TrainState
-
-often = settings(max_examples=600, deadline=2000, database=None, derandomize=True,
-                 suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+from training.train_state import ModelState, OptimizerState, find_config_changes
 
 
-@some.composite
+def examples(count):
+    """Run a test on `count` examples, the same at each run, however long they take."""
+    return settings(max_examples=count, deadline=None, database=None, derandomize=True,
+                    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+
+
+@st.composite
 def mutations(draw):
-    """A function that spoils bytes: flips, cuts, repeats, overwrites, a few of them in a row."""
-    step = some.tuples(some.sampled_from(["flip", "cut", "drop", "repeat", "write"]), some.floats(0, 1),
-                       some.floats(0, 1), some.binary(min_size=1, max_size=12))
-    steps = draw(some.lists(step, min_size=1, max_size=4))
+    """Draw a function that damages bytes by one to four flips, cuts, repetitions or overwrites."""
+    step = st.tuples(st.sampled_from(["flip", "cut", "drop", "repeat", "write"]), st.floats(0, 1), st.floats(0, 1),
+                     st.binary(min_size=1, max_size=12))
+    steps = draw(st.lists(step, min_size=1, max_size=4))
 
     def mutate(raw):
-        for kind, where, other, text in steps:
-            at, end = sorted((int(where * len(raw)), int(other * len(raw))))
-            if kind == "flip" and at < len(raw):
-                raw = raw[:at] + bytes([raw[at] ^ (text[0] or 1)]) + raw[at + 1:]
+        for kind, one, other, text in steps:
+            start, end = sorted((int(one * len(raw)), int(other * len(raw))))
+            if kind == "flip" and start < len(raw):
+                raw = raw[:start] + bytes([raw[start] ^ (text[0] or 1)]) + raw[start + 1:]
             elif kind == "cut":
-                raw = raw[:at]
+                raw = raw[:start]
             elif kind == "drop":
-                raw = raw[:at] + raw[end:]
+                raw = raw[:start] + raw[end:]
             elif kind == "repeat":
-                raw = raw[:end] + raw[at:end] + raw[end:]
+                raw = raw[:end] + raw[start:end] + raw[end:]
             else:
-                raw = raw[:at] + text + raw[at + len(text):]
+                raw = raw[:start] + text + raw[start + len(text):]
         return raw
 
     return mutate
 
 
-values = some.recursive(some.none() | some.booleans() | some.integers() | some.floats() | some.text(max_size=8)
-                        | some.sampled_from(["../../etc/passwd", "/etc/passwd", 10**15, -1, 0, "fp16", "bf16"]),
-                        lambda inner: some.lists(inner, max_size=3)
-                        | some.dictionaries(some.text(max_size=5), inner, max_size=3), max_leaves=4)
+values = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)
+                      | st.sampled_from(["../../etc/passwd", "/etc/passwd", 10**15, -1, 0, "fp16", "bf16"]),
+                      lambda inner: st.lists(inner, max_size=3)
+                      | st.dictionaries(st.text(max_size=5), inner, max_size=3), max_leaves=4)
 
 
 @pytest.fixture(scope="module")
@@ -64,55 +70,75 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("fuzz")
 
 
-STATE = dict(model={"w": torch.arange(40.0)}, ema={"w": torch.ones(3)}, step=7, args=dict(model="DiT-S/2", lr=0.1))
+# ---------------------------------------------------------------- checkpoints
+
+WEIGHTS = dict(model={"w": torch.arange(40.0)}, ema={"w": torch.ones(3)}, step=7, args=dict(model="DiT-S/2", lr=0.1))
 
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol:UserWarning")
-@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("is_zip", [True, False])
 @given(mutate=mutations())
-@often
-def test_checkpoints(folder, zipped, mutate):
-    """What passes the check and loads is what was saved."""
-    torch.save(STATE, folder / "whole.pt", _use_new_zipfile_serialization=zipped)
-    path = folder / "spoilt.pt"
-    path.write_bytes(mutate((folder / "whole.pt").read_bytes()))
+@examples(400)
+def test_damaged_checkpoints_are_refused_or_intact(folder, is_zip, mutate):
+    """What passes its checksums and loads is what was saved."""
+    torch.save(WEIGHTS, folder / "intact.pt", _use_new_zipfile_serialization=is_zip)
+    path = folder / "damaged.pt"
+    path.write_bytes(mutate((folder / "intact.pt").read_bytes()))
     try:
         verify_checkpoint(str(path))
-        found = load_checkpoint(str(path))
-        select_weights(found, str(path))
+        checkpoint = load_checkpoint(str(path))
+        select_weights(checkpoint, str(path))
     except UserError as error:
         assert str(path) in str(error)
         return
-    if zipped:  # the old format has no checksums
-        assert torch.equal(found["model"]["w"], STATE["model"]["w"]) and found["step"] == 7
+    if is_zip:  # the old format has no checksums
+        assert torch.equal(checkpoint["model"]["w"], WEIGHTS["model"]["w"]) and checkpoint["step"] == 7
 
 
 @pytest.fixture(scope="module")
-def training_state(folder):
-    """A checkpoint after two steps of a real run, and what makes the state of a run that would go on from it."""
+def checkpoint(folder):
+    """A training state after two steps of a real run."""
     call("train", *DIGITS, "--schedule-sampler", "loss-second-moment", "--max-steps", 2, "--results-dir", folder)
-    stored = load_checkpoint(str(next(folder.glob("000-*/checkpoints/0000002.pt"))))
-
-    def make():
-        model = build_dit(**stored["config"]["model"])
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0)
-        sampler = create_named_schedule_sampler("loss-second-moment", create_diffusion(""))
-        return TrainState(model, optimizer, sampler, NonFiniteGuard(None, 10), EMA(model, 0.99), dict(stored["args"]),
-                             stored["config"])
-
-    return stored, make
+    return stored(folder, 2)
 
 
-def places(value, path=()):
-    """Every place in nested dictionaries and lists, as the keys that lead to it."""
-    inside = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    for key, inner in inside:
+class Run:
+    """What a run that resumes `checkpoint` consists of, with another learning rate."""
+
+    def __init__(self, checkpoint):
+        self.model = networks.build_dit(**checkpoint["config"]["model"])
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-3, weight_decay=0)
+        self.sampler = create_named_schedule_sampler("loss-second-moment", create_diffusion(""))
+        self.ema, self.guard = EMA(self.model, 0.99), NonFiniteGuard(10, max_loss_spike=5)
+        self.args, self.config = dict(checkpoint["args"]), checkpoint["config"]
+
+    def restore(self, path):
+        """Restore as train.py does with --allow-config-change."""
+        manager = CheckpointManager(os.path.dirname(path), {}, model=ModelState(self.model),
+                                    ema=ModelState(self.ema.model), opt=OptimizerState(self.optimizer, self.model),
+                                    schedule_sampler=self.sampler, guard=self.guard)
+        return manager.restore(path, lambda stored: find_config_changes(stored, self.args, self.config))
+
+    def step(self):
+        """Take an optimizer step, and all that follows it."""
+        for weight in self.model.parameters():
+            weight.grad = torch.ones_like(weight)
+        self.guard.check(0, torch.tensor(1.0), torch.tensor(1.0), torch.ones(4))
+        self.optimizer.step()
+        self.ema.update(self.model)
+        self.sampler.sample(4, torch.device("cpu"))
+
+
+def key_paths(value, path=()):
+    """Yield every place in nested dictionaries and lists, as the keys that lead to it."""
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, inner in items:
         yield (*path, key)
-        yield from places(inner, (*path, key))
+        yield from key_paths(inner, (*path, key))
 
 
 def changed(value, path, change):
-    """A copy in which `change` was called on the container and the key that a path leads to."""
+    """Return a copy in which `change` was called on the container and the key that a path leads to."""
     key, *rest = path
     copy = value.copy()
     if rest:
@@ -122,43 +148,89 @@ def changed(value, path, change):
     return copy
 
 
-@pytest.mark.filterwarnings("ignore:Using a non-tuple sequence")  # torch's, of lists in the place of names
-@given(data=some.data())
-@settings(often, max_examples=400)
-def test_training_states(folder, training_state, data):
-    """Whole files with good checksums, in which something is another thing: refused, or a state that can be trained."""
-    stored, make = training_state
-    where = data.draw(some.sampled_from(sorted(places(stored), key=str)))
-    other = data.draw(values | some.sampled_from([torch.zeros(3), torch.zeros(2, 2, dtype=torch.long), torch.ones(())]))
-    change = data.draw(some.sampled_from([lambda box, key: box.pop(key), lambda box, key: box.update({key: other})
-                                          if isinstance(box, dict) else box.__setitem__(key, other)]))
+def remove(container, key):
+    container.pop(key)
+
+
+def replace_by(value):
+    return lambda container, key: container.__setitem__(key, value)
+
+
+tensors = st.sampled_from([torch.zeros(3), torch.zeros(2, 2, dtype=torch.long), torch.ones(()), -torch.ones(()),
+                           torch.tensor(float("nan"))])
+
+
+@pytest.mark.filterwarnings("ignore:Using a non-tuple sequence")  # torch's, for lists instead of names
+@given(data=st.data())
+@examples(300)
+def test_odd_training_states_are_refused_or_can_be_trained(folder, checkpoint, data):
+    """Intact files in which a value is another one, or missing."""
+    place = data.draw(st.sampled_from(sorted(key_paths(checkpoint), key=str)))
+    change = data.draw(st.just(remove) | st.builds(replace_by, values | tensors))
     path = str(folder / "changed.pt")
-    save_checkpoint(path, changed(stored, where, change))
-    state = make()
+    save_checkpoint(path, changed(checkpoint, place, change))
+    run = Run(checkpoint)
     try:
-        state.restore(path, override=True)
+        run.restore(path)
     except UserError as error:
         assert path in str(error)
         return
-    for weight in state.model.parameters():
-        weight.grad = torch.ones_like(weight)
-    state.optimizer.step()
-    state.ema.update(state.model)
-    state.schedule_sampler.sample(4, torch.device("cpu"))
-    assert state.optimizer.param_groups[0]["lr"] == 1e-3 and state.optimizer.param_groups[0]["betas"] == (0.9, 0.999)
+    run.step()
+    assert run.optimizer.param_groups[0]["lr"] == 1e-3 and run.optimizer.param_groups[0]["betas"] == (0.9, 0.999)
 
+
+MOMENTS = ("opt", "state", 1)  # of the first weight that is trained
+REFUSED = {
+    "no weights": (("model",), {}), "weights of another kind": (("model",), 7), "a missing EMA": (("ema",), None),
+    "an empty EMA": (("ema",), {}), "no optimizer": (("opt",), {}), "no flags": (("args",), None),
+    "flags of another kind": (("args",), 5), "no configuration": (("config",), None),
+    "no moments": (("opt", "state"), {}), "moments of one weight missing": (MOMENTS, {}),
+    "moments of another shape": ((*MOMENTS, "exp_avg"), torch.zeros(3)),
+    "integer moments": ((*MOMENTS, "exp_avg_sq"), 5),
+    "a negative count of steps": ((*MOMENTS, "step"), torch.tensor(-1.0)),
+    "a count of steps that is NaN": ((*MOMENTS, "step"), torch.tensor(float("nan"))),
+    "a step as text": (("step",), "2"), "a negative step": (("step",), -5), "an infinite step": (("step",), 2**70),
+    "a guard of another kind": (("guard",), dict(allows=3)), "a guard's negative count": (("guard", "averaged"), -1),
+    "a guard's infinite count": (("guard", "total"), float("inf")),
+    "a guard's NaN average": (("guard", "average"), float("nan")),
+    "a loss history of another shape": (("schedule_sampler", "losses"), torch.zeros(3)),
+}
+
+
+@pytest.mark.parametrize("place, value", REFUSED.values(), ids=REFUSED)
+def test_training_states_that_cannot_be_resumed_are_refused(folder, checkpoint, place, value):
+    """The error names the flag and the file."""
+    path = str(folder / "refused.pt")
+    save_checkpoint(path, changed(checkpoint, place, replace_by(value)))
+    with pytest.raises(ArgumentError) as caught:
+        Run(checkpoint).restore(path)
+    assert caught.value.arguments == dict(resume=path)
+
+
+def test_control_an_unchanged_training_state_is_restored(folder, checkpoint):
+    """The refusals above have a reason; a state before the first applied step needs no moments."""
+    path = str(folder / "unchanged.pt")
+    save_checkpoint(path, checkpoint)
+    assert Run(checkpoint).restore(path) == 2
+    fresh = checkpoint | dict(opt=checkpoint["opt"] | dict(state={}), guard=checkpoint["guard"] | dict(total=2))
+    save_checkpoint(path, fresh)
+    assert Run(checkpoint).restore(path) == 2
+
+
+# ---------------------------------------------------------------- sample sets, latent caches
 
 @given(mutate=mutations())
-@often
-def test_sets_of_samples(folder, mutate):
-    np.savez(folder / "whole.npz", arr_0=np.arange(48, dtype=np.uint8).reshape(1, 4, 4, 3), arr_1=np.zeros(1, np.int64))
-    path = folder / "spoilt.npz"
-    path.write_bytes(mutate((folder / "whole.npz").read_bytes()))
+@examples(400)
+def test_damaged_sample_sets_are_refused_or_hold_numbers(folder, mutate):
+    np.savez(folder / "intact.npz", arr_0=np.arange(48, dtype=np.uint8).reshape(1, 4, 4, 3),
+             arr_1=np.zeros(1, np.int64))
+    path = folder / "damaged.npz"
+    path.write_bytes(mutate((folder / "intact.npz").read_bytes()))
     for name in ("arr_0", "arr_1"):
         try:
             assert not read_npz_array(str(path), name).dtype.hasobject
         except UserError as error:
-            assert "spoilt.npz" in str(error)
+            assert "damaged.npz" in str(error)
 
 
 @pytest.fixture(scope="module")
@@ -168,115 +240,116 @@ def cache(folder, image_folder, vae_folder):
     return folder / "cache"
 
 
-def answers(path):
-    data = LatentCache(str(path))
-    return data.__getitems__([(index, bool(index % 2)) for index in range(len(data))])
+@pytest.fixture
+def cache_copy(folder, cache):
+    """A copy to damage; the next example overwrites what it changed."""
+    shutil.rmtree(folder / "copy", ignore_errors=True)
+    return shutil.copytree(cache, folder / "copy")
 
 
-@given(mutate=mutations(), name=some.sampled_from(["manifest.json", "labels.npy", "moments-000.npy", "paths.txt"]))
-@often
-def test_latent_caches(folder, cache, mutate, name):
-    """Opening, reading and verifying; whatever is wrong with a file, --verify finds it."""
-    copy = folder / "copy"
-    shutil.rmtree(copy, ignore_errors=True)
-    shutil.copytree(cache, copy)
-    raw = (cache / name).read_bytes()
-    spoilt = mutate(raw)
-    (copy / name).write_bytes(spoilt)
+def read_all(path):
+    dataset = LatentCache(str(path))
+    return dataset.__getitems__([(index, bool(index % 2)) for index in range(len(dataset))])
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "labels.npy", "moments-000.npy", "paths.txt"])
+@given(mutate=mutations())
+@examples(100)
+def test_verification_finds_damage_to_a_latent_cache(cache, cache_copy, name, mutate):
+    """Reading a damaged file raises nothing but a `UserError`."""
+    intact = (cache / name).read_bytes()
+    damaged = mutate(intact)
+    (cache_copy / name).write_bytes(damaged)
     with contextlib.suppress(UserError):
-        answers(copy)
+        read_all(cache_copy)
     try:
-        found = verify(str(copy)) != []
+        is_found = verify(str(cache_copy)) != []
     except UserError:
-        found = True
-    assert found or spoilt == raw or json_equal(spoilt, raw)
+        is_found = True
+    assert is_found or damaged == intact or is_equal_json(damaged, intact)
 
 
-def json_equal(one, two):
-    """White space in the manifest is nobody's loss."""
+def is_equal_json(one, two):
+    """Return whether two texts mean the same: white space in the manifest has no meaning."""
     try:
         return json.loads(one) == json.loads(two)
     except ValueError:
         return False
 
 
-@given(data=some.data())
-@often
-def test_manifests_of_somebody_else(folder, cache, data):
-    """With a checksum that fits: any value in any place is refused, or read as what it says; nothing else is opened."""
-    copy = folder / "hostile"
-    shutil.rmtree(copy, ignore_errors=True)
-    shutil.copytree(cache, copy)
-    manifest = read_manifest(str(copy))
-    name = data.draw(some.sampled_from(sorted(manifest)))
-    if isinstance(manifest[name], dict) and data.draw(some.booleans()):
-        inner = data.draw(some.sampled_from(sorted(manifest[name])))
+@given(data=st.data())
+@examples(300)
+def test_hostile_manifests_are_refused_or_read(cache, cache_copy, data):
+    """With a valid checksum, any value in any place."""
+    manifest = read_manifest(str(cache))
+    name = data.draw(st.sampled_from(sorted(manifest)))
+    if isinstance(manifest[name], dict) and data.draw(st.booleans()):
+        inner = data.draw(st.sampled_from(sorted(manifest[name])))
         manifest[name][inner] = data.draw(values)
-    elif data.draw(some.booleans()):
+    elif data.draw(st.booleans()):
         manifest[name] = data.draw(values)
     else:
         del manifest[name]
-    write_manifest(str(copy), manifest)
-    for use in (lambda: answers(copy), lambda: verify(str(copy))):
+    write_manifest(str(cache_copy), manifest)
+    for use in (read_all, lambda path: verify(str(path))):
         with contextlib.suppress(UserError):
-            use()
+            use(cache_copy)
 
+
+# ---------------------------------------------------------------- flags
 
 @pytest.mark.parametrize("name", ["train", "sample", "sample_ddp", "extract_features", "download"])
-@given(data=some.data())
-@often
-def test_flags(name, data):
-    """Any text as any flag's value: argparse's sentence and status 2, or a value."""
-    from common.cli import parse_args
-    parser = __import__(name).build_parser()
+@given(data=st.data())
+@examples(300)
+def test_any_text_as_a_flag_is_parsed_or_refused(name, data):
+    """argparse reports the error and exits with status 2."""
+    parser = importlib.import_module(name).build_parser()
     flags = sorted(option for action in parser._actions for option in action.option_strings if option.startswith("--"))
-    text = some.text(max_size=12) | some.sampled_from(["nan", "inf", "-inf", "1e999", "-1", "0", str(2**70), "ddim",
-                                                       "ddim0", "\x00", "٣", "--", "-", "=", "auto", "all"])
-    line = [part for _ in range(data.draw(some.integers(1, 3))) for part in (
-        data.draw(some.sampled_from(flags)), data.draw(text))]
-    with open(os.devnull, "w") as nothing, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "stderr", nothing)
-        patch.setattr(sys, "stdout", nothing)
+    text = st.text(max_size=12) | st.sampled_from(["nan", "inf", "-inf", "1e999", "-1", "0", str(2**70), "ddim",
+                                                   "ddim0", "\x00", "٣", "--", "-", "=", "auto", "all"])
+    pairs = data.draw(st.lists(st.tuples(st.sampled_from(flags), text), min_size=1, max_size=3))
+    with silence():
         try:
-            parse_args(parser, line)
+            parse_args(parser, argv=[part for pair in pairs for part in pair])
         except SystemExit as stop:
             assert stop.code in (0, 2)
 
 
-SIZES = ["--depth", "--hidden-size", "--num-heads", "--patch-size", "--num-classes", "--model"]  # cost memory: a few
+@contextlib.contextmanager
+def silence():
+    with open(os.devnull, "w") as nothing, contextlib.redirect_stdout(nothing), contextlib.redirect_stderr(nothing):
+        yield
 
 
-@given(data=some.data())
-@settings(often, max_examples=150, deadline=None)
-def test_whole_runs(folder, data):
-    """train.py from end to end, with up to three flags of any value: it trains a step, or says a sentence."""
+SIZES = ["--depth", "--hidden-size", "--num-heads", "--patch-size", "--num-classes", "--model"]  # large: memory
+FIXED = ["--data-path", "--features-path", "--results-dir", "--num-workers", "--vae", "--resume", "--max-steps"]
+
+
+@given(data=st.data())
+@examples(60)
+def test_runs_with_any_flags_train_or_are_refused(folder, data):
+    """train.py from start to end, with up to three flags of any value."""
     import train
-    parser = train.build_parser()
-    takes_value = sorted(flag for action in parser._actions for flag in action.option_strings
-                         if flag.startswith("--") and action.nargs != 0 and flag not in (
-                             "--data-path", "--features-path", "--results-dir", "--num-workers", "--vae", "--resume"))
-    lone = ["--flip", "--no-flip", "--features-in-memory", "--async-save", "--override"]
-    number = some.integers(-1, 70) | some.sampled_from([0.5, 1e-9, 1e9, 1e30, 0.1])
+    from training.cli import build_parser
+    value_flags = sorted(flag for action in build_parser()._actions for flag in action.option_strings
+                         if flag.startswith("--") and action.nargs != 0 and flag not in FIXED)
+    switches = ["--flip", "--no-flip", "--cache-on-device", "--async-save", "--allow-config-change"]
+    number = st.integers(-1, 70) | st.sampled_from([0.5, 1e-9, 1e9, 1e30, 0.1])
+    large = st.sampled_from([2**31, 2**63, 2**70])
     line = ["--data-path", "digits", *TINY, "--max-steps", "1", "--global-batch-size", "4", "--log-every", "1",
             "--results-dir", str(folder / "runs")]
-    for _ in range(data.draw(some.integers(1, 3))):
-        if data.draw(some.integers(0, 4)) == 0:
-            line.append(data.draw(some.sampled_from(lone)))
+    for _ in range(data.draw(st.integers(1, 3))):
+        if data.draw(st.integers(0, 4)) == 0:
+            line.append(data.draw(st.sampled_from(switches)))
             continue
-        flag = data.draw(some.sampled_from(takes_value))
-        large = some.sampled_from([2**31, 2**63, 2**70]) if flag not in SIZES else some.nothing()
-        value = data.draw(number | large | some.sampled_from(["loss-second-moment", "DiT-S/8", "auto"]))
-        if flag == "--max-steps" and (not isinstance(value, int) or value > 9):
-            continue  # it would train for so long
-        line += [flag, str(value)]
-    with open(os.devnull, "w") as nothing, pytest.MonkeyPatch.context() as patch:
-        for stream in ("stdout", "stderr"):
-            patch.setattr(sys, stream, nothing)
+        flag = data.draw(st.sampled_from(value_flags))
+        value = number | st.sampled_from(["loss-second-moment", "DiT-S/8", "auto"])
+        line += [flag, str(data.draw(value if flag in SIZES else value | large))]
+    with silence(), pytest.MonkeyPatch.context() as patch, contextlib.suppress(UserError):
         patch.setattr(sys, "argv", ["train.py", *line])
-        with contextlib.suppress(UserError):
-            try:
-                train.main()
-            except SystemExit as stop:
-                assert stop.code in (0, 2)
-            finally:
-                shutil.rmtree(folder / "runs", ignore_errors=True)
+        try:
+            train.main()
+        except SystemExit as stop:
+            assert stop.code in (0, 2)
+        finally:
+            shutil.rmtree(folder / "runs", ignore_errors=True)

@@ -1,4 +1,4 @@
-"""The moving average of the weights."""
+"""training/ema.py: the moving average of the weights."""
 import pytest
 import torch
 from torch import nn
@@ -7,7 +7,7 @@ from training.ema import EMA
 
 
 def model():
-    """Two trained parameters, a fixed one, a buffer."""
+    """Return a network with two trained parameters, a fixed one and a buffer."""
     torch.manual_seed(0)
     net = nn.Linear(3, 2)
     net.fixed = nn.Parameter(torch.randn(4), requires_grad=False)
@@ -16,7 +16,7 @@ def model():
 
 
 def change(net):
-    """As an optimiser would; also what is not trained."""
+    """Change all parameters and buffers, trained or not."""
     with torch.no_grad():
         for tensor in (*net.parameters(), *net.buffers()):
             tensor.add_(torch.randn(tensor.shape))
@@ -26,7 +26,7 @@ def copy_of(net):
     return {name: tensor.clone() for name, tensor in net.state_dict().items()}
 
 
-def test_starts_as_an_exact_copy_of_its_own():
+def test_average_starts_as_an_independent_copy():
     net = model().train()
     ema = EMA(net, 0.9)
     before = copy_of(net)
@@ -37,8 +37,8 @@ def test_starts_as_an_exact_copy_of_its_own():
         assert torch.equal(tensor, before[name]), name
 
 
-def test_follows_the_formula():
-    """In float64 beside it; what is not trained is copied, not averaged."""
+def test_average_follows_its_formula():
+    """Compared with float64; what is not trained is copied."""
     net = model()
     ema = EMA(net, 0.9)
     expected = {name: tensor.double() for name, tensor in copy_of(net).items()}
@@ -47,17 +47,17 @@ def test_follows_the_formula():
         ema.update(net)
         new = net.state_dict()
         expected = {name: 0.9 * old + (1 - 0.9) * new[name].double() for name, old in expected.items()}
-    found = ema.model.state_dict()
+    averages = ema.model.state_dict()
     for name in ("weight", "bias"):
-        torch.testing.assert_close(found[name].double(), expected[name], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(averages[name].double(), expected[name], rtol=1e-5, atol=1e-6)
     for name in ("fixed", "table"):
-        assert torch.equal(found[name], net.state_dict()[name]), name
-        assert not torch.allclose(found[name].double(), expected[name]), name
+        assert torch.equal(averages[name], net.state_dict()[name]), name
+        assert not torch.allclose(averages[name].double(), expected[name]), name
 
 
 @pytest.mark.parametrize("decay", [0, 1])
-def test_the_ends(decay):
-    """0 is the model itself, 1 stays at the start."""
+def test_extreme_decays(decay):
+    """0 keeps the weights themselves, 1 the initial ones."""
     net = model()
     ema = EMA(net, decay)
     start = copy_of(net)
@@ -68,7 +68,7 @@ def test_the_ends(decay):
         assert torch.equal(ema.model.state_dict()[name], expected[name])
 
 
-def test_the_model_is_not_touched():
+def test_update_does_not_change_the_model():
     net = model()
     ema = EMA(net, 0.5)
     change(net)

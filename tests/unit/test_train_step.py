@@ -1,4 +1,4 @@
-"""A step that never waits: what the device decides is what the guard decides, and nothing is read in between."""
+"""The training step: it reads nothing from the device, and the device decides as the guard does."""
 import copy
 import re
 from types import SimpleNamespace
@@ -12,7 +12,7 @@ from autoencoder.vae import IdentityAutoencoder
 from common.seeding import BatchRNG
 from diffusion import create_diffusion
 from diffusion.timestep_sampler import create_named_schedule_sampler
-from helpers import DIGITS, STATE, Spoils, differences, scalars, steps_of, stored
+from helpers import DIGITS, STATE, SpoilLoss, differences, scalars, steps_of, stored
 from training.ema import EMA
 from training.logger import MetricLogger
 from training.nan_guard import NonFiniteGuard
@@ -23,10 +23,10 @@ RUN = [*DIGITS, "--fused-adamw", "--log-every", 1, "--lr", 1e-3, "--ema-decay", 
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_the_device_decides_as_the_guard_does(children, tmp_path, processes):
-    """Bit for bit, with steps that are not finite among the others; a guard that looks at losses decides itself."""
+    """Bit for bit, with two non-finite steps; a guard with a spike limit decides on the host."""
     for name, extra in (("device", []), ("host", ["--max-loss-spike", 1e9])):
         out = children.run("train", *RUN, *extra, "--max-steps", 6, "--results-dir", tmp_path / name,
-                           processes=processes, prepare=Spoils([1, 3], float("nan"), rank=processes - 1))
+                           processes=processes, prepare=SpoilLoss([1, 3], float("nan"), rank=processes - 1))
         for step in (2, 4):
             assert f"WARNING: (step=000000{step}) not applied, its gradient is non-finite" in out
         assert "samples whose loss is non-finite: " in out
@@ -37,17 +37,17 @@ def test_the_device_decides_as_the_guard_does(children, tmp_path, processes):
         tmp_path / "host")
 
 
-def test_a_checkpoint_between_two_lines_of_the_log(children, tmp_path):
-    """All processes hear of the bad step before it, together."""
+def test_checkpoint_counts_bad_steps_before_it(children, tmp_path):
+    """The device's decision on the last step is read before a checkpoint, on all ranks."""
     out = children.run("train", *DIGITS, "--fused-adamw", "--ckpt-every", 2, "--max-steps", 5, "--results-dir",
-                       tmp_path, processes=2, prepare=Spoils([1, 3], float("nan"), rank=1))
+                       tmp_path, processes=2, prepare=SpoilLoss([1, 3], float("nan"), rank=1))
     assert len(set(re.findall(r"\(step=(\d+)\) not applied, .*samples whose loss is non-finite: \d+", out))) == 2
     assert [stored(tmp_path, step)["guard"]["total"] for step in (2, 4, 5)] == [1, 2, 2]
 
 
 @pytest.mark.parametrize("before, after", [([], ["--fused-adamw"]), (["--fused-adamw"], [])])
-def test_another_optimiser_goes_on(command, tmp_path, monkeypatch, before, after):
-    """What the checkpoint's optimiser kept on the host, a fused one wants on the device, and the other way round."""
+def test_fused_optimizer_resumes_another_and_vice_versa(command, tmp_path, monkeypatch, before, after):
+    """The flags decide whether it is fused, and with it on which device its step counts are."""
     command("train", *DIGITS, *before, "--max-steps", 2, "--results-dir", tmp_path)
     seen = []
     load = torch.optim.AdamW.load_state_dict
@@ -58,27 +58,28 @@ def test_another_optimiser_goes_on(command, tmp_path, monkeypatch, before, after
     assert seen == [True if after else None]
 
 
-def test_too_many_bad_steps_are_noticed_a_step_late(children, tmp_path):
+def test_too_many_bad_steps_end_the_run_one_step_late(children, tmp_path):
     out = children.run("train", *DIGITS, "--fused-adamw", "--max-bad-steps", 3, "--max-steps", 20, "--results-dir",
-                       tmp_path, status=2, prepare=Spoils(range(4, 20), float("nan")))
-    assert "4 steps in a row could not be applied (--max-bad-steps)" in out and steps_of(tmp_path) == [8]
+                       tmp_path, status=2, prepare=SpoilLoss(range(4, 20), float("nan")))
+    assert "4 steps in a row" in out and "--max-bad-steps" in out and steps_of(tmp_path) == [8]
     saved = stored(tmp_path, 8)
     assert saved["guard"]["total"] == 4
     assert all(torch.isfinite(tensor).all() for part in ("model", "ema") for tensor in saved[part].values())
 
 
 def random_step(device, **options):
-    """A TrainStep on random weights, with a fused AdamW; `options` of TrainStep."""
+    """Return a TrainStep with a fused AdamW on a new model; `options` are those of TrainStep."""
     model = models.DiT(input_size=8, hidden_size=64, depth=2, num_heads=2, num_classes=10).to(device).train()
     diffusion = create_diffusion("")
+    schedule_sampler = create_named_schedule_sampler("uniform", diffusion)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-    return TrainStep(model, model, IdentityAutoencoder(4), diffusion, create_named_schedule_sampler("uniform", diffusion),
-                     optimizer, [EMA(model, 0.99)], NonFiniteGuard(10, sample_indices=lambda step: [list(range(8))]),
-                     BatchRNG(0, 8, slice(0, 8), torch.device(device)), **options)
+    guard = NonFiniteGuard(10, sample_indices=lambda step: [list(range(8))])
+    return TrainStep(model, model, IdentityAutoencoder(4), diffusion, schedule_sampler, optimizer, [EMA(model, 0.99)],
+                     guard, BatchRNG(0, 8, slice(0, 8), torch.device(device)), **options)
 
 
 class HostReads(TorchDispatchMode):
-    """Counts how often a value that depends on the network becomes a Python number."""
+    """Count how often a floating-point value becomes a Python number."""
 
     def __init__(self):
         super().__init__()
@@ -92,7 +93,7 @@ class HostReads(TorchDispatchMode):
 
 @pytest.mark.parametrize("max_loss_spike, reads", [(None, 0), (5.0, 2)])
 def test_a_step_reads_nothing_from_the_device(max_loss_spike, reads):
-    """The verdict on a step is read one step later; with a spike limit the guard needs the norm and the loss at once."""
+    """The decision on a step is read one step later; a spike limit needs the norm and the loss at once."""
     train_step = random_step("cpu")
     train_step.guard.max_loss_spike = max_loss_spike
     train_step.__post_init__()
@@ -110,7 +111,7 @@ def test_a_step_reads_nothing_from_the_device(max_loss_spike, reads):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_step_on_a_gpu_never_waits():
-    """torch itself raises an error at a synchronization."""
+    """torch raises an error at a host sync."""
     train_step = random_step("cuda", max_grad_norm=1.0)
     metrics = SimpleNamespace(sums=0, applied=0, steps=0, bar=SimpleNamespace(update=lambda: None))
     images, cond = torch.randn(8, 4, 8, 8, device="cuda"), dict(y=torch.randint(0, 10, (8,), device="cuda"))
@@ -124,7 +125,7 @@ def test_a_step_on_a_gpu_never_waits():
 
 
 def test_a_non_finite_gradient_changes_nothing_on_the_device():
-    """Weights, moments and averages; the next good step is applied."""
+    """Weights, moments and averages stay; the next good step is applied."""
     train_step = random_step("cpu")
     images, cond = torch.randn(8, 4, 8, 8), dict(y=torch.randint(0, 10, (8,)))
     train_step(0, images, cond)
