@@ -18,7 +18,7 @@ from training.run_dir import list_run_dirs
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingTask(Task):
-    """A run of train.py, of which the checkpoints at `kept_steps` remain; with `has_curve` samples are scored meanwhile.
+    """A run of train.py that keeps the checkpoints at `kept_steps`; with `has_curve` samples are scored meanwhile.
 
     `disk_bytes` is the size of these checkpoints.
     """
