@@ -102,10 +102,12 @@ class LossSecondMomentResampler(ScheduleSampler):
 
     def load_state_dict(self, state):
         """Restore the history of a sampler of the same sizes."""
-        if state["losses"].shape != self.losses.shape:
-            raise ValueError(f"the saved loss history has shape {tuple(state['losses'].shape)}, "
-                             f"this sampler's is {self.losses.shape}")
-        self.losses, self.counts = state["losses"].numpy().copy(), state["counts"].numpy().copy()
+        losses, counts = state["losses"].numpy().copy(), state["counts"].numpy().copy()
+        if losses.shape != self.losses.shape or counts.shape != self.counts.shape:
+            raise ValueError(f"the saved loss history has shape {losses.shape}, this sampler's is {self.losses.shape}")
+        if counts.dtype != self.counts.dtype or counts.min() < 0 or not np.isfinite(losses).all():
+            raise ValueError("the saved loss history is damaged")
+        self.losses, self.counts = losses, counts
 
 
 def _all_gather(t, losses):

@@ -126,7 +126,8 @@ class Run:
         self.guard.check(0, torch.tensor(1.0), torch.tensor(1.0), torch.ones(4))
         self.optimizer.step()
         self.ema.update(self.model)
-        self.sampler.sample(4, torch.device("cpu"))
+        t, weights = self.sampler.sample(4, torch.device("cpu"))
+        self.sampler.update_with_local_losses(t, weights)
 
 
 def key_paths(value, path=()):
@@ -194,6 +195,7 @@ REFUSED = {
     "a guard's infinite count": (("guard", "total"), float("inf")),
     "a guard's NaN average": (("guard", "average"), float("nan")),
     "a loss history of another shape": (("schedule_sampler", "losses"), torch.zeros(3)),
+    "a loss history's count of another kind": (("schedule_sampler", "counts"), torch.zeros(1000)),
 }
 
 
