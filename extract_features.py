@@ -72,7 +72,7 @@ def check_flags(flags, explicit_args):
     if flags.data_path is None:
         raise ArgumentError("missing. Name the images (only --verify needs none)", data_path=None)
     if "num_classes" in explicit_args and parse_builtin_name(flags.data_path)[0] != "fractals":
-        raise ArgumentError(f"is for --data-path fractals, not {flags.data_path}. Leave it out",
+        raise ArgumentError(f"only the fractals have a choice of classes, not {flags.data_path}. Leave it out",
                             num_classes=flags.num_classes)
     if flags.vae == "none":
         raise ArgumentError("without a VAE there is nothing to encode. train.py takes pixels as they are", vae="none")

@@ -1,11 +1,12 @@
 """Command lines: published flags and defaults are frozen; an error names its argument and has exit status 2."""
+import argparse
 import importlib
 import re
 
 import pytest
 import torch
 
-from common.cli import ReadOnlyFlags, parse_args
+from common.cli import ReadOnlyFlags, add_alias, parse_args
 from common.errors import MINIMUM_VERSIONS, UserError, check_versions
 from helpers import DIGITS, ROOT, TINY, run_process
 from networks import build_dit, model_config

@@ -7,10 +7,10 @@ import pytest
 import torch
 from PIL import Image
 
-import train
 from autoencoder.vae import VAE, CachedLatents
 from data.image_folder import ImageFolderDataset
 from helpers import TINY, call, largest_difference, losses, picture, run_process, trained, write_images
+from training.train_step import TrainStep
 
 FLAGS = ["--num-classes", 3, *TINY, "--global-batch-size", 8, "--log-every", 1, "--num-workers", 0]
 
@@ -51,12 +51,12 @@ def record(command, monkeypatch, tmp_path):
     """Run train.py in this process; what it saw: latents (steps, 8, 4, 8, 8), labels (steps, 8), losses (steps,)."""
     def run(*flags, results="results"):
         seen = []
-        backward = train.TrainingStep.backward
+        train_step = TrainStep.__call__
 
-        def noted(self, step, batch, labels):
-            losses = backward(self, step, batch, labels)
-            seen.append((Noted.last, labels, losses["loss"].item()))
-            return losses
+        def noted(self, step, batch, cond):
+            losses, grad_norm, is_applied = train_step(self, step, batch, cond)
+            seen.append((Noted.last, cond["y"], losses["loss"].item()))
+            return losses, grad_norm, is_applied
 
         class Noted:
             last = None
@@ -68,7 +68,7 @@ def record(command, monkeypatch, tmp_path):
             return encode_and_note
 
         with monkeypatch.context() as patch:
-            patch.setattr(train.TrainingStep, "backward", noted)
+            patch.setattr(TrainStep, "__call__", noted)
             for autoencoder in (VAE, CachedLatents):
                 patch.setattr(autoencoder, "encode", noting(autoencoder.encode))
             status, out, err = command("train", *flags, *FLAGS, "--results-dir", tmp_path / results)
