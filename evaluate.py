@@ -108,7 +108,8 @@ def translate_former_spelling(argv):
 def main():
     """Run a command on all ranks."""
     argv = translate_former_spelling(sys.argv[1:])
-    flags, explicit_args = parse_args(build_parser().parse_args(argv).parser, argv=argv[1:])
+    command, _ = build_parser().parse_known_args(argv)  # unknown flags are reported by the parser of the command
+    flags, explicit_args = parse_args(command.parser, argv=argv[1:])
     if flags.run is diff:
         return diff(flags, explicit_args)
     distributed.init(getattr(flags, "tf32", True) and getattr(flags, "precision", "tf32") != "fp32", flags.dist_timeout)

@@ -69,7 +69,10 @@ def prepare(flags, explicit_args, device):
     with distributed.raise_on_all_ranks():
         compute = build_compute_config(flags, device, log_lines.append)
         rows = local_batch_slice(flags.global_batch_size, flags.grad_accum_steps)
-        dataset, autoencoder, flip = open_dataset(flags, explicit_args, device)
+    with distributed.raise_on_all_ranks():  # alone: rank 0 lists the files for all
+        dataset = open_dataset(flags)
+    with distributed.raise_on_all_ranks():
+        dataset, autoencoder, flip = open_autoencoder(flags, explicit_args, dataset, device)
         model = build_model(flags, dataset, autoencoder)
     network, emas = distribute(model, flags, compute)
     optimizer = torch.optim.AdamW(model.parameters(), lr=flags.lr, weight_decay=0, fused=flags.fused_adamw or None)
@@ -171,7 +174,7 @@ def evaluate(step, evaluator, train_step, checkpoints, metrics, signals, is_save
 def build_evaluation(flags, ema, autoencoder, dataset, rows, compute):
     """Build the evaluator of EMA samples that the --eval flags describe. Called by all ranks."""
     with rename_arguments(features="eval_features", reference="eval_reference", cfg_scale="eval_cfg_scale",
-                          num_sampling_steps="eval_sampling_steps"):
+                          num_sampling_steps="eval_sampling_steps", num_fid_samples="eval_samples"):
         with distributed.raise_on_all_ranks():
             pipeline = build_pipeline(ema.full_model, autoencoder, flags.eval_sampling_steps, flags.eval_cfg_scale,
                                       compute=compute)
@@ -183,30 +186,38 @@ def build_evaluation(flags, ema, autoencoder, dataset, rows, compute):
         return build_evaluator(flags.eval_features, flags.eval_reference, images, batch_size, dataset.image_size)
 
 
-def open_dataset(flags, explicit_args, device):
-    """Open the images of --data-path or the latents of --features-path.
-
-    Returns:
-        tuple: The data set, its autoencoder, and whether images are flipped at random.
-    """
-    source = flags.features_path or flags.data_path
+def open_dataset(flags):
+    """Open the images of --data-path or the latents of --features-path. Called by all ranks."""
     if flags.features_path:
         dataset = LatentCache(flags.features_path)
-        vae, image_size = (getattr(flags, name) if name in explicit_args else None for name in ("vae", "image_size"))
-        autoencoder = load_cached_latents(dataset, vae, image_size, device,
-                                          needs_decoder=bool(flags.sample_every or flags.eval_every))
-        if flags.cache_on_device:
-            dataset = dataset.to_device(device)
-        if flags.flip and not dataset.flips:
-            raise ArgumentError(f"the cache {source} was made without mirror images (--no-flip)", flip=None)
     else:
-        dataset = build_dataset(flags.data_path, flags.image_size, flags.max_bad_images, flags.num_classes)
-        autoencoder = load_autoencoder(flags.vae, dataset.channels, device)
+        dataset = build_dataset(flags.data_path, flags.image_size, flags.max_bad_images, flags.num_classes,
+                                collective=True)
+    source = flags.features_path or flags.data_path
     if len(dataset.class_names) > flags.num_classes:
         raise ArgumentError(f"{source} has {len(dataset.class_names)} classes", num_classes=flags.num_classes)
     if len(dataset) < flags.global_batch_size:
         raise ArgumentError(f"{source} has {len(dataset)} images, not enough for one batch",
                             global_batch_size=flags.global_batch_size)
+    if flags.flip and flags.features_path and not dataset.flips:
+        raise ArgumentError(f"the cache {source} was made without mirror images (--no-flip)", flip=None)
+    return dataset
+
+
+def open_autoencoder(flags, explicit_args, dataset, device):
+    """Load the autoencoder of a data set.
+
+    Returns:
+        tuple: The data set (moved to the device by --cache-on-device), its autoencoder, and whether images are flipped.
+    """
+    if flags.features_path:
+        vae, image_size = (getattr(flags, name) if name in explicit_args else None for name in ("vae", "image_size"))
+        autoencoder = load_cached_latents(dataset, vae, image_size, device,
+                                          needs_decoder=bool(flags.sample_every or flags.eval_every))
+        if flags.cache_on_device:
+            dataset = dataset.to_device(device)
+    else:
+        autoencoder = load_autoencoder(flags.vae, dataset.channels, device)
     return dataset, autoencoder, dataset.flips if flags.flip is None else flags.flip
 
 

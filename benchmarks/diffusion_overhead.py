@@ -1,32 +1,29 @@
-"""What the diffusion process costs beside the network, against the plain formulas."""
-
-import statistics
-import time
-
+"""Cost of the diffusion process in addition to the network, compared with the plain formulas."""
 import numpy as np
 import torch
 
+from benchmarks.timing import compare, run_benchmark
 from diffusion import create_diffusion
 
 
 class PlainFormulas:
-    """DDPM written straight down: every table goes to the device anew, and to full shape, at every use.
-
-    This is how published diffusion code computes a step; it stands here only to be measured against.
-    """
+    """DDPM as published code computes a step, as a baseline: tables are copied and expanded at every use."""
 
     def __init__(self, process):
         self.process = process
 
     def table(self, name, t, shape):
+        """Return a table's values at timesteps t, expanded to `shape`."""
         values = torch.from_numpy(getattr(self.process, name)).to(t.device)[t].float()
         return values.view(-1, *(1,) * (len(shape) - 1)) + torch.zeros(shape, device=t.device)
 
     def posterior_mean(self, x_0, x_t, t):
+        """Return the mean of q(x_{t-1} | x_t, x_0)."""
         return (self.table("posterior_mean_coef1", t, x_t.shape) * x_0
                 + self.table("posterior_mean_coef2", t, x_t.shape) * x_t)
 
     def reverse_step(self, output, x_t, t):
+        """Return mean, variance and log variance of p(x_{t-1} | x_t)."""
         eps, values = torch.split(output, x_t.shape[1], dim=1)
         low = self.table("posterior_log_variance_clipped", t, x_t.shape)
         high = self.table("log_betas", t, x_t.shape)
@@ -38,19 +35,23 @@ class PlainFormulas:
         return self.posterior_mean(x_0, x_t, t), variance, log_variance
 
     def model_timesteps(self, t):
+        """Return the timesteps that the network sees."""
         return torch.tensor(self.process.timestep_map, device=t.device)[t]
 
     def sample_step(self, output, x_t, t):
+        """Sample x_{t-1}."""
         self.model_timesteps(t)
         mean, _, log_variance = self.reverse_step(output, x_t, t)
         noise = torch.randn_like(x_t)
         return mean + (t != 0).float().view(-1, 1, 1, 1) * torch.exp(0.5 * log_variance) * noise
 
     def q_sample(self, x_0, t, noise):
+        """Sample x_t ~ q(x_t | x_0)."""
         return (self.table("sqrt_alphas_cumprod", t, x_0.shape) * x_0
                 + self.table("sqrt_one_minus_alphas_cumprod", t, x_0.shape) * noise)
 
     def losses(self, output, x_0, t, noise):
+        """Return the training loss of each sample, shape (N,)."""
         x_t = self.q_sample(x_0, t, noise)
         self.model_timesteps(t)
         eps, values = torch.split(output, x_t.shape[1], dim=1)
@@ -74,45 +75,43 @@ class PlainFormulas:
         return ((noise - eps) ** 2).mean(dim=(1, 2, 3)) + torch.where(t == 0, nll, kl)
 
 
-def compare(ours, plain, windows=15, calls=40):
-    """Median milliseconds of a call of each, in alternating windows so that both see the same machine."""
-    times = {ours: [], plain: []}
-    for window in range(windows + 2):
-        for function in (ours, plain):
-            start = time.perf_counter()
-            for _ in range(calls):
-                function()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            if window >= 2:  # the first two windows warm up
-                times[function].append((time.perf_counter() - start) / calls * 1e3)
-    return [statistics.median(times[function]) for function in (ours, plain)]
-
-
-def measure(device):
-    """One sampling step (8x4x32x32) and one loss (32x4x32x32) without the network."""
-    results = {}
+def measure(device, warm_up=80, count=15, calls=40):
+    """Return the milliseconds of a sampling step (8x4x32x32) and of a loss (32x4x32x32) without the network."""
     diffusion = create_diffusion("")
     plain = PlainFormulas(diffusion)
-    with torch.no_grad():
-        x, output = torch.randn(8, 4, 32, 32, device=device), torch.randn(8, 8, 32, 32, device=device)
-        t = torch.full((8,), 500, device=device)
-        results["sampling step"] = compare(
-            lambda: diffusion.p_sample(lambda *_: output, x, t, clip_denoised=False)["sample"],
-            lambda: plain.sample_step(output, x, t))
-
-    x, noise = torch.randn(32, 4, 32, 32, device=device), torch.randn(32, 4, 32, 32, device=device)
-    output = torch.randn(32, 8, 32, 32, device=device)
+    pairs = {}
+    x, output = torch.randn(8, 4, 32, 32, device=device), torch.randn(8, 8, 32, 32, device=device)
+    t = torch.full((8,), 500, device=device)
+    pairs["sampling step"] = (lambda: diffusion.p_sample(lambda *_: output, x, t, clip_denoised=False)["sample"],
+                              lambda: plain.sample_step(output, x, t))
+    x_start, noise = (torch.randn(32, 4, 32, 32, device=device) for _ in range(2))
+    outputs = torch.randn(32, 8, 32, 32, device=device)
     for name, first in (("training losses", 1), ("the same with a t = 0", 0)):  # 97 of 100 batches of 32 have none
-        t = torch.randint(1, 1000, (32,), device=device)
-        t[0] = first
-        expected = plain.losses(output, x, t, noise)
-        torch.testing.assert_close(diffusion.training_losses(lambda *_: output, x, t, noise=noise)["loss"], expected)
-        results[name] = compare(
-            lambda t=t: diffusion.training_losses(lambda *_: output, x, t, noise=noise)["loss"],
-            lambda t=t: plain.losses(output, x, t, noise))
-    return {name: dict(ours_ms=ours, plain_ms=plain, ratio=ours / plain) for name, (ours, plain) in results.items()}
+        timesteps = torch.randint(1, 1000, (32,), device=device)
+        timesteps[0] = first
+        pairs[name] = (
+            lambda t=timesteps: diffusion.training_losses(lambda *_: outputs, x_start, t, noise=noise)["loss"],
+            lambda t=timesteps: plain.losses(outputs, x_start, t, noise))
+        ours, theirs = (function() for function in pairs[name])
+        torch.testing.assert_close(ours, theirs)
+    results = {}
+    for name, (ours, theirs) in pairs.items():
+        with torch.no_grad():
+            rows = compare(dict(ours=lambda f=ours: f, plain=lambda f=theirs: f), device, warm_up, count, calls)
+        times = {key: row["seconds"] * 1e3 for key, row in rows.items()}
+        results[name] = dict(ours_ms=times["ours"], plain_ms=times["plain"], ratio=times["ours"] / times["plain"])
+    return results
 
 
-def line(name, row):
+def format_row(name, row):
+    """Return the line of a row."""
     return f"{name:22s} ours {row['ours_ms']:.3f} ms   plain {row['plain_ms']:.3f} ms   ratio {row['ratio']:.2f}"
+
+
+def main():
+    """Run the benchmark from the command line."""
+    run_benchmark("diffusion_overhead", measure, format_row, __doc__)
+
+
+if __name__ == "__main__":
+    main()

@@ -146,7 +146,7 @@ def parse_args(parser, presets=None, argv=None):
         defaults = vars(fastest_config(local_device_type())) | dict(fused_adamw=True) | defaults
     parser.set_defaults(**{name: value for name, value in defaults.items() if name in vars(flags)})
     flags = parser.parse_args(argv, ReadOnlyFlags())
-    # flags.is_locked = True  (once train.py keeps to it)
+    flags.is_locked = True
     return flags, explicit_args
 
 

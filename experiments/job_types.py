@@ -6,21 +6,24 @@ from dataclasses import dataclass
 
 import torch
 
-import models
 from common.checkpoint_io import latest_checkpoint, list_checkpoints
 from common.flops import count_multiply_adds, count_parameters
 from evaluation.periodic import read_score_table
 from evaluation.records import try_read, write_record
 from experiments.jobs import Task
+from models import DiT_models
 from networks import build_dit
 from training.run_dir import list_run_dirs
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingTask(Task):
-    """A run of train.py to `steps`; with `has_curve` samples are scored meanwhile. It keeps `disk_bytes`."""
+    """A run of train.py that keeps the checkpoints at `kept_steps`; with `has_curve` samples are scored meanwhile.
 
-    steps: int
+    `disk_bytes` is the size of these checkpoints.
+    """
+
+    kept_steps: list
     has_curve: bool
     disk_bytes: int
 
@@ -28,12 +31,15 @@ class TrainingTask(Task):
         """Return the distances over the steps and the last checkpoint; None while the last distance is missing."""
         (run_dir,) = [run_dir for run_dir in list_run_dirs(self.path) if latest_checkpoint(run_dir)]
         curve = {row["step"]: row["frechet_distance"] for row in read_score_table(f"{run_dir}/evaluations.csv")}
-        if self.has_curve and self.steps not in curve:
+        checkpoints, last = list_checkpoints(run_dir), self.kept_steps[-1]
+        if self.has_curve and last not in curve:
             return None
-        with contextlib.suppress(FileNotFoundError):
-            os.remove(f"{run_dir}/checkpoints/best.pt")
+        unused = [path for step, path in checkpoints.items() if step not in self.kept_steps]
+        for path in (*unused, f"{run_dir}/checkpoints/best.pt"):
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(path)
         return dict(curve=curve, made=try_read(f"{run_dir}/evaluations.json").get("samples", {}).get("made", {}),
-                    checkpoint=os.path.relpath(list_checkpoints(run_dir)[self.steps], self.folder))
+                    checkpoint=os.path.relpath(checkpoints[last], self.folder))
 
     def checkpoint(self, step=None):
         """Return the path of the checkpoint after `step` steps. Default: the last."""
@@ -102,7 +108,7 @@ class StudyContext:
                     classifier=self.classifier)
 
     def network(self, size=None, patch=None, conditioning="adaln-zero"):
-        """Return the arguments of `models.DiT`. Default: the preset's network."""
+        """Return the arguments of `networks.build_dit`. Default: the preset's network."""
         size, patch = size or self.preset.network[0], patch or self.preset.network[1]
         depth, hidden_size, num_heads = self.preset.sizes[size]
         return dict(input_size=self.data.image_size, patch_size=patch, in_channels=self.data.channels,
@@ -117,28 +123,28 @@ class StudyContext:
         preset, size, patch = self.preset, size or self.preset.network[0], patch or self.preset.network[1]
         model, (depth, width, heads) = f"DiT-{size}/{patch}", preset.sizes[size]
         flags = [*self.data.flags, "--vae", "none", "--num-workers", self.data.num_workers, "--model",
-                 model if model in models.DiT_models else "DiT-S/2", "--depth", depth, "--hidden-size", width,
+                 model if model in DiT_models else "DiT-S/2", "--depth", depth, "--hidden-size", width,
                  "--num-heads", heads, "--patch-size", patch,
                  *(["--conditioning", conditioning] if conditioning != "adaln-zero" else []),
                  "--global-batch-size", preset.batch_size, "--lr", preset.lr, "--ema-decay", preset.ema_decay, *decays,
                  "--global-seed", seed]
-        name, num_checkpoints = f"trainings/{size}-{patch}-{conditioning}-seed-{seed}", 1
+        name, kept_steps = f"trainings/{size}-{patch}-{conditioning}-seed-{seed}", [preset.steps]
         options = ["--ckpt-every", preset.curve_every, "--keep-checkpoints", 1, "--eval-every", preset.curve_every,
                    "--eval-samples", preset.curve_samples, "--eval-sampling-steps", preset.curve_sampling,
                    "--eval-features", self.features, "--eval-reference", self.reference.output]
         if decays:
-            name, num_checkpoints = f"ema_decay/{size}-{patch}-seed-{seed}", len(preset.snapshot_steps)
-            options = ["--ckpt-every", preset.snapshot_steps[0]]
+            name, kept_steps = f"ema_decay/{size}-{patch}-seed-{seed}", preset.snapshot_steps
+            options = ["--ckpt-every", kept_steps[0]]
         options += ["--log-every", preset.curve_every, *(["--fast"] if preset.fast else [])]
         argv = ["train.py", *flags, *options, "--max-steps", preset.steps, "--resume", "auto", "--results-dir",
                 os.path.join(self.folder, name)]
         cost = network_cost(self.network(size, patch, conditioning))
         # float32: weights, EMAs and Adam's two moments
-        disk_bytes = num_checkpoints * 4 * (4 + len(decays)) * cost["parameters"]
+        disk_bytes = len(kept_steps) * 4 * (4 + len(decays)) * cost["parameters"]
         return TrainingTask(folder=self.folder, name=name, argv=tuple(argv), classifier=self.classifier,
                             request=dict(train=[str(flag) for flag in flags], steps=preset.steps),
-                            cost=cost["multiply_adds"] * preset.steps, disk_bytes=disk_bytes, steps=preset.steps,
-                            has_curve=not decays)
+                            cost=cost["multiply_adds"] * preset.steps, disk_bytes=disk_bytes,
+                            kept_steps=kept_steps, has_curve=not decays)
 
     def score(self, training, **sampling):
         """Return the score of a trained network.
@@ -196,7 +202,11 @@ def _format_word(value):
 
 
 def network_cost(network):
-    """Return dict(parameters, multiply_adds) of a network, the arguments of `models.DiT`; for one image, forward."""
+    """Return dict(parameters, multiply_adds), the latter of a forward pass of one image.
+
+    Args:
+        network (dict): Arguments of `networks.build_dit`.
+    """
     return dict(_network_cost(tuple(network.items())))
 
 

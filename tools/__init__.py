@@ -1,0 +1,1 @@
+"""Smaller commands: `python -m tools.plan` and others."""

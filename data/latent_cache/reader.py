@@ -182,13 +182,13 @@ class _RandomAccessFile:
     """
 
     def __init__(self, path):
-        self.path, self.file = path, open(path, "rb", buffering=0)  # noqa: SIM115 - open as long as the data set
-        weakref.finalize(self, self.file.close)
+        self.path, self.descriptor = path, os.open(path, os.O_RDONLY)
+        weakref.finalize(self, os.close, self.descriptor)
         self._advise("POSIX_FADV_RANDOM", 0, 0)  # no read-ahead: the next row is elsewhere
 
     def _advise(self, advice, offset, size):
         if hasattr(os, advice):  # not on macOS
-            os.posix_fadvise(self.file.fileno(), offset, size, getattr(os, advice))
+            os.posix_fadvise(self.descriptor, offset, size, getattr(os, advice))
 
     def prefetch(self, offset, size):
         """Ask the system to read bytes into its page cache, without waiting."""
@@ -198,7 +198,7 @@ class _RandomAccessFile:
         """Fill a contiguous array with the bytes from an offset on."""
         buffer = memoryview(array).cast("B")
         while buffer:
-            count = os.preadv(self.file.fileno(), [buffer], offset)
+            count = os.preadv(self.descriptor, [buffer], offset)
             if not count:
                 raise UserError(f"{self.path} was cut short while it was read. Copy the cache again")
             buffer, offset = buffer[count:], offset + count

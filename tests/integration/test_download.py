@@ -1,8 +1,6 @@
-"""Checkpoints by name: fetched whole and once, or not at all. The mirror is a server of this test's own."""
+"""Checkpoints by name: downloaded completely and once, or not at all; from a local server."""
 import hashlib
 import os
-import pathlib
-import socket
 import subprocess
 import sys
 import threading
@@ -14,27 +12,28 @@ from safetensors.torch import save_file
 
 import download as command
 from common.download import download
-from common.errors import UserError
+from common.errors import ArgumentError, UserError
+from helpers import ROOT, free_port
 from sampling.load_model import PUBLISHED_CHECKPOINTS, find_checkpoint, find_model, published_checkpoint_name
 
-ROOT = pathlib.Path(__file__).parents[2]
 BODY = bytes(range(256)) * 5000  # more than one block
 HASH = hashlib.sha256(BODY).hexdigest()
 
 
 class Mirror:
-    """Serves `files` (name: bytes) at `url`, and keeps a list of what was asked for.
+    """Local server of `files` (name: bytes) at `url`, which lists the names of its `requests`.
 
-    announce  how many bytes more than it sends the server promises
-    chunked   send in pieces of unannounced length, and hang up before the last
-    arrived   set when a request has come
-    go_on     the server waits for it before it answers
+    Attributes:
+        announce (int): Number of bytes that are announced, but not sent.
+        chunked (bool): Send chunks of unannounced length, and close the connection before the last one.
+        arrived (Event): Set when a request has arrived.
+        may_answer (Event): The server answers when it is set.
     """
 
     def __init__(self):
         self.files, self.requests, self.announce, self.chunked = {"a.pt": BODY}, [], 0, False
-        self.arrived, self.go_on = threading.Event(), threading.Event()
-        self.go_on.set()
+        self.arrived, self.may_answer = threading.Event(), threading.Event()
+        self.may_answer.set()
         mirror = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -52,7 +51,7 @@ class Mirror:
         name = request.path.removeprefix("/models/")
         self.requests.append(name)
         self.arrived.set()
-        self.go_on.wait(60)
+        self.may_answer.wait(60)
         if name not in self.files:
             return request.send_error(404)
         body = self.files[name]
@@ -74,7 +73,7 @@ def mirror(monkeypatch):
     monkeypatch.setenv("no_proxy", "*")
     mirror = Mirror()
     yield mirror
-    mirror.go_on.set()
+    mirror.may_answer.set()
     mirror.server.shutdown()
     mirror.server.server_close()
 
@@ -85,15 +84,15 @@ def folder(tmp_path):
 
 
 def kept(folder):
-    """What a download left behind, but for the lock."""
+    """Names of the files of a download, without its lock."""
     return sorted(name for name in os.listdir(folder) if not name.endswith(".lock"))
 
 
 # ---------------------------------------------------------------- download
 
-def test_fetched_once(mirror, folder):
+def test_a_file_is_downloaded_once_and_its_hash_recorded(mirror, folder):
     for _ in range(2):
-        path = download("a.pt", str(folder), mirror.url)
+        path = download("a.pt", mirror.url, str(folder))
         assert path == str(folder / "a.pt")
         assert (folder / "a.pt").read_bytes() == BODY
     assert mirror.requests == ["a.pt"]
@@ -101,32 +100,32 @@ def test_fetched_once(mirror, folder):
     assert (folder / "a.pt.sha256").read_text().split() == [HASH]
 
 
-def test_a_wrong_hash_is_not_kept(mirror, folder):
+def test_a_file_with_a_wrong_hash_is_not_kept(mirror, folder):
     with pytest.raises(UserError, match=rf"(?s){mirror.url}a\.pt.*{HASH}.*{'0' * 64}"):
-        download("a.pt", str(folder), mirror.url, "0" * 64)
+        download("a.pt", mirror.url, str(folder), "0" * 64)
     assert kept(folder) == []
-    download("a.pt", str(folder), mirror.url, HASH)
+    download("a.pt", mirror.url, str(folder), HASH)
     assert kept(folder) == ["a.pt", "a.pt.sha256"]
 
 
-def test_a_file_that_is_there_must_have_the_hash(mirror, folder):
-    download("a.pt", str(folder), mirror.url)
-    assert download("a.pt", str(folder), mirror.url, HASH) == str(folder / "a.pt")
-    with pytest.raises(UserError, match=r"a\.pt does not have the SHA-256"):
-        download("a.pt", str(folder), mirror.url, "0" * 64)
+def test_an_existing_file_must_have_the_hash(mirror, folder):
+    download("a.pt", mirror.url, str(folder))
+    assert download("a.pt", mirror.url, str(folder), HASH) == str(folder / "a.pt")
+    with pytest.raises(UserError, match=r"a\.pt has another hash"):
+        download("a.pt", mirror.url, str(folder), "0" * 64)
     assert (folder / "a.pt").read_bytes() == BODY
 
 
-def test_another_file_than_last_time(mirror, folder):
+def test_a_file_that_differs_from_an_earlier_download_is_not_kept(mirror, folder):
     """The recorded hash outlives the file."""
-    download("a.pt", str(folder), mirror.url)
+    download("a.pt", mirror.url, str(folder))
     os.remove(folder / "a.pt")
     mirror.files["a.pt"] = BODY + b"!"
     with pytest.raises(UserError, match=rf"{HASH}.*a\.pt\.sha256"):
-        download("a.pt", str(folder), mirror.url)
+        download("a.pt", mirror.url, str(folder))
     assert kept(folder) == ["a.pt.sha256"]
     mirror.files["a.pt"] = BODY
-    download("a.pt", str(folder), mirror.url)
+    download("a.pt", mirror.url, str(folder))
     assert (folder / "a.pt").read_bytes() == BODY
 
 
@@ -134,50 +133,44 @@ def test_another_file_than_last_time(mirror, folder):
                          ids=["one byte short", "cut off", "cut off between chunks"])
 def test_a_truncated_download_is_not_kept(mirror, folder, fault):
     vars(mirror).update(fault)
-    with pytest.raises(UserError, match=r"cannot fetch .*a\.pt"):
-        download("a.pt", str(folder), mirror.url)
+    with pytest.raises(UserError, match=r"cannot download .*a\.pt"):
+        download("a.pt", mirror.url, str(folder))
     assert kept(folder) == []
     vars(mirror).update(announce=0, chunked=False)
-    download("a.pt", str(folder), mirror.url)
+    download("a.pt", mirror.url, str(folder))
     assert (folder / "a.pt").read_bytes() == BODY
 
 
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def test_no_such_file_or_server(mirror, folder):
+def test_without_file_or_server_the_error_names_address_and_place(mirror, folder):
     for name, url in (("b.pt", mirror.url), ("a.pt", f"http://127.0.0.1:{free_port()}/")):
         with pytest.raises(UserError) as caught:
-            download(name, str(folder), url)
+            download(name, url, str(folder))
         assert url + name in str(caught.value)
         assert f"put it at {folder / name}" in str(caught.value)
     assert kept(folder) == []
 
 
 @pytest.mark.parametrize("url", ["mirror.example/DiT/", "http://127.0.0.1:port/"])
-def test_an_address_that_is_none(folder, url):
+def test_an_invalid_address_is_an_error(folder, url):
     with pytest.raises(UserError, match=url):
-        download("a.pt", str(folder), url)
+        download("a.pt", url, str(folder))
 
 
-def test_a_folder_that_is_none(mirror, tmp_path):
+def test_a_folder_that_cannot_be_made_is_an_error(mirror, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="file"):
-        download("a.pt", str(tmp_path / "file"), mirror.url)
+        download("a.pt", mirror.url, str(tmp_path / "file"))
 
 
-def test_two_processes_fetch_once(mirror, folder):
-    """The second comes while the first is in the middle, and finds its file."""
-    mirror.go_on.clear()
+def test_two_processes_download_a_file_once(mirror, folder):
+    """The second one starts while the first one downloads, and finds its file."""
+    mirror.may_answer.clear()
     code = "import sys; from common.download import download; print(download(*sys.argv[1:]))"
-    first = subprocess.Popen([sys.executable, "-c", code, "a.pt", folder, mirror.url], cwd=ROOT,
+    first = subprocess.Popen([sys.executable, "-c", code, "a.pt", mirror.url, folder], cwd=ROOT,
                              stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert mirror.arrived.wait(60)
-    threading.Timer(0.3, mirror.go_on.set).start()
-    assert download("a.pt", str(folder), mirror.url) == str(folder / "a.pt")
+    threading.Timer(0.3, mirror.may_answer.set).start()  # both are waiting by then, or the second one finds the file
+    assert download("a.pt", mirror.url, str(folder)) == str(folder / "a.pt")
     out, err = first.communicate(timeout=60)
     assert first.returncode == 0 and out.strip() == str(folder / "a.pt"), err
     assert mirror.requests == ["a.pt"]
@@ -186,15 +179,16 @@ def test_two_processes_fetch_once(mirror, folder):
 
 # ---------------------------------------------------------------- finding
 
-def test_published_names():
+def test_published_checkpoints_have_published_names():
     assert [published_checkpoint_name("DiT-XL/2", size, 1000) for size in (512, 256)] == list(PUBLISHED_CHECKPOINTS)
     for wrong in (("DiT-XL/4", 256, 1000), ("DiT-XL/2", 128, 1000), ("DiT-XL/2", 256, 10)):
-        with pytest.raises(UserError, match="--ckpt"):
+        with pytest.raises(ArgumentError) as caught:
             published_checkpoint_name(*wrong)
+        assert tuple(caught.value.arguments.values()) == wrong
 
 
-def test_published_names_are_looked_for_here_then_in_the_folder(folder, tmp_path, monkeypatch):
-    """Nothing is fetched for either: there is no network."""
+def test_published_names_are_files_here_then_in_the_folder(folder, tmp_path, monkeypatch):
+    """Neither needs a network."""
     monkeypatch.chdir(tmp_path)
     folder.mkdir()
     name = PUBLISHED_CHECKPOINTS[0]
@@ -205,7 +199,7 @@ def test_published_names_are_looked_for_here_then_in_the_folder(folder, tmp_path
     assert find_model(name)["w"] == 0
 
 
-def test_find_model_says_which_weights(tmp_path, capsys):
+def test_find_model_prints_which_weights_it_took(tmp_path, capsys):
     ones, zeros = {"w": torch.ones(1)}, {"w": torch.zeros(1)}
     torch.save(dict(model=zeros, ema={"module.w": ones["w"]}, args={}), tmp_path / "trained.pt")
     torch.save(ones, tmp_path / "bare.pt")
@@ -225,14 +219,14 @@ def run(monkeypatch, *arguments):
     command.main()
 
 
-def test_command(mirror, folder, tmp_path, monkeypatch, capsys):
-    """Without names it fetches the published ones, to pretrained_models/."""
+def test_the_command_downloads_the_published_checkpoints(mirror, folder, tmp_path, monkeypatch, capsys):
+    """To pretrained_models/, without arguments; one by name, with its hash."""
     monkeypatch.chdir(tmp_path)
     mirror.files |= dict.fromkeys(PUBLISHED_CHECKPOINTS, b"weights")
     run(monkeypatch, "--base-url", mirror.url)
     assert sorted(mirror.requests) == sorted(PUBLISHED_CHECKPOINTS)
     assert [(folder / name).read_bytes() for name in PUBLISHED_CHECKPOINTS] == [b"weights"] * 2
-    assert capsys.readouterr().out.split() == [os.path.join("pretrained_models", name) for name in PUBLISHED_CHECKPOINTS]
+    assert capsys.readouterr().out.split() == [f"pretrained_models/{name}" for name in PUBLISHED_CHECKPOINTS]
     run(monkeypatch, "a.pt", "--base-url", mirror.url, "--folder", tmp_path / "other", "--sha256", HASH)
     assert (tmp_path / "other" / "a.pt").read_bytes() == BODY
     with pytest.raises(UserError, match="SHA-256"):
@@ -240,7 +234,7 @@ def test_command(mirror, folder, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("names", [[], ["a.pt", "b.pt"]])
-def test_command_takes_a_hash_for_one_name_only(mirror, folder, monkeypatch, names):
-    with pytest.raises(UserError, match="--sha256"):
+def test_a_hash_needs_a_single_name(mirror, folder, monkeypatch, names):
+    with pytest.raises(ArgumentError, match="--sha256"):
         run(monkeypatch, *names, "--base-url", mirror.url, "--folder", folder, "--sha256", HASH)
     assert mirror.requests == []

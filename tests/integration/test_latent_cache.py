@@ -225,6 +225,15 @@ def encoded(folder):
     return int((np.fromfile(path, dtype=np.uint8)[128:] == ENCODED).sum()) if path.exists() else 0
 
 
+def test_missing_data_is_reported_once_by_two_processes(children, vae_folder, tmp_path):
+    group = children.start("extract_features", *flags_for_many(tmp_path / "none", vae_folder, tmp_path / "cache"),
+                           processes=2)
+    for child in group:
+        child.join(60)
+    assert [child.exitcode for child in group] == [2, 2]
+    assert sum(child.log.read_text().count("there is no such folder") for child in group) == 1
+
+
 def test_nothing_is_encoded_twice(extract, few_images, vae_folder, tmp_path, monkeypatch):
     """A run that was stopped after two batches encodes the rest; one that was complete, nothing."""
     extract(few_images, tmp_path / "whole")

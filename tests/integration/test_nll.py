@@ -1,4 +1,4 @@
-"""Bits per dimension: the same as the loop over one batch, whoever computes them; right where the truth is known."""
+"""Bits per dimension: equal to `calc_bpd_loop` for any batches and ranks, and exact for a known distribution."""
 import json
 import math
 import sys
@@ -25,13 +25,8 @@ from sampling.load_model import LoadedModel
 STEPS = "8"
 
 
-@pytest.fixture(scope="module")
-def accelerator():
-    return distributed.init()
-
-
 def digits_model(**config):
-    """A DiT for the digits in which every part has a say: a fresh one predicts zero whatever its input."""
+    """Return a DiT for the digits with random weights: a new one predicts zero for any input."""
     torch.manual_seed(0)
     model = DiT(**dict(input_size=8, patch_size=4, in_channels=1, hidden_size=16, depth=1, num_heads=2,
                        num_classes=10) | config).eval()
@@ -40,12 +35,12 @@ def digits_model(**config):
     return model
 
 
-def trained_as(model, autoencoder, image_size=8, class_names=None):
+def load_as(model, autoencoder, image_size=8, class_names=None):
     return LoadedModel(model, autoencoder, "some.pt", class_names, "DiT-S/2", image_size, "ema", 1)
 
 
 class SomeDigits(DigitsDataset):
-    """The first of the digits, with another label each: they would hide that labels are mixed up."""
+    """The first of the digits, with other labels, so that mixed-up labels are noticed."""
 
     def __init__(self, count=5):
         super().__init__()
@@ -56,18 +51,19 @@ class SomeDigits(DigitsDataset):
 @pytest.fixture(scope="module")
 def pixels():
     """A model of pixels, and its data."""
-    return trained_as(digits_model(), IdentityAutoencoder(1)), SomeDigits()
+    return load_as(digits_model(), IdentityAutoencoder(1)), SomeDigits()
 
 
 @pytest.fixture(scope="module")
 def latents(vae_folder, image_folder):
     """A model of latents, and its data."""
     model = digits_model(in_channels=4, num_classes=3)
-    return trained_as(model, load_autoencoder(str(vae_folder)), 32, ["ant", "bee", "cat"]), ImageFolderDataset(image_folder, 32)
+    loaded = load_as(model, load_autoencoder(str(vae_folder)), 32, ["ant", "bee", "cat"])
+    return loaded, ImageFolderDataset(image_folder, 32)
 
 
-def by_the_loop(trained, dataset, index, seed=0, steps=STEPS, clip=None, **process):
-    """What `calc_bpd_loop` says of a single image, with the noise that it must have; clip: if not as it should be."""
+def loop_terms(trained, dataset, index, seed=0, steps=STEPS, clip=None, **process):
+    """Return the terms by `calc_bpd_loop` of a single image, with its noise; `clip` overrides the clipping."""
     draws = seeded_generator(seed, LIKELIHOOD, index)
     noise_fn = lambda x: torch.randn(x.shape, generator=draws)  # noqa: E731
     x_start, in_pixels = dataset.read(index)[None], trained.autoencoder.name == "none"
@@ -93,39 +89,38 @@ def check(result, terms, rel=1e-5):
     assert result["decoder_t0"] == result["per_timestep"][0]
 
 
-# ---------------------------------------------------------------- the same as the loop
+# ---------------------------------------------------------------- equal to the loop
 
 @pytest.mark.parametrize("batch_size", [1, 3, 5])
-def test_is_the_loop_whatever_the_batch(pixels, batch_size):
-    """Trap 13 for likelihoods: image i is a function of (seed, i)."""
+def test_terms_agree_with_the_loop_for_any_batch_size(pixels, batch_size):
+    """The noise of image i is a function of (seed, i)."""
     result = bits_per_dimension(*pixels, batch_size=batch_size, seed=3, respacing=STEPS)
-    check(result, [by_the_loop(*pixels, index, seed=3) for index in range(5)])
+    check(result, [loop_terms(*pixels, index, seed=3) for index in range(5)])
     assert result["space"] == "pixels" and result["dimensions"] == 64
     assert result["model_calls"] == 8 and result["timesteps"] == create_diffusion(STEPS).timestep_map
 
 
-def test_latents(latents):
-    """Encoded by the VAE with noise of their own; the predicted x_0 is not confined."""
-    result = bits_per_dimension(*latents, num_samples=4, batch_size=3, respacing=STEPS)
-    check(result, [by_the_loop(*latents, index) for index in (0, 7, 15, 23)])
+def test_terms_of_latents_agree_with_the_loop(latents):
+    result = bits_per_dimension(*latents, num_images=4, batch_size=3, respacing=STEPS)
+    check(result, [loop_terms(*latents, index) for index in (0, 7, 15, 23)])
     assert result["space"] == f"latents of {latents[0].autoencoder.name}" and result["dimensions"] == 4 * 8 * 8
 
 
-@pytest.mark.parametrize("kind", ["pixels", "latents"])
-def test_clips_in_pixel_space_alone(request, kind):
-    """The prediction leaves [-1, 1], so that clipping is seen in either space; only one of the two is what we get."""
-    trained, dataset = request.getfixturevalue(kind)
-    clipped, free = (by_the_loop(trained, dataset, 0, clip=clip)["vb"][0].flip(0) for clip in (True, False))
+@pytest.mark.parametrize("space", ["pixels", "latents"])
+def test_predictions_are_clipped_in_pixel_space_only(request, space):
+    """The prediction leaves [-1, 1], so that clipping matters in both spaces."""
+    trained, dataset = request.getfixturevalue(space)
+    clipped, free = (loop_terms(trained, dataset, 0, clip=clip)["vb"][0].flip(0) for clip in (True, False))
     assert (clipped - free).abs().max() > 0.05 * free.abs().max()
-    result = bits_per_dimension(trained, dataset, num_samples=1, respacing=STEPS)
-    want, other = (clipped, free) if kind == "pixels" else (free, clipped)
+    result = bits_per_dimension(trained, dataset, num_images=1, respacing=STEPS)
+    want, other = (clipped, free) if space == "pixels" else (free, clipped)
     got = torch.tensor(result["per_timestep"])
     assert torch.allclose(got, want, rtol=1e-4) and not torch.allclose(got, other, rtol=1e-2)
     assert result["standard_error"] is None
 
 
-def test_all_trained_timesteps(pixels):
-    """By default the network is called 1000 times an image, at every trained timestep once, without autograd."""
+def test_every_trained_timestep_is_evaluated_once(pixels):
+    """Without autograd."""
     trained, dataset = pixels
     calls = []
 
@@ -134,73 +129,73 @@ def test_all_trained_timesteps(pixels):
         assert not output.requires_grad
 
     with trained.model.register_forward_hook(watch):
-        result = bits_per_dimension(trained, dataset, num_samples=1)
+        result = bits_per_dimension(trained, dataset, num_images=1)
     assert sorted(calls) == list(range(1000)) == result["timesteps"]
     assert result["model_calls"] == len(result["per_timestep"]) == len(result["mse_per_timestep"]) == 1000
     assert result["bits_per_dimension"] == pytest.approx(result["prior"] + sum(result["per_timestep"]), 1e-9)
 
 
-def test_images_from_all_over(pixels):
-    """Some of the images: the same as if only these were there; more than there are is all."""
-    result = bits_per_dimension(*pixels, num_samples=3, respacing=STEPS)
-    check(result, [by_the_loop(*pixels, index) for index in (0, 2, 4)])
-    assert bits_per_dimension(*pixels, num_samples=50, respacing=STEPS)["images"] == 5
+def test_some_images_are_evenly_spaced(pixels):
+    """A number larger than the data set means all."""
+    result = bits_per_dimension(*pixels, num_images=3, respacing=STEPS)
+    check(result, [loop_terms(*pixels, index) for index in (0, 2, 4)])
+    assert bits_per_dimension(*pixels, num_images=50, respacing=STEPS)["images"] == 5
 
 
-def test_seeds_differ(pixels):
+def test_the_bound_is_a_function_of_the_seed(pixels):
     seeds = [bits_per_dimension(*pixels, seed=seed, respacing=STEPS) for seed in (0, 0, 1)]
     assert seeds[0] == seeds[1]
     assert abs(seeds[0]["bits_per_dimension"] - seeds[2]["bits_per_dimension"]) > 1e-3
 
 
-def test_fixed_variance(pixels):
-    trained = trained_as(digits_model(learn_sigma=False), IdentityAutoencoder(1))
+def test_terms_of_a_fixed_variance_agree_with_the_loop(pixels):
+    trained = load_as(digits_model(learn_sigma=False), IdentityAutoencoder(1))
     result = bits_per_dimension(trained, pixels[1], respacing=STEPS)
-    check(result, [by_the_loop(trained, pixels[1], index, learn_sigma=False) for index in range(5)])
+    check(result, [loop_terms(trained, pixels[1], index, learn_sigma=False) for index in range(5)])
 
 
-def test_classes_go_by_name(latents, image_folder, tmp_path):
-    """A held-out folder that lacks a class does not shift the labels of the others."""
+def test_classes_are_matched_by_name(latents, image_folder, tmp_path):
+    """A validation folder that lacks a class does not shift the labels of the others."""
     trained, _ = latents
     for name in ("bee", "cat"):
         (tmp_path / name).symlink_to(image_folder / name)
     part = ImageFolderDataset(tmp_path, 32)
-    want = by_the_loop(trained, SimpleNamespace(read=part.read, labels=[1] * 8 + [2] * 8), 0)
-    result = bits_per_dimension(trained, part, num_samples=1, respacing=STEPS)
+    want = loop_terms(trained, SimpleNamespace(read=part.read, labels=[1] * 8 + [2] * 8), 0)
+    result = bits_per_dimension(trained, part, num_images=1, respacing=STEPS)
     assert result["bits_per_dimension"] == pytest.approx(want["total_bpd"].item(), 1e-5)
-    assert abs(by_the_loop(trained, part, 0)["total_bpd"].item() - want["total_bpd"].item()) > 1e-3  # label 0
+    assert abs(loop_terms(trained, part, 0)["total_bpd"].item() - want["total_bpd"].item()) > 1e-3  # label 0
 
 
 # ---------------------------------------------------------------- several processes
 
 def main():
-    """What `children` runs: the images of two data sets, shared by processes."""
-    device = distributed.init()
-    trained = trained_as(digits_model(), IdentityAutoencoder(1))
+    """Compute bits on all ranks; `children` runs this."""
+    distributed.init()
+    trained = load_as(digits_model(), IdentityAutoencoder(1))
     results = [bits_per_dimension(trained, SomeDigits(), count, 2, respacing=STEPS) for count in (5, 1)]
     with open(f"{sys.argv[1]}.{distributed.rank()}", "w") as file:
         json.dump(results, file)
-    spoilt = SomeDigits()
-    spoilt.read = lambda index: CorruptImage("d/3.png", "cut off") if index == 3 else spoilt.images[index]
-    bits_per_dimension(trained, spoilt, respacing=STEPS)
+    corrupt = SomeDigits()
+    corrupt.read = lambda index: CorruptImage("d/3.png", "cut off") if index == 3 else corrupt.images[index]
+    bits_per_dimension(trained, corrupt, respacing=STEPS)
 
 
-def test_two_processes_are_one(children, pixels, tmp_path):
-    """With shares of another size, with a share of none, and with a bad image that only one of the two sees."""
-    text = children.run("test_likelihood", tmp_path / "out", processes=2, status=2)
+def test_two_ranks_agree_with_one(children, pixels, tmp_path):
+    """With parts of different sizes, with an empty part, and with a corrupt image that only one of them reads."""
+    text = children.run("test_nll", tmp_path / "out", processes=2, status=2)
     both = [json.loads((tmp_path / f"out.{rank}").read_text()) for rank in range(2)]
     assert both[0] == both[1]
     for result, count in zip(both[0], (5, 1)):
-        alone = bits_per_dimension(*pixels, num_samples=count, respacing=STEPS)
+        alone = bits_per_dimension(*pixels, num_images=count, respacing=STEPS)
         assert list(result) == list(alone)
         for name in alone:
             assert result[name] == (alone[name] if alone[name] is None or isinstance(alone[name], str)
                                     else pytest.approx(alone[name], rel=1e-5, abs=1e-6)), name
-    assert text.count("process 1 of 2: cannot read the image d/3.png (cut off)") == 1
+    assert text.count("rank 1 of 2: cannot read the image d/3.png (cut off)") == 1
     assert text.count("error:") == 1 and "Traceback" not in text
 
 
-# ---------------------------------------------------------------- right where the truth is known
+# ---------------------------------------------------------------- a known distribution
 
 class Normal(LabeledImageDataset):
     """Images of independent 8-bit pixels, from a normal distribution rounded to the 256 values."""
@@ -228,15 +223,14 @@ class BestPrediction(torch.nn.Module):
     E[eps | x_t] = b (x_t - a m) / (a^2 s^2 + b^2), and Var[x_0 | x_t] = s^2 b^2 / (a^2 s^2 + b^2), so that
     p(x_{t-1} | x_t) has the variance btilde + coef1^2 Var[x_0 | x_t].
 
-    error  factor on the predicted noise; 1: as it should be
+    `error` is a factor on the predicted noise; 1 is exact.
     """
 
     def __init__(self, respacing, learn_sigma=True, error=1.0):
         super().__init__()
         self.diffusion = create_diffusion(respacing, learn_sigma=learn_sigma)
         self.learn_sigma, self.error = learn_sigma, error
-        self.in_channels, self.x_embedder = 1, SimpleNamespace(input_size=(8, 8))
-        self.y_embedder = SimpleNamespace(num_classes=1)
+        self.sample_shape, self.config = (1, 8, 8), dict(num_classes=1)
         self.a2 = self.diffusion.alphas_cumprod
         self.b2, s2 = 1 - self.a2, Normal.std**2
         self.total = self.a2 * s2 + self.b2  # Var[x_t]
@@ -255,14 +249,12 @@ class BestPrediction(torch.nn.Module):
 
 def bits_of_normal(data, **model):
     model = BestPrediction("20", **model)
-    return model, bits_per_dimension(trained_as(model, IdentityAutoencoder(1)), data, batch_size=len(data),
+    return model, bits_per_dimension(load_as(model, IdentityAutoencoder(1)), data, batch_size=len(data),
                                      respacing="20")
 
 
 def test_the_best_model_reaches_the_entropy():
-    """The bound of the best prediction is what the true distribution says of the same images; each of its terms is the
-    closed form; and any other prediction needs more bits.
-    """
+    """Each term of its bound has the closed form, and any other prediction needs more bits."""
     data = Normal(2000)
     model, best = bits_of_normal(data)
     entropy = -(data.probability * data.probability.log2()).sum().item()
@@ -282,47 +274,44 @@ def test_the_best_model_reaches_the_entropy():
 
 # ---------------------------------------------------------------- mistakes
 
-@pytest.mark.parametrize("damaged, sentence", [
-    (True, r"cannot read the image d/3\.png \(cut off\)\. Repair it"), (False, r"cannot read d/3\.png \(cut off\)$")])
-def test_a_bad_image_is_named(pixels, damaged, sentence):
+@pytest.mark.parametrize("damaged", [True, False])
+def test_a_corrupt_image_is_named(pixels, damaged):
     data = SomeDigits()
     data.read = lambda index: CorruptImage("d/3.png", "cut off", damaged) if index == 3 else data.images[index]
-    with pytest.raises(UserError, match=sentence):
+    with pytest.raises(UserError, match=r"d/3\.png"):
         bits_per_dimension(pixels[0], data, batch_size=2, respacing=STEPS)
-    assert bits_per_dimension(pixels[0], data, num_samples=3, respacing=STEPS)["images"] == 3  # 0, 2, 4
+    assert bits_per_dimension(pixels[0], data, num_images=3, respacing=STEPS)["images"] == 3  # 0, 2, 4
 
 
-@pytest.mark.parametrize("change, sentence", [
-    (dict(respacing="2000"), r"the timesteps '2000': cannot keep 2000 steps"),
-    (dict(image_size=16), r"the data has images of 8 pixels and 1 channels, the model in some\.pt is for 16 pixels"),
-    (dict(autoencoder=IdentityAutoencoder(3)), r"8 pixels and 1 channels, .* is for 8 pixels and 3 channels"),
-    (dict(class_names=["0", "1"]), r"the data has the class '2', on which the model in some\.pt was not trained"),
-    (dict(model=digits_model(num_classes=9)), r"the data has 10 classes, the model in some\.pt has 9"),
+@pytest.mark.parametrize("change, problem", [
+    (dict(respacing="2000"), r"--respacing 2000: "),
+    (dict(image_size=16), r"16 pixels"),
+    (dict(autoencoder=IdentityAutoencoder(3)), r"3 channels"),
+    (dict(class_names=["0", "1"]), r"class '2'"),
+    (dict(model=digits_model(num_classes=9)), r"10 classes"),
 ])
-def test_data_that_does_not_fit(change, sentence):
+def test_data_that_does_not_fit_is_refused(change, problem):
     respacing = change.pop("respacing", STEPS)
-    trained = trained_as(**dict(model=digits_model(), autoencoder=IdentityAutoencoder(1)) | change)
-    with pytest.raises(UserError, match=sentence):
+    trained = load_as(**dict(model=digits_model(), autoencoder=IdentityAutoencoder(1)) | change)
+    with pytest.raises(UserError, match=problem):
         bits_per_dimension(trained, SomeDigits(), respacing=respacing)
 
 
-def test_a_model_that_is_broken():
-    """JSON has no word for what it would answer."""
+def test_a_bound_that_is_not_finite_is_refused():
     model = digits_model()
     torch.nn.init.constant_(model.final_layer.linear.bias, math.nan)
-    with pytest.raises(UserError, match=r"the bound of the image load_digits/0 is nan: the model in some\.pt"):
-        bits_per_dimension(trained_as(model, IdentityAutoencoder(1)), SomeDigits(), respacing=STEPS)
+    with pytest.raises(UserError, match="load_digits/0 is nan"):
+        bits_per_dimension(load_as(model, IdentityAutoencoder(1)), SomeDigits(), respacing=STEPS)
 
 
 # ---------------------------------------------------------------- what is written
 
-def test_result_is_json(latents):
-    result = bits_per_dimension(*latents, num_samples=2, respacing=STEPS)
+def test_the_result_is_valid_json(latents):
+    result = bits_per_dimension(*latents, num_images=2, respacing=STEPS)
     assert json.loads(json.dumps(result, allow_nan=False)) == result
 
 
-def test_plot(pixels, tmp_path):
-    """As wide as a page; terms that rounding took below zero are left out, as if they were not there."""
+def test_plot_leaves_out_terms_below_zero(pixels, tmp_path):
     result = bits_per_dimension(*pixels, respacing=STEPS)
 
     def drawn(name, **change):
@@ -339,8 +328,8 @@ def test_plot(pixels, tmp_path):
     assert sorted(path.name for path in (tmp_path / "plots").iterdir()) == ["odd.png", "whole.png"]
 
 
-def test_plot_that_cannot_be_written(pixels, tmp_path):
-    result = bits_per_dimension(*pixels, num_samples=1, respacing=STEPS)
+def test_a_plot_that_cannot_be_written_leaves_no_file(pixels, tmp_path):
+    result = bits_per_dimension(*pixels, num_images=1, respacing=STEPS)
     (tmp_path / "folder.png").mkdir()
     with pytest.raises(UserError, match=r"cannot write \S+folder\.png"):
         plot_nll(result, tmp_path / "folder.png")

@@ -1,4 +1,4 @@
-"""train.py --eval-every: what is measured while a run trains, and that the run does not notice."""
+"""train.py --eval-every: scores while a run trains, which do not change the run; and tools.plot_run."""
 import csv
 import json
 import logging
@@ -9,7 +9,6 @@ import time
 
 import numpy as np
 import pytest
-from accelerate import Accelerator
 from PIL import Image
 
 from common.checkpoint_io import load_checkpoint
@@ -26,7 +25,7 @@ EVAL = ["--eval-features", "pixels", "--eval-samples", 12, "--eval-sampling-step
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory):
     path = tmp_path_factory.mktemp("reference") / "held-out.npz"
-    call("evaluate", "--make-reference", "digits-held-out", "--features", "pixels", "--output", path)
+    call("evaluate", "reference", "digits-held-out", "--features", "pixels", "--output", path)
     return path
 
 
@@ -36,8 +35,8 @@ def rows_of(results):
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_a_run_that_is_evaluated(children, reference, tmp_path, processes):
-    """The trajectory is that of a run that is not, bit for bit; scores go to the log, TensorBoard and a CSV."""
+def test_evaluation_does_not_change_the_run(children, reference, tmp_path, processes):
+    """Bit for bit; scores go to the log, TensorBoard and a CSV."""
     children.run("train", *RUN, "--results-dir", tmp_path / "quiet", processes=processes)
     out = children.run("train", *RUN, *EVAL, "--eval-every", 2, "--eval-reference", reference, "--ckpt-every", 4,
                        "--results-dir", tmp_path / "watched", processes=processes)
@@ -48,7 +47,7 @@ def test_a_run_that_is_evaluated(children, reference, tmp_path, processes):
     assert scalars(tmp_path / "watched", "eval/frechet_distance") == pytest.approx(distances)
     assert all(f"(step={step:07d}) frechet_distance: {distance:.4f}" in out for step, distance in distances.items())
     assert "Evaluation: Frechet distance (pixels, 12 images) of EMA samples (ddim, 3 steps, guidance 1)" in out
-    assert "each time 36 images pass the network" in out and "WARNING: 12 samples in 192 dimensions" in out
+    assert "36 forward passes of one image each time" in out and "WARNING: 12 samples in 192 dimensions" in out
     record = json.loads((folder_of(tmp_path / "watched") / "evaluations.json").read_text())
     assert record["samples"]["made"].items() >= dict(weights="ema", ema_decay=0.5, sampler="ddim", seed=0).items()
     assert record["reference"]["source"]["path"] == "digits-held-out"
@@ -59,15 +58,15 @@ def test_a_run_that_is_evaluated(children, reference, tmp_path, processes):
         assert differences(best, stored(tmp_path / "watched", best["step"])) == []
 
 
-def test_scores_are_those_of_evaluate(command, reference, tmp_path):
-    """The same samples as of the checkpoint, by evaluate.py."""
+def test_scores_are_those_of_evaluate_py(command, reference, tmp_path):
     status, _, err = command("train", *RUN, *EVAL, "--eval-every", 9, "--eval-reference", reference, "--results-dir",
                              tmp_path)
     assert status == 0, err
     best = folder_of(tmp_path) / "checkpoints" / "best.pt"
-    assert best.samefile(best.with_name("0000009.pt"))  # another name costs nothing
-    status, _, err = command("evaluate", best, "--reference", reference, "--features", "pixels", "--cfg-scale", 1,
-                             "--num-fid-samples", 12, "--num-sampling-steps", "ddim3", "--per-proc-batch-size", 8,
+    assert best.samefile(best.with_name("0000009.pt"))
+    status, _, err = command("evaluate", "score", best, "--reference", reference, "--features", "pixels",
+                             "--cfg-scale", 1, "--num-fid-samples", 12, "--num-sampling-steps", "ddim3",
+                             "--per-proc-batch-size", 8,
                              "--output", tmp_path / "record.json")
     assert status == 0, err
     found = json.loads((tmp_path / "record.json").read_text())["scores"]
@@ -75,8 +74,8 @@ def test_scores_are_those_of_evaluate(command, reference, tmp_path):
     assert found == pytest.approx({name: float(row[name]) for name in found}, rel=1e-7)
 
 
-def test_a_run_that_is_resumed(command, reference, tmp_path):
-    """Rows of steps that are done again are replaced; a row that was cut off is missing, and no error."""
+def test_a_resumed_run_replaces_the_rows_of_repeated_steps(command, reference, tmp_path):
+    """A row that was cut off is left out."""
     flags = [*RUN, *EVAL, "--eval-every", 2, "--eval-reference", reference, "--results-dir", tmp_path]
     assert command("train", *flags, "--ckpt-every", 5)[0] == 0
     first = rows_of(tmp_path)
@@ -108,9 +107,8 @@ class DiesWhileKeepingTheBest:
 
 
 @pytest.mark.parametrize("every", [2, 3])
-def test_a_kill_while_the_best_is_kept(children, reference, tmp_path, every):
-    """The run that goes on ends with the tables and the best checkpoint of one that was left alone: also where the
-    killed evaluation was of a step that had just been saved (3 is, 2 is not)."""
+def test_a_run_killed_while_the_best_is_kept_ends_as_one_that_was_not(children, reference, tmp_path, every):
+    """Tables and best checkpoint, also if the killed evaluation was of a step just saved (3 is, 2 is not)."""
     flags = [*RUN, *EVAL, "--eval-every", every, "--eval-reference", reference, "--ckpt-every", 3]
     children.run("train", *flags, "--results-dir", tmp_path / "alone")
     children.run("train", *flags, "--results-dir", tmp_path / "killed", prepare=DiesWhileKeepingTheBest(2),
@@ -124,16 +122,17 @@ def test_a_kill_while_the_best_is_kept(children, reference, tmp_path, every):
     assert best[0]["step"] == best[1]["step"] and differences(*best) == []
 
 
-def test_a_run_that_is_measured_otherwise(command, reference, tmp_path):
-    """Scores that cannot be compared are not: other settings begin new tables, and the first is the best so far."""
+def test_other_settings_begin_new_tables(command, reference, tmp_path):
+    """Their first score is the best so far."""
     flags = [*RUN, *EVAL, "--eval-every", 4, "--results-dir", tmp_path]
     assert command("train", *flags, "--max-steps", 5, "--eval-reference", reference)[0] == 0
     status, out, err = command("train", *flags, "--eval-reference", "digits", "--resume", "auto")
-    assert status == 0 and "WARNING: evaluations are not made as before" in out and out.count("the best so far") == 1
+    assert status == 0 and "WARNING: the settings of the evaluation have changed" in out
+    assert out.count("the best so far") == 1
     assert [row["step"] for row in rows_of(tmp_path)] == ["8"]
     assert (folder_of(tmp_path) / "evaluations-before.csv").read_text().splitlines()[1].startswith("4,")
     status, out, err = command("train", *flags, "--max-steps", 12, "--eval-reference", "digits", "--resume", "auto")
-    assert status == 0 and "not made as before" not in out and len(rows_of(tmp_path)) == 2, err
+    assert status == 0 and "settings of the evaluation" not in out and len(rows_of(tmp_path)) == 2, err
 
 
 class FailsOnOne:
@@ -156,19 +155,18 @@ class FailsOnOne:
 
 @pytest.mark.parametrize("processes", [1, 2])
 @pytest.mark.parametrize("error", [MemoryError, UserError])
-def test_an_evaluation_that_fails(children, reference, tmp_path, processes, error):
-    """Is told, and training goes on as if nothing had been."""
+def test_a_failed_evaluation_does_not_change_the_run(children, reference, tmp_path, processes, error):
     flags = [*EVAL, "--eval-samples", 64, "--eval-every", 4, "--eval-reference", reference]
     children.run("train", *RUN, "--results-dir", tmp_path / "quiet", processes=processes)
     out = children.run("train", *RUN, *flags, "--results-dir", tmp_path / "watched", processes=processes,
                        prepare=FailsOnOne(processes - 1, error))
-    assert (out.count("the evaluation failed; training goes on") == 1 and "no memory for this" in out) or processes == 2
+    assert (out.count("the evaluation failed") == 1 and "no memory for this" in out) or processes == 2
     assert [row["step"] for row in rows_of(tmp_path / "watched")] == ["8"]
     assert differences(stored(tmp_path / "quiet", 9), stored(tmp_path / "watched", 9)) == []
 
 
-class ToldWhileSampling:
-    """One process gets SIGTERM while it makes the first samples."""
+class TerminatedWhileSampling:
+    """One rank gets SIGTERM while it makes the first samples."""
 
     def __init__(self, rank):
         self.rank = rank
@@ -176,60 +174,58 @@ class ToldWhileSampling:
     def __call__(self, rank):
         batch = GeneratedImages.batch
 
-        def told(*args):
+        def terminated(*args):
             if rank == self.rank:
                 os.kill(os.getpid(), signal.SIGTERM)
             return batch(*args)
 
-        GeneratedImages.batch = told
+        GeneratedImages.batch = terminated
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_a_signal_during_an_evaluation(children, reference, tmp_path, processes):
-    """The evaluation is given up by all within two batches, the run saves and stops."""
+def test_a_signal_stops_an_evaluation_within_two_batches(children, reference, tmp_path, processes):
+    """The run saves and stops."""
     out = children.run("train", *RUN, *EVAL, "--eval-samples", 8 * 5000, "--eval-every", 4, "--eval-reference",
                        reference, "--results-dir", tmp_path, processes=processes,
-                       prepare=ToldWhileSampling(processes - 1), status=EXIT_RESTARTABLE)
-    assert "(step=0000004) the evaluation was given up" in out and "frechet_distance:" not in out
-    assert not (folder_of(tmp_path) / "evaluations.csv").exists() and "--resume auto goes on" in out
+                       prepare=TerminatedWhileSampling(processes - 1), status=EXIT_RESTARTABLE)
+    assert "frechet_distance:" not in out and not (folder_of(tmp_path) / "evaluations.csv").exists()
+    assert stored(tmp_path, 4)["step"] == 4
 
 
-def test_a_table_that_cannot_be_written(command, reference, tmp_path):
-    """Training goes on."""
+def test_training_continues_if_a_table_cannot_be_written(command, reference, tmp_path):
     flags = [*RUN, *EVAL, "--eval-every", 4, "--eval-reference", reference, "--results-dir", tmp_path]
     assert command("train", *RUN, "--max-steps", 1, "--results-dir", tmp_path)[0] == 0
     (folder_of(tmp_path) / "evaluations.csv").mkdir()
     status, out, err = command("train", *flags, "--resume", "auto")
-    assert status == 0 and re.search(r"WARNING: cannot write \S+evaluations.csv.*training goes on", out), err
+    assert status == 0 and re.search(r"WARNING: cannot write \S+evaluations.csv", out), err
     assert out.count("frechet_distance:") == 2
 
 
-@pytest.mark.parametrize("flags, sentence", [
-    (["--eval-every", 5], "--eval-every 5 needs --eval-reference"),
-    (["--eval-reference", "digits"], "--eval-reference digits needs --eval-every"),
-    (["--eval-every", 5, "--eval-reference", "nothing", "--eval-features", "pixels"], "neither a file nor a folder"),
-    (["--eval-every", 5, "--eval-reference", "digits", "--eval-features", "nothing"], "--eval-features nothing: nei"),
+@pytest.mark.parametrize("flags, problem", [
+    (["--eval-every", 5], "--eval-reference"),
+    (["--eval-reference", "digits"], "--eval-every"),
+    (["--eval-every", 5, "--eval-reference", "nothing", "--eval-features", "pixels"], "nothing"),
+    (["--eval-every", 5, "--eval-reference", "digits", "--eval-features", "nothing"], "--eval-features nothing: "),
     (["--eval-every", 5, "--eval-reference", "digits", "--eval-features", "pixels", "--eval-sampling-steps", 5000],
      "--eval-sampling-steps 5000"),
     (["--eval-every", 5, "--eval-reference", "digits", "--eval-features", "pixels", "--eval-samples", 3],
-     "3 samples are too few: precision and recall need more than 3"),
+     "--eval-samples 3"),
 ])
-def test_mistakes_are_told_before_the_first_step(command, tmp_path, flags, sentence):
+def test_mistakes_are_reported_before_the_first_step(command, tmp_path, flags, problem):
     status, out, err = command("train", *RUN, *flags, "--results-dir", tmp_path)
-    assert status == 2 and sentence in err and "Traceback" not in err and "step=" not in out
+    assert status == 2 and problem in err and "Traceback" not in err and "step=" not in out
     assert not list(tmp_path.glob("000-*"))  # no empty folder is left behind
 
 
-def test_a_reference_of_another_size_is_told_before_the_first_step(command, tmp_path):
+def test_a_reference_of_another_size_is_reported_before_the_first_step(command, tmp_path):
     np.savez(tmp_path / "large.npz", arr_0=np.zeros((9, 16, 16, 3), dtype=np.uint8))
     status, out, err = command("train", *RUN, *EVAL, "--eval-every", 2, "--eval-reference", tmp_path / "large.npz",
                                "--results-dir", tmp_path)
-    assert status == 2 and "has 768 numbers an image, the samples have 192" in err and "step=" not in out
+    assert status == 2 and "768 numbers" in err and "step=" not in out
 
 
-def test_a_pause_is_no_training(tmp_path):
-    """The time of an evaluation does not count in the speed."""
-    monitor = MetricLogger(Accelerator(cpu=True), logging.getLogger("dit"), str(tmp_path), 0, 9, 8)
+def test_the_time_of_an_evaluation_does_not_count_as_training(tmp_path):
+    monitor = MetricLogger(logging.getLogger("dit"), str(tmp_path), 0, 9, 8)
     with monitor:
         start = monitor.start
         with monitor.paused():
@@ -237,10 +233,10 @@ def test_a_pause_is_no_training(tmp_path):
         assert 0.05 <= monitor.start - start < 5
 
 
-# ---------------------------------------------------------------- plot_run.py
+# ---------------------------------------------------------------- tools.plot_run
 
-def test_runs_are_drawn(command, reference, tmp_path):
-    """Loss and distance of one run, in its folder; of several, in one picture; without evaluations, the loss alone."""
+def test_runs_are_plotted(command, reference, tmp_path):
+    """Loss and distance of one run, in its folder; of several, in one figure; without evaluations, the loss only."""
     command("train", *RUN, *EVAL, "--eval-every", 4, "--eval-reference", reference, "--results-dir", tmp_path)
     command("train", *RUN, "--results-dir", tmp_path)
     one, two = folder_of(tmp_path), folder_of(tmp_path, 1)
@@ -258,9 +254,9 @@ def test_runs_are_drawn(command, reference, tmp_path):
     command("tools.plot_run", one, folder_of(tmp_path, 2), "--output", tmp_path / "three.png")
     with Image.open(tmp_path / "three.png") as picture:
         assert picture.width > 2.5 * sizes[1][0]
-    for flags, sentence in (([one, two], "several runs need --output"), ([tmp_path], "is no run of train.py"),
-                            ([one, "--output", tmp_path / "x.what"], "no picture format has the ending .what"),
+    for flags, problem in (([one, two], "--output: several runs"), ([tmp_path], "is not a run of train.py"),
+                            ([one, "--output", tmp_path / "x.what"], ".what"),
                             ([one, "--output", tmp_path / "folder.png"], "cannot write"),
                             ([one, "--output", tmp_path / "no" / "x.png"], "there is no folder")):
         status, _, err = command("tools.plot_run", *flags)
-        assert status == 2 and sentence in err, err
+        assert status == 2 and problem in err, err

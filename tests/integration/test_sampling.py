@@ -1,4 +1,5 @@
-"""sample.py and sample_ddp.py: the published pictures from the published seeds, and sets that do not depend on luck."""
+"""sample.py and sample_ddp.py: published pictures of published seeds, and sets that any ranks make alike."""
+import argparse
 import json
 import signal
 import subprocess
@@ -12,31 +13,35 @@ from PIL import Image
 from torchvision.utils import save_image
 
 import models
+from common.errors import ArgumentError
 from diffusion import create_diffusion
 from helpers import ROOT, TINY, pixels, random_weights, run_process
 from networks import build_dit
+from sampling.load_model import load_model
+from sampling.sample_set import SampleSet
 
 FEW = ["--num-sampling-steps", 4]
 
 
 @pytest.fixture(scope="session")
 def digits_checkpoint(tmp_path_factory):
-    """A checkpoint of train.py, its EMA weights replaced by ones that show something."""
+    """A checkpoint of train.py, with EMA weights that do not predict zero."""
     results = tmp_path_factory.mktemp("digits")
     run_process("train.py", "--data-path", "digits", *TINY, "--max-steps", 1, "--results-dir", results)
-    (path,) = results.glob("*/checkpoints/0000001.pt")
-    stored = torch.load(path, weights_only=True)
-    stored["ema"] = random_weights(build_dit(**stored["config"]["model"])).state_dict()
-    torch.save(stored, path)
-    return path
+    return replace_ema(results)
 
 
 @pytest.fixture(scope="session")
 def latent_checkpoint(image_folder, vae_folder, tmp_path_factory):
-    """The same for a model of VAE latents."""
+    """A checkpoint of a model of VAE latents."""
     results = tmp_path_factory.mktemp("latents")
     run_process("train.py", "--data-path", image_folder, "--image-size", 32, "--num-classes", 3, "--vae", vae_folder,
                 *TINY, "--global-batch-size", 4, "--max-steps", 1, "--num-workers", 0, "--results-dir", results)
+    return replace_ema(results)
+
+
+def replace_ema(results):
+    """Replace the EMA of a run's checkpoint by random weights; return its path."""
     (path,) = results.glob("*/checkpoints/0000001.pt")
     stored = torch.load(path, weights_only=True)
     stored["ema"] = random_weights(build_dit(**stored["config"]["model"])).state_dict()
@@ -45,6 +50,7 @@ def latent_checkpoint(image_folder, vae_folder, tmp_path_factory):
 
 
 def ema_model(path):
+    """Build the model of a checkpoint with its EMA weights."""
     stored = torch.load(path, weights_only=True)
     model = build_dit(**stored["config"]["model"])
     model.load_state_dict(stored["ema"])
@@ -52,7 +58,7 @@ def ema_model(path):
 
 
 def published_latents(model, labels, cfg_scale, steps, seed):
-    """What the published sampling code does: everything doubled, one generator, noise drawn for the doubled batch."""
+    """Sample as the published code does: everything doubled, one generator, noise drawn for the doubled batch."""
     torch.manual_seed(seed)
     null = model.y_embedder.num_classes
     z = torch.randn(len(labels), model.in_channels, *model.x_embedder.input_size)
@@ -85,7 +91,7 @@ def test_a_checkpoint_needs_no_other_flag(digits_checkpoint, tmp_path):
     assert pixels(tmp_path / "sample.png").shape == (3 * 66 + 2, 4 * 66 + 2, 3)  # ten classes, four a row
 
 
-def test_rows_of_classes_and_the_way_there(command, digits_checkpoint, tmp_path):
+def test_labels_are_rows_and_the_trajectory_is_an_animation(command, digits_checkpoint, tmp_path):
     status, *_ = command("sample", "--ckpt", digits_checkpoint, "--class-labels", "7", "1", *FEW,
                          "--samples-per-label", 3, "--trajectory", "--output", tmp_path / "grid.png")
     assert status == 0
@@ -108,8 +114,7 @@ def test_samplers_and_guidance_change_the_picture(command, digits_checkpoint, tm
     assert len(set(pictures.values())) == len(variants)
 
 
-def test_guided_channels(command, latent_checkpoint, tmp_path):
-    """Three of four latent channels as published; all on demand."""
+def test_three_of_four_latent_channels_are_guided_by_default(command, latent_checkpoint, tmp_path):
     pictures = []
     for flags in ([], ["--cfg-channels", 3], ["--cfg-channels", "all"]):
         command("sample", "--ckpt", latent_checkpoint, *FEW, *flags, "--output", tmp_path / "x.png")
@@ -117,9 +122,8 @@ def test_guided_channels(command, latent_checkpoint, tmp_path):
     assert np.array_equal(pictures[0], pictures[1]) and not np.array_equal(pictures[0], pictures[2])
 
 
-def test_published_layout_checkpoint(command, tmp_path):
-    """Bare weights of DiT-S/8 with 1000 classes, and an argparse.Namespace beside them, as others' files have it."""
-    import argparse
+def test_bare_weights_and_published_namespaces_are_loaded(command, tmp_path):
+    """As files of other projects have them."""
     model = random_weights(models.DiT_models["DiT-S/8"](input_size=16, in_channels=3), scale=0.05)
     torch.save(model.state_dict(), tmp_path / "bare.pt")
     args = argparse.Namespace(model="DiT-S/8", image_size=16, num_classes=1000)
@@ -140,7 +144,7 @@ def sample_set(folder):
         return path.name, file["arr_0"], file["arr_1"]
 
 
-def test_set_does_not_depend_on_processes_or_batch(digits_checkpoint, tmp_path):
+def test_a_set_does_not_depend_on_processes_or_batch_size(digits_checkpoint, tmp_path):
     flags = ["--ckpt", digits_checkpoint, "--num-fid-samples", 20, *FEW]
     run_process("sample_ddp.py", *flags, "--per-proc-batch-size", 3, "--sample-dir", tmp_path / "one")
     run_process("sample_ddp.py", *flags, "--per-proc-batch-size", 3, "--sample-dir", tmp_path / "two", processes=2)
@@ -156,8 +160,8 @@ def test_set_does_not_depend_on_processes_or_batch(digits_checkpoint, tmp_path):
         assert difference.max() <= (0 if other == "two" else 1) and (difference > 0).mean() < 0.01
 
 
-def test_larger_set_begins_with_the_smaller(command, digits_checkpoint, tmp_path):
-    """No image is made twice: the second call makes five, and the PNG files come from the set."""
+def test_a_larger_set_begins_with_the_smaller_one(command, digits_checkpoint, tmp_path):
+    """No image is made twice: the second call makes five, and the PNG files hold the images of the set."""
     flags = ["--ckpt", digits_checkpoint, "--per-proc-batch-size", 5, "--sample-dir", tmp_path, *FEW]
     command("sample_ddp", *flags, "--num-fid-samples", 5)
     _, first, _ = sample_set(tmp_path)
@@ -172,13 +176,13 @@ def test_larger_set_begins_with_the_smaller(command, digits_checkpoint, tmp_path
     assert status == 0 and "holds 10 images" in out and "first 7" in out
 
 
-def test_killed_run_goes_on_where_it_was(command, digits_checkpoint, tmp_path):
-    """SIGKILL after some parts are on disk: the rest is made, and the set is that of an undisturbed run."""
+def test_a_killed_run_continues_where_it_stopped(command, digits_checkpoint, tmp_path):
+    """After SIGKILL the rest is made, and the set is that of an undisturbed run."""
     flags = ["--ckpt", str(digits_checkpoint), "--num-fid-samples", "40", "--per-proc-batch-size", "4",
              "--num-sampling-steps", "100"]
     victim = subprocess.Popen([sys.executable, ROOT / "sample_ddp.py", *flags, "--sample-dir", tmp_path / "cut"],
                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.time() + 120
+    deadline = time.time() + 300
     while len(list(tmp_path.glob("cut/*/parts/*.npz"))) < 3 and time.time() < deadline and victim.poll() is None:
         time.sleep(0.02)
     victim.send_signal(signal.SIGKILL)
@@ -192,9 +196,7 @@ def test_killed_run_goes_on_where_it_was(command, digits_checkpoint, tmp_path):
     assert not list(tmp_path.glob("cut/*/parts"))
 
 
-def test_run_killed_before_its_npz_was_written(command, digits_checkpoint, tmp_path, monkeypatch):
-    """Every image made, the set not yet put together: the next start does it, and makes nothing."""
-    from sampling.sample_set import SampleSet
+def test_a_run_killed_before_its_npz_was_written_only_assembles_it(command, digits_checkpoint, tmp_path, monkeypatch):
     flags = ["--ckpt", digits_checkpoint, "--num-fid-samples", 6, "--per-proc-batch-size", 4, *FEW,
              "--sample-dir", tmp_path]
     with monkeypatch.context() as patch:
@@ -207,7 +209,7 @@ def test_run_killed_before_its_npz_was_written(command, digits_checkpoint, tmp_p
 
 
 def test_classes_without_images_are_not_sampled(command, image_folder, tmp_path):
-    """The published default of 1000 classes on a folder of three: seven of eight labels would be of nothing."""
+    """The published default of 1000 classes, trained on a folder of three."""
     flags = ["--data-path", image_folder, "--image-size", 8, "--vae", "none", *TINY, "--global-batch-size", 8,
              "--num-workers", 0, "--max-steps", 1, "--results-dir", tmp_path]
     assert command("train", *flags)[0] == 0
@@ -215,23 +217,61 @@ def test_classes_without_images_are_not_sampled(command, image_folder, tmp_path)
     command("sample_ddp", "--ckpt", checkpoint, "--num-fid-samples", 20, *FEW, "--sample-dir", tmp_path)
     assert set(sample_set(tmp_path)[2]) == {0, 1, 2}
     status, _, err = command("sample", "--ckpt", checkpoint, *FEW, "--class-labels", 3, "--output", tmp_path / "x.png")
-    assert status == 2 and "classes 0 .. 2" in err
+    assert status == 2 and "--class-labels 3" in err and "0 .. 2" in err
     status, _, err = command("sample", "--ckpt", checkpoint, *FEW, "--class-labels", "bee",
                              "--output", tmp_path / "x.png")
     assert status == 0, err
 
 
-def test_a_picture_says_how_it_was_made(command, digits_checkpoint, tmp_path):
+def test_a_picture_holds_the_metadata_of_its_sampling(command, digits_checkpoint, tmp_path):
     command("sample", "--ckpt", digits_checkpoint, *FEW, "--seed", 5, "--cfg-scale", 2, "--output", tmp_path / "x.png")
     with Image.open(tmp_path / "x.png") as picture:
         record = json.loads(picture.text["DiT"])
     assert record["seed"] == 5 and record["cfg_scale"] == 2 and record["cfg_channels"] == 1 and record["steps"] == 4
 
 
-def test_folder_name_holds_what_changes_the_images(command, digits_checkpoint, tmp_path):
+def test_the_name_of_a_set_holds_what_changes_its_images(command, digits_checkpoint, tmp_path):
     base = ["--ckpt", digits_checkpoint, "--num-fid-samples", 1, "--sample-dir", tmp_path, "--num-sampling-steps", 2]
     variants = [[], ["--cfg-scale", 2], ["--global-seed", 1], ["--sampler", "ddim"], ["--num-sampling-steps", 3],
                 ["--sampler", "ddim", "--eta", 0.5], ["--no-tf32"]]
     for flags in variants:
         assert command("sample_ddp", *base, *flags)[0] == 0
     assert len(list(tmp_path.glob("*.npz"))) == len(variants)
+
+
+@pytest.fixture(scope="module")
+def averages_checkpoint(digits_checkpoint, tmp_path_factory):
+    """A checkpoint with averages of two decays, the first of which is the EMA of `digits_checkpoint`."""
+    stored = torch.load(digits_checkpoint, weights_only=True)
+    other = random_weights(build_dit(**stored["config"]["model"]), seed=1).state_dict()
+    stored |= dict(extra_emas={"0.999": other}, args=stored["args"] | dict(ema_decay=[0.9999, 0.999]))
+    path = tmp_path_factory.mktemp("averages") / "0000001.pt"
+    torch.save(stored, path)
+    return path
+
+
+def test_one_of_several_averages_is_chosen_by_its_decay(command, digits_checkpoint, averages_checkpoint, tmp_path):
+    """The first by default, under the name that a set of a single average has; each set records its decay."""
+    few = ["--num-fid-samples", 2, *FEW, "--sample-dir"]
+    assert command("sample_ddp", "--ckpt", digits_checkpoint, *few, tmp_path / "single")[0] == 0
+    expected = sample_set(tmp_path / "single")
+    names = []
+    for folder, flags, decay in (("default", [], 0.9999), ("first", ["--ema-decay", 0.9999], 0.9999),
+                                 ("other", ["--ema-decay", 0.999], 0.999)):
+        status, _, err = command("sample_ddp", "--ckpt", averages_checkpoint, *flags, *few, tmp_path / folder)
+        assert status == 0, err
+        name, images, _ = sample_set(tmp_path / folder)
+        names.append(name)
+        assert np.array_equal(images, expected[1]) == (decay == 0.9999)
+        made = json.loads((tmp_path / folder / name).with_suffix(".json").read_text())["made"]
+        assert made["ema_decay"] == decay and made["weights"] == "ema"
+    assert names[0] == names[1] == expected[0] != names[2]
+
+
+def test_a_decay_without_an_average_is_an_error_that_lists_the_others(digits_checkpoint, averages_checkpoint, tmp_path):
+    torch.save(ema_model(digits_checkpoint).state_dict(), tmp_path / "bare.pt")
+    for path, averages in ((averages_checkpoint, "0.9999, 0.999"), (digits_checkpoint, "0.9999"),
+                           (tmp_path / "bare.pt", "none")):
+        with pytest.raises(ArgumentError, match=f"it has {averages}") as caught:
+            load_model(str(path), "DiT-S/2", 8, 10, "none", set(), "cpu", ema_decay=0.5)
+        assert caught.value.arguments == dict(ema_decay=0.5)

@@ -1,4 +1,4 @@
-"""Feature spaces: torch-fidelity's Inception against an independent one, its resizing against TensorFlow's by hand."""
+"""Feature spaces: Inception against an independent implementation, its resizing against TensorFlow 1's rule."""
 import hashlib
 import types
 
@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torchvision.models import inception
 
-from common.errors import UserError
+from common.errors import ArgumentError, UserError
 from evaluation.features import INCEPTION_SHA256, InceptionFeatures, load_feature_space
 from helpers import picture
 
@@ -58,7 +58,7 @@ def features(weights):
 
 
 def resized_by_hand(image, size=299):
-    """TensorFlow 1's bilinear resizing, pixel by pixel: position i * (in / out), no half-pixel centres."""
+    """Resize as TensorFlow 1 does, pixel by pixel: bilinear, position i * (in / out), no half-pixel centers."""
     height, width = image.shape[:2]
     out = np.empty((size, size, 3))
     for row in range(size):
@@ -74,7 +74,7 @@ def resized_by_hand(image, size=299):
 
 
 def seen_by(features, images):
-    """What the network's first layer is given."""
+    """Return the input of the network's first layer."""
     seen = []
     handle = features.network.Conv2d_1a_3x3.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
     features(images)
@@ -91,8 +91,8 @@ def test_images_are_resized_as_tensorflow_did(features, shape):
     assert np.abs(found - (other.permute(1, 2, 0).numpy() - 128) / 128).max() > 0.01
 
 
-def test_an_independent_inception_agrees(independent, features, monkeypatch):
-    """pool_3, mixed_6/conv in the order height, width, channel, and the logits without bias."""
+def test_features_and_logits_agree_with_an_independent_inception(independent, features, monkeypatch):
+    """mixed_6/conv in the order height, width, channel; the logits without bias."""
     images = torch.from_numpy(np.stack([picture(64, 48, 3, seed=seed) for seed in range(2)]))
     found = features(images)
     assert found.pool.shape == (2, 2048) and found.spatial.shape == (2, 17 * 17 * 7)
@@ -118,15 +118,15 @@ def test_an_independent_inception_agrees(independent, features, monkeypatch):
     assert independent.fc.bias.abs().max() > 0
 
 
-def test_batches_do_not_matter(features):
+def test_features_do_not_depend_on_the_batch(features):
     images = torch.from_numpy(np.stack([picture(32, 32, 3, seed=seed) for seed in range(3)]))
-    together, alone = features(images), [features(image[None]) for image in images]
-    for one, parts in zip(together, zip(*alone)):
-        torch.testing.assert_close(one, torch.cat(parts), rtol=1e-4, atol=1e-5)
+    batch, singles = features(images), [features(image[None]) for image in images]
+    for rows, parts in zip(batch, zip(*singles)):
+        torch.testing.assert_close(rows, torch.cat(parts), rtol=1e-4, atol=1e-5)
 
 
 def test_features_are_never_in_tf32(features, monkeypatch):
-    """Whatever the model around them is computed in; and that is left as it was."""
+    """The precision around them is restored."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     torch.set_float32_matmul_precision("high")
@@ -144,58 +144,54 @@ def test_features_are_never_in_tf32(features, monkeypatch):
         torch.backends.cudnn.allow_tf32 = before[1]
 
 
-def test_other_weights_are_no_fid(features, weights):
+def test_distances_by_other_weights_are_not_called_fid(features, weights):
     with open(weights, "rb") as file:
         assert features.sha256 == hashlib.sha256(file.read()).hexdigest() != INCEPTION_SHA256
     assert not features.is_standard and features.metadata()["space"] == "inception with other weights"
 
 
-@pytest.mark.parametrize("content, sentence", [
-    (lambda: dict(a=torch.zeros(3)), "does not hold the weights of torch-fidelity's Inception"),
-    (lambda: torch.zeros(3), "does not hold the weights"),
-    (lambda: types.SimpleNamespace(a=1), "was refused"),
-])
-def test_files_that_are_no_weights(tmp_path, content, sentence):
-    torch.save(content(), tmp_path / "w.pth")
-    with pytest.raises(UserError, match=sentence):
-        InceptionFeatures(CPU, str(tmp_path / "w.pth"))
+@pytest.mark.parametrize("content", [dict(a=torch.zeros(3)), torch.zeros(3), types.SimpleNamespace(a=1)])
+def test_files_without_inception_weights_are_refused(tmp_path, content):
+    path = str(tmp_path / "w.pth")
+    torch.save(content, path)
+    with pytest.raises(UserError, match=path):
+        InceptionFeatures(CPU, path)
 
 
-def test_weights_that_cannot_be_fetched(monkeypatch, tmp_path):
-    """A sentence with the address and the place."""
+def test_weights_that_cannot_be_fetched_are_named_with_address_and_path(monkeypatch, tmp_path):
     import evaluation.features
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(evaluation.features, "INCEPTION_URL", "http://127.0.0.1:9/v0.2.0/")
-    with pytest.raises(UserError, match=r"cannot fetch http://127\.0\.0\.1:9/v0\.2\.0/weights-inception.*put it at "
+    with pytest.raises(UserError, match=r"http://127\.0\.0\.1:9/v0\.2\.0/weights-inception.*"
                                         rf"{tmp_path}/pretrained_models/weights-inception-2015-12-05-6726825d\.pth"):
         load_feature_space("inception", CPU)
 
 
-def test_downloaded_weights_are_checked_before_they_are_read(monkeypatch, tmp_path, weights):
-    """A file with another SHA-256 under the usual name is refused."""
+def test_downloaded_weights_with_another_sha256_are_refused(monkeypatch, tmp_path, weights):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "pretrained_models").mkdir()
     (tmp_path / "pretrained_models" / "weights-inception-2015-12-05-6726825d.pth").write_bytes(b"no pickle at all")
-    with pytest.raises(UserError, match=f"does not have the SHA-256 {INCEPTION_SHA256}"):
+    with pytest.raises(UserError, match=INCEPTION_SHA256):
         load_feature_space("inception", CPU)
 
 
 # ---------------------------------------------------------------- pixels and modules
 
-def test_pixels():
+def test_pixel_features_are_flattened_pixels():
     images = torch.from_numpy(picture(2, 4, 5, 3))
     found = load_feature_space("pixels", CPU)(images)
     assert found.spatial is None and torch.equal(found.pool, images.flatten(1) / 255)
-    with pytest.raises(UserError, match="64 x 33 pixels are too large"):
+    with pytest.raises(ArgumentError) as caught:
         load_feature_space("pixels", CPU)(torch.zeros(1, 33, 64, 3, dtype=torch.uint8))
+    assert caught.value.arguments == dict(features="pixels")
 
 
-class MeanColour(torch.nn.Module):
+class MeanColor(torch.nn.Module):
     def forward(self, images):
         return images.double().mean(dim=(2, 3))
 
 
-class Wrong(torch.nn.Module):
+class ReturnsImages(torch.nn.Module):
     def forward(self, images):
         return images.float()
 
@@ -205,29 +201,35 @@ class Fails(torch.nn.Module):
         return images.float() @ torch.zeros(3, 3)
 
 
-def saved(module, tmp_path):
+def save_module(module, tmp_path):
     path = str(tmp_path / f"{type(module).__name__}.pt")
     torch.jit.save(torch.jit.script(module), path)
     return path
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning")
-def test_modules(tmp_path):
+def test_module_features_are_those_of_the_module(tmp_path):
     images = torch.from_numpy(picture(2, 4, 5, 3))
-    features = load_feature_space(saved(MeanColour(), tmp_path), CPU)
+    features = load_feature_space(save_module(MeanColor(), tmp_path), CPU)
     assert torch.equal(features(images).pool, images.double().mean(dim=(1, 2)).float())
-    assert features.metadata()["space"] == "module MeanColour.pt" and not features.is_standard
-    with pytest.raises(UserError, match=r"gives \(2, 3, 4, 5\) for 2 images, not \(2, D\)"):
-        load_feature_space(saved(Wrong(), tmp_path), CPU)(images)
-    with pytest.raises(UserError, match="the module fails on images of the shape"):
-        load_feature_space(saved(Fails(), tmp_path), CPU)(images)
+    assert features.metadata()["space"] == "module MeanColor.pt" and not features.is_standard
 
 
-def test_feature_spaces_that_are_none(tmp_path):
-    with pytest.raises(UserError, match="--features nothing: neither inception, nor pixels"):
-        load_feature_space("nothing", CPU)
-    (tmp_path / "x.pt").write_bytes(b"x")
-    with pytest.raises(UserError, match="is no TorchScript module"):
-        load_feature_space(str(tmp_path / "x.pt"), CPU)
-    with pytest.raises(UserError, match="--inception w is for --features inception, not pixels"):
-        load_feature_space("pixels", CPU, "w")
+@pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning")
+@pytest.mark.parametrize("module, problem", [(ReturnsImages(), r"\(2, 3, 4, 5\)"), (Fails(), r"\(2, 4, 5, 3\)")])
+def test_modules_that_return_no_features_are_refused(tmp_path, module, problem):
+    path = save_module(module, tmp_path)
+    with pytest.raises(ArgumentError, match=problem) as caught:
+        load_feature_space(path, CPU)(torch.from_numpy(picture(2, 4, 5, 3)))
+    assert caught.value.arguments == dict(features=path)
+
+
+def test_unknown_feature_spaces_are_refused(tmp_path):
+    damaged = tmp_path / "x.pt"
+    damaged.write_bytes(b"x")
+    for arguments, named in ((("nothing", CPU), dict(features="nothing")),
+                             ((str(damaged), CPU), dict(features=str(damaged))),
+                             (("pixels", CPU, "w"), dict(inception="w"))):
+        with pytest.raises(ArgumentError) as caught:
+            load_feature_space(*arguments)
+        assert caught.value.arguments == named

@@ -1,4 +1,4 @@
-"""Image files as people have them."""
+"""Reading image files of every kind: crop, mode, orientation, damage."""
 import struct
 import zlib
 
@@ -14,17 +14,17 @@ from helpers import picture, write_images
 
 @pytest.mark.parametrize("width, height", [(8, 8), (9, 8), (5, 3), (3, 5), (15, 40), (40, 15), (16, 16),
                                            (100, 33)])
-def test_crop_has_the_size(width, height):
+def test_crop_has_the_requested_size(width, height):
     assert center_crop(Image.fromarray(picture(height, width, 3)), 8).size == (8, 8)
 
 
-def test_crop_of_an_image_of_the_size_is_the_image():
+def test_crop_keeps_an_image_of_the_size():
     pixels = picture(8, 8, 3)
     assert np.array_equal(center_crop(Image.fromarray(pixels), 8), pixels)
 
 
 @pytest.mark.parametrize("portrait", [False, True])
-def test_crop_takes_the_centre_of_a_halved_image(portrait):
+def test_crop_halves_and_takes_the_center(portrait):
     """40 x 20 to 10: halved to 20 x 10 (a ramp of 2x becomes 4x + 1), of which columns 5 .. 14 are kept."""
     ramp = np.tile(2 * np.arange(40, dtype=np.uint8), (20, 1))
     expected = np.tile(4 * np.arange(5, 15, dtype=np.uint8) + 1, (10, 1))
@@ -33,15 +33,15 @@ def test_crop_takes_the_centre_of_a_halved_image(portrait):
 
 
 @pytest.mark.parametrize("size", [12, 24, 30])
-def test_crop_takes_the_centre_of_a_scaled_image(size):
-    """A ramp's mean stays where it is, and its slope follows the scale: also where the image is enlarged."""
+def test_crop_scales_and_takes_the_center(size):
+    """Up or down: the mean of a ramp does not change, and its slope follows the scale."""
     ramp = Image.fromarray(np.tile(4 * np.arange(60, dtype=np.uint8), (18, 1)))
     cropped = np.array(center_crop(ramp, size)).astype(float)
     assert cropped.mean() == pytest.approx(4 * 29.5, abs=1.5)
     assert (cropped[:, -1] - cropped[:, 0]).mean() == pytest.approx(4 * 18 * (size - 1) / size, abs=3)
 
 
-def test_crop_of_an_odd_remainder():
+def test_crop_removes_the_larger_half_on_the_right():
     """Three columns too many: one goes on the left, two on the right."""
     pixels = picture(8, 11, 3)
     assert np.array_equal(center_crop(Image.fromarray(pixels), 8), pixels[:, 1:9])
@@ -64,7 +64,7 @@ def test_crop_halves_only_while_twice_as_large():
     assert np.array_equal(center_crop(not_quite, 8), bicubic(not_quite))
 
 
-def test_crop_of_a_thread(monkeypatch):
+def test_crop_of_a_very_long_image_needs_little_memory(monkeypatch):
     """An image of 1 x 4000 pixels: the middle of it, by way of no more than 16 times its width."""
     pixels, sizes, resize = np.arange(4000)[:, None] // 16, [], Image.Image.resize
 
@@ -77,22 +77,22 @@ def test_crop_of_a_thread(monkeypatch):
     assert cropped.shape == (64, 64) and set(cropped.flat) <= {124, 125} and sizes == [(64, 16 * 64)]
 
 
-def test_crop_leaves_long_images_as_published():
+def test_crop_of_a_long_image_is_as_published():
     """Up to 16 times as long as wide, nothing is cut before the scaling."""
     image = Image.fromarray(picture(4, 64, 3))
     expected = np.array(image.resize((128, 8), Image.Resampling.BICUBIC))[:, 60:68]
     assert np.array_equal(center_crop(image, 8), expected)
 
 
-# ---------------------------------------------------------------- kinds of images
+# ---------------------------------------------------------------- modes
 
 def stored(tmp_path, image, name="1.png", **how):
     image.save(tmp_path / name, **how)
     return str(tmp_path / name)
 
 
-def test_every_kind_becomes_rgb(tmp_path):
-    """Grey, black and white, a palette, transparency: none of them changes the shape or the colours."""
+def test_every_mode_becomes_rgb(tmp_path):
+    """Gray, black and white, a palette, transparency: none of them changes the shape or the colors."""
     rgb = Image.fromarray(picture(8, 8, 3))
     clear = Image.fromarray(picture(8, 8, seed=1))
     grey, palette, alpha, grey_alpha = rgb.convert("L"), rgb.quantize(16), rgb.copy(), rgb.convert("LA")
@@ -109,17 +109,17 @@ def test_every_kind_becomes_rgb(tmp_path):
         assert np.array_equal(read_image(path, 8), want.convert("RGB")), image.mode
 
 
-def test_cmyk(tmp_path):
-    colours = Image.new("RGB", (8, 8), (200, 40, 90))
-    path = stored(tmp_path, colours.convert("CMYK"), "1.jpg", quality=100)
+def test_cmyk_becomes_rgb(tmp_path):
+    colors = Image.new("RGB", (8, 8), (200, 40, 90))
+    path = stored(tmp_path, colors.convert("CMYK"), "1.jpg", quality=100)
     with Image.open(path) as again:
         assert again.mode == "CMYK"
     assert abs(read_image(path, 8).astype(int) - (200, 40, 90)).max() < 6
 
 
 @pytest.mark.parametrize("name", ["1.png", "1.tif", "big-endian.tif", "1.pgm"])
-def test_16_bit_grey(tmp_path, name):
-    """All its range, not what is above 255 cut off."""
+def test_16_bit_gray_keeps_its_range(tmp_path, name):
+    """Values above 255 are not clipped."""
     values = np.linspace(0, 65535, 64).round().astype("<u2").reshape(8, 8)
     if name.startswith("big"):
         image = Image.frombytes("I;16B", (8, 8), values.astype(">u2").tobytes())
@@ -129,8 +129,8 @@ def test_16_bit_grey(tmp_path, name):
     assert np.array_equal(read_image(path, 8)[..., 1], np.round(values / 257))
 
 
-def test_16_bit_colour(tmp_path):
-    """A PNG made by hand, since Pillow writes none."""
+def test_16_bit_color_keeps_its_range(tmp_path):
+    """Encoded here, since Pillow cannot write one."""
     values = np.random.default_rng(0).integers(0, 65536, (4, 4, 3)).astype(">u2")
 
     def chunk(kind, content):
@@ -144,15 +144,15 @@ def test_16_bit_colour(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.int32])
-def test_pixels_without_a_range(tmp_path, dtype):
+def test_pixels_without_a_range_are_refused(tmp_path, dtype):
     path = stored(tmp_path, Image.fromarray(np.full((4, 4), 70000, dtype)), "1.tif")
     assert isinstance(image := read_image(path, 4), CorruptImage) and "no agreed range" in image.reason
 
 
 @pytest.mark.parametrize("kind", ["jpg", "png", "tif"])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_rotation(tmp_path, kind, orientation):
-    """As a camera stores it: pixels lying down, and a word on how to turn them."""
+def test_exif_orientation_is_applied(tmp_path, kind, orientation):
+    """As cameras store rotated images."""
     exif = Image.Exif()
     exif[0x0112] = orientation
     blocks = np.kron(picture(2, 3, 3, seed=2), np.ones((8, 8, 1), np.uint8))
@@ -165,34 +165,34 @@ def test_rotation(tmp_path, kind, orientation):
     assert np.array_equal(turned, plain) == (orientation == 1)
 
 
-def test_broken_metadata_turns_nothing(tmp_path):
+def test_broken_metadata_is_ignored(tmp_path):
     pixels = picture(8, 8, 3)
     path = stored(tmp_path, Image.fromarray(pixels), "1.png", exif=b"Exif\0\0 not at all")
     assert np.array_equal(read_image(path, 8), pixels)
 
 
-def test_one_pixel(tmp_path):
+def test_one_pixel_is_enlarged(tmp_path):
     assert (read_image(stored(tmp_path, Image.new("RGB", (1, 1), (9, 8, 7))), 32) == (9, 8, 7)).all()
 
 
-def test_a_huge_image(tmp_path):
-    """Beyond what Pillow takes for an attack: 180 million pixels."""
+def test_image_above_pillows_default_limit_is_read(tmp_path):
+    """180 million pixels."""
     path = stored(tmp_path, Image.new("1", (30000, 6000), 1), compress_level=1)
     assert (read_image(path, 8) == 255).all()
 
 
-def test_a_header_that_lies(tmp_path, monkeypatch):
+def test_image_above_our_limit_is_corrupt(tmp_path, monkeypatch):
     path = stored(tmp_path, Image.new("RGB", (40, 40)))
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 40 * 40 // 2 - 1)
     assert isinstance(image := read_image(path, 8), CorruptImage) and "DecompressionBomb" in image.reason
 
 
-# ---------------------------------------------------------------- files that hold none
+# ---------------------------------------------------------------- damage
 
 @pytest.mark.parametrize("kind", ["png", "jpg", "tif", "webp", "bmp"])
 @pytest.mark.parametrize("kept", [0, 3, 0.5, 0.95])
-def test_damaged_files(tmp_path, kind, kept):
-    """Empty, or with the end missing, wherever it was cut."""
+def test_truncated_files_are_corrupt(tmp_path, kind, kept):
+    """Or empty, wherever they were cut."""
     path = stored(tmp_path, Image.fromarray(picture(40, 40, 3)), f"1.{kind}")
     with open(path, "r+b") as file:
         size = file.seek(0, 2)
@@ -201,19 +201,19 @@ def test_damaged_files(tmp_path, kind, kept):
     assert isinstance(image, CorruptImage) and image.path == path and image.is_damaged and image.reason
 
 
-def test_odd_metadata_is_not_talked_about(tmp_path, recwarn):
+def test_odd_metadata_gives_no_warning(tmp_path, recwarn):
     path = stored(tmp_path, Image.fromarray(picture(8, 8, 3)), "1.jpg", exif=b"Exif\0\0MM\0*\0\0\0\x08\0\x05\1")
     assert isinstance(read_image(path, 8), np.ndarray)
     assert not [warning for warning in recwarn if "EXIF" in str(warning.message)]
 
 
-def test_no_memory_is_no_damage(tmp_path, monkeypatch):
+def test_lack_of_memory_is_not_damage(tmp_path, monkeypatch):
     path = stored(tmp_path, Image.new("RGB", (8, 8)))
     monkeypatch.setattr(Image.Image, "resize", lambda *args: (_ for _ in ()).throw(MemoryError()))
     assert isinstance(image := read_image(path, 4), CorruptImage) and not image.is_damaged and image.path == path
 
 
-def test_files_that_cannot_be_opened(tmp_path):
+def test_files_that_cannot_be_opened_are_not_damaged(tmp_path):
     (tmp_path / "folder.png").mkdir()
     for name in ("missing.png", "folder.png"):
         image = read_image(str(tmp_path / name), 8)

@@ -1,5 +1,6 @@
-"""The layout: an import goes down a layer or stays inside its package, and the mathematics touches nothing else."""
+"""The layout: an import goes down a layer or stays in its package, and the mathematics depends on nothing else."""
 import ast
+import itertools
 import re
 import sys
 
@@ -7,6 +8,7 @@ import pytest
 
 from helpers import ROOT
 
+COMMANDS = {"train", "sample", "sample_ddp", "evaluate", "extract_features", "download"}
 # From the bottom up. A package imports itself and packages of lower layers.
 LAYERS = [
     {"common"},
@@ -14,54 +16,76 @@ LAYERS = [
     {"data", "autoencoder"},
     {"training", "sampling"},
     {"evaluation"},
-    {"train", "sample", "sample_ddp", "evaluate", "extract_features", "download", "tools", "experiments", "benchmarks"},
+    COMMANDS | {"tools", "experiments", "benchmarks"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
-MATHEMATICS = {"models": set(), "networks": {"models"}, "diffusion": set()}  # what these may import of the project
-LEAVES = {"tools": set(), "experiments": {"tools"}, "benchmarks": {"tools"}}  # the top layer: imported by nothing below
-TOP_FILES = {f"{name}.py" for name in ("models", "train", "sample", "sample_ddp", "evaluate", "extract_features", "download")}
+MATHEMATICS = {"models": set(), "networks": {"models"}, "diffusion": set()}  # all that they may import of the project
+USES_TOOLS = {"experiments", "benchmarks"}  # the only imports between packages of the top layer
 
 
 def project_files():
-    skipped = {".venv", "tests", "demo"}
+    skipped = {".venv", "tests"}
     return [path for path in sorted(ROOT.rglob("*.py")) if not skipped & set(path.relative_to(ROOT).parts)]
 
 
+def module_name(path):
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
 def package_of(path):
-    return path.relative_to(ROOT).parts[0].removesuffix(".py")
+    return module_name(path).split(".")[0]
+
+
+def import_nodes(path):
+    return [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, (ast.Import, ast.ImportFrom))]
 
 
 def imported_modules(path):
-    """Full names of the modules that a file imports, at any depth; relative imports stay inside their package."""
-    for node in ast.walk(ast.parse(path.read_text())):
+    """List the full names of what a file imports, at any depth: modules, and names in them that may be modules."""
+    package = path.relative_to(ROOT).parts[:-1]
+    for node in import_nodes(path):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.level == 0:
-            yield node.module
+            continue
+        parents = package[:len(package) - node.level + 1] if node.level else ()
+        base = ".".join([*parents, *([node.module] if node.module else [])])
+        yield base
+        yield from (f"{base}.{alias.name}" for alias in node.names)
 
 
 def imported_packages(path):
     return {name.split(".")[0] for name in imported_modules(path)}
 
 
-@pytest.mark.parametrize("path", project_files(), ids=lambda path: str(path.relative_to(ROOT)))
+@pytest.mark.parametrize("path", project_files(), ids=module_name)
 def test_imports_go_down_a_layer(path):
     package = package_of(path)
     assert package in LEVEL, f"{path} belongs to no layer: add its package to LAYERS"
-    others = {name for name in imported_packages(path) if name in LEVEL and name != package}
-    allowed = MATHEMATICS.get(package, {name for name in LEVEL if LEVEL[name] < LEVEL[package]}
-                              | LEAVES.get(package, set()))
-    assert others <= allowed
+    lower = {name for name in LEVEL if LEVEL[name] < LEVEL[package]}
+    allowed = MATHEMATICS.get(package, lower | ({"tools"} if package in USES_TOOLS else set()))
+    assert (imported_packages(path) & LEVEL.keys()) - {package} <= allowed
+
+
+@pytest.mark.parametrize("path", project_files(), ids=module_name)
+def test_imports_are_absolute_outside_diffusion(path):
+    if package_of(path) != "diffusion":
+        assert not [node.lineno for node in import_nodes(path) if getattr(node, "level", 0)]
+
+
+def test_no_module_imports_a_test():
+    """Only the soak test, a tool, shares the helpers of the tests."""
+    for path in project_files():
+        tests = {name for name in imported_packages(path) if re.match(r"(test_.*|tests|conftest|helpers)$", name)}
+        assert tests <= ({"helpers"} if module_name(path) == "tools.soak" else set()), path
 
 
 def test_top_level_holds_only_commands_and_models():
-    assert {path.name for path in ROOT.glob("*.py")} == TOP_FILES
+    assert {path.stem for path in ROOT.glob("*.py")} == COMMANDS | {"models"}
 
 
 def test_no_import_cycle():
-    """Depth first over the modules of the project; a package is its `__init__`."""
-    modules = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
-               for path in project_files()}
+    """Also not by an import inside a function. Depth first over the modules; a package is its `__init__`."""
+    modules = {module_name(path): path for path in project_files()}
     finished, active = set(), []
 
     def visit(name):
@@ -69,26 +93,14 @@ def test_no_import_cycle():
             return
         assert name not in active, f"import cycle: {' -> '.join([*active[active.index(name):], name])}"
         active.append(name)
-        for imported in top_level_imports(modules[name]):
-            visit(imported)
+        for imported in imported_modules(modules[name]):
+            if imported != name:  # `from . import x` in an `__init__` names the package itself
+                visit(imported)
         active.pop()
         finished.add(name)
 
     for name in modules:
         visit(name)
-
-
-def top_level_imports(path):
-    """Modules that are imported when the file is: not those that a function imports when it is called."""
-    package = path.relative_to(ROOT).parts[:-1]
-    for node in ast.parse(path.read_text()).body:
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            base = ".".join([*package[:len(package) - node.level + 1], *([node.module] if node.module else [])]
-                            if node.level else [node.module])
-            yield base
-            yield from (f"{base}.{alias.name}" for alias in node.names)
 
 
 def test_mathematics_knows_no_files_and_no_command_line():
@@ -97,12 +109,20 @@ def test_mathematics_knows_no_files_and_no_command_line():
             assert not {"os", "sys", "argparse", "pathlib", "accelerate"} & imported_packages(path), path
 
 
+def test_models_is_short_and_knows_one_block_type():
+    text = (ROOT / "models.py").read_text()
+    assert len(text.splitlines()) < 350
+    others = ("in-context", "incontext", "cross-attention", "crossattention", "single", "vitblock", "pixart",
+              "conditionings", "block_types")
+    assert not [name for name in others if name in text.lower()]
+
+
 def test_requirements_name_every_import():
     """Each package that the code imports is required, and environment.yml takes the same list."""
     required = set(re.findall(r"^([\w-]+)", (ROOT / "requirements.txt").read_text(), re.MULTILINE))
     package = {"PIL": "pillow", "sklearn": "scikit-learn", "torch_fidelity": "torch-fidelity"}
-    imported = {name for path in project_files() for name in imported_packages(path)}
-    foreign = {name for name in imported if name not in sys.stdlib_module_names and name not in LEVEL}
+    imported = set(itertools.chain.from_iterable(imported_packages(path) for path in project_files()))
+    foreign = imported - LEVEL.keys() - set(sys.stdlib_module_names) - {"helpers"}
     assert {package.get(name, name) for name in foreign} <= required
     assert "-r requirements.txt" in (ROOT / "environment.yml").read_text()
     assert "-r requirements.txt" in (ROOT / "requirements-dev.txt").read_text()

@@ -24,7 +24,7 @@ def statistics_of(rows):
 
 # ---------------------------------------------------------------- Frechet distance
 
-def test_gaussians_with_a_closed_form():
+def test_frechet_distance_agrees_with_the_closed_form():
     """Covariances that commute: |m1 - m2|^2 + sum (sqrt(l1) - sqrt(l2))^2, D = 64."""
     random = np.random.default_rng(0)
     rotation = np.linalg.qr(random.standard_normal((64, 64)))[0]
@@ -35,7 +35,7 @@ def test_gaussians_with_a_closed_form():
 
 
 @pytest.mark.parametrize("count", [200, 2000])
-def test_the_textbook_formula(count):
+def test_frechet_distance_agrees_with_scipy(count):
     """With SciPy's matrix root, for fewer images than dimensions (512) and for more."""
     one, two = statistics_of(random_rows(count, 512, 1)), statistics_of(random_rows(count, 512, 2, 1.5, 0.1))
     root = scipy.linalg.sqrtm(one[1] @ two[1]).real
@@ -43,9 +43,13 @@ def test_the_textbook_formula(count):
     assert abs(frechet_distance(one, two) - want) < 1e-6
 
 
-def test_a_distance_of_nothing():
+def test_frechet_distance_of_identical_sets_is_zero():
     one = statistics_of(random_rows(500, 32, 1))
     assert abs(frechet_distance(one, one)) < 1e-9
+
+
+def test_frechet_distance_of_shifted_sets_is_the_squared_shift():
+    one = statistics_of(random_rows(500, 32, 1))
     shifted = one[0] + 2, one[1]
     assert abs(frechet_distance(one, shifted) - 32 * 4) < 1e-9
 
@@ -54,7 +58,7 @@ def test_a_distance_of_nothing():
 
 @pytest.mark.parametrize("mean", [0.0, 1e4])
 @pytest.mark.parametrize("batch", [1, 64, 1001])
-def test_streamed_moments(batch, mean):
+def test_running_moments_do_not_depend_on_the_batches(batch, mean):
     rows = random_rows(1001, 17, 3, mean=mean)
     moments = RunningMoments(17)
     for part in torch.from_numpy(rows).split(batch):
@@ -65,14 +69,13 @@ def test_streamed_moments(batch, mean):
         np.testing.assert_allclose(one, want, rtol=1e-9, atol=1e-9 * max(1, abs(mean)) ** 0.5)
 
 
-def moments_of_two(rank, folder):
-    """One of two processes with uneven shares of the rows."""
-    from accelerate import Accelerator
+def reduce_moments(rank, folder):
+    """Reduce moments as one of two ranks with uneven parts of the rows; once, one of them has none."""
     torch.set_num_threads(1)
     os.environ.update(WORLD_SIZE="2", RANK=str(rank), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1")
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    distributed.init()
     rows = torch.from_numpy(random_rows(1001, 17, 3))
-    Accelerator(cpu=True)
     assert distributed.world_size() == 2
     first, second = RunningMoments(17), RunningMoments(17)
     first.add(rows[:700] if rank == 0 else rows[700:])
@@ -84,9 +87,8 @@ def moments_of_two(rank, folder):
     torch.distributed.destroy_process_group()
 
 
-def test_moments_of_two_processes(children, tmp_path):
-    """The same on both, also where one has nothing."""
-    group = [children.context.Process(target=moments_of_two, args=(rank, str(tmp_path))) for rank in range(2)]
+def test_moments_of_two_ranks_are_those_of_all_rows(children, tmp_path):
+    group = [children.context.Process(target=reduce_moments, args=(rank, str(tmp_path))) for rank in range(2)]
     for child in group:
         child.start()
     for child in group:
@@ -110,8 +112,8 @@ def brute_inception_score(logits, split):
 
 
 @pytest.mark.parametrize("count", [40, 47])
-def test_inception_score(count):
-    """In file order, the last part shorter where the split does not divide."""
+def test_inception_score_agrees_with_its_formula(count):
+    """In file order; the last part is shorter if the split does not divide."""
     logits = 3 * np.random.default_rng(0).standard_normal((count, 9))
     found = inception_score(torch.from_numpy(logits), split=10)
     np.testing.assert_allclose(found, brute_inception_score(logits, 10), rtol=1e-12)
@@ -119,7 +121,7 @@ def test_inception_score(count):
         assert abs(inception_score(torch.from_numpy(np.sort(logits, axis=0)), split=10)[0] - found[0]) > 1e-3
 
 
-def test_inception_score_of_extremes():
+def test_inception_score_is_between_one_and_the_number_of_classes():
     certain = torch.eye(10).repeat(5, 1) * 1000
     assert abs(inception_score(certain)[0] - 10) < 1e-9
     assert abs(inception_score(torch.zeros(50, 10))[0] - 1) < 1e-12
@@ -131,15 +133,15 @@ def brute_precision_recall(samples, reference, k=3):
     def distances(one, other):
         return np.sqrt(((one[:, None] - other[None]) ** 2).sum(axis=2))
 
-    def share_within(points, centres):
-        radii = np.sort(distances(centres, centres), axis=1)[:, k]
-        return (distances(points, centres) <= radii).any(axis=1).mean()
+    def fraction_within(points, centers):
+        radii = np.sort(distances(centers, centers), axis=1)[:, k]
+        return (distances(points, centers) <= radii).any(axis=1).mean()
 
-    return share_within(samples, reference), share_within(reference, samples)
+    return fraction_within(samples, reference), fraction_within(reference, samples)
 
 
 @pytest.mark.parametrize("block", [7, 64, 1000])
-def test_precision_and_recall(block):
+def test_precision_and_recall_agree_with_brute_force(block):
     """Blocks that do not divide the number of images, sets of different sizes."""
     samples, reference = random_rows(83, 6, 1, 0.8), random_rows(101, 6, 2, mean=0.3)
     found = precision_recall(torch.from_numpy(samples), torch.from_numpy(reference), block)
@@ -148,7 +150,7 @@ def test_precision_and_recall(block):
     assert min(want) > 0.1 and max(want) < 0.99
 
 
-def test_the_directions_of_precision_and_recall():
+def test_precision_is_of_samples_and_recall_of_the_reference():
     reference = torch.from_numpy(random_rows(200, 6, 1))
     collapsed = reference[:1] + 1e-3 * torch.from_numpy(random_rows(100, 6, 2))
     precision, recall = precision_recall(collapsed, reference)
@@ -159,6 +161,6 @@ def test_the_directions_of_precision_and_recall():
     assert precision_recall(wide, reference) == (0.5, 1.0)
 
 
-def test_too_few_images_for_neighbours():
-    with pytest.raises(UserError, match="more than 3 images of the reference, here are 3"):
+def test_precision_and_recall_need_more_images_than_neighbors():
+    with pytest.raises(UserError, match="reference"):
         precision_recall(torch.zeros(9, 2), torch.zeros(3, 2))
