@@ -28,9 +28,9 @@ def verify_checkpoint(path):
     torch.save writes a zip archive with a CRC-32 of every tensor, which loading ignores. Files of other formats have
     no checksums, and only loading can tell.
     """
-    if not zipfile.is_zipfile(path):
-        return
     try:
+        if not zipfile.is_zipfile(path):  # raises for some kinds of damage
+            return
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
     except Exception as error:  # damage causes errors of many types

@@ -78,7 +78,7 @@ WEIGHTS = dict(model={"w": torch.arange(40.0)}, ema={"w": torch.ones(3)}, step=7
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol:UserWarning")
 @pytest.mark.parametrize("is_zip", [True, False])
 @given(mutate=mutations())
-@examples(400)
+@examples(200)
 def test_damaged_checkpoints_are_refused_or_intact(folder, is_zip, mutate):
     """What passes its checksums and loads is what was saved."""
     torch.save(WEIGHTS, folder / "intact.pt", _use_new_zipfile_serialization=is_zip)
@@ -163,7 +163,7 @@ tensors = st.sampled_from([torch.zeros(3), torch.zeros(2, 2, dtype=torch.long), 
 
 @pytest.mark.filterwarnings("ignore:Using a non-tuple sequence")  # torch's, for lists instead of names
 @given(data=st.data())
-@examples(300)
+@examples(150)
 def test_odd_training_states_are_refused_or_can_be_trained(folder, checkpoint, data):
     """Intact files in which a value is another one, or missing."""
     place = data.draw(st.sampled_from(sorted(key_paths(checkpoint), key=str)))
@@ -222,7 +222,7 @@ def test_control_an_unchanged_training_state_is_restored(folder, checkpoint):
 # ---------------------------------------------------------------- sample sets, latent caches
 
 @given(mutate=mutations())
-@examples(400)
+@examples(200)
 def test_damaged_sample_sets_are_refused_or_hold_numbers(folder, mutate):
     np.savez(folder / "intact.npz", arr_0=np.arange(48, dtype=np.uint8).reshape(1, 4, 4, 3),
              arr_1=np.zeros(1, np.int64))
@@ -280,7 +280,7 @@ def is_equal_json(one, two):
 
 
 @given(data=st.data())
-@examples(300)
+@examples(150)
 def test_hostile_manifests_are_refused_or_read(cache, cache_copy, data):
     """With a valid checksum, any value in any place."""
     manifest = read_manifest(str(cache))
@@ -302,7 +302,7 @@ def test_hostile_manifests_are_refused_or_read(cache, cache_copy, data):
 
 @pytest.mark.parametrize("name", ["train", "sample", "sample_ddp", "extract_features", "download"])
 @given(data=st.data())
-@examples(300)
+@examples(150)
 def test_any_text_as_a_flag_is_parsed_or_refused(name, data):
     """argparse reports the error and exits with status 2."""
     parser = importlib.import_module(name).build_parser()

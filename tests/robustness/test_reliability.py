@@ -64,10 +64,11 @@ def undisturbed(module_children, sources, tmp_path_factory):
 
     def find_run(source, processes=1):
         if (source, processes) not in runs:
-            results = runs[source, processes] = tmp_path_factory.mktemp(f"{source}-{processes}")
+            results = tmp_path_factory.mktemp(f"{source}-{processes}")
             module_children.run("train", *sources[source], "--max-steps", 32, "--ckpt-every", 1, "--log-every", 1,
                                 "--num-workers", 0, "--results-dir", results, processes=processes)
-        return results
+            runs[source, processes] = results
+        return runs[source, processes]
 
     return find_run
 
@@ -164,11 +165,10 @@ def test_resuming_on_another_number_of_processes_changes_only_rounding(children,
 
 
 def send_signal(number, with_workers=False):
-    """Send a signal to this process, and to the workers that load its data."""
+    """Let another process send a signal to this one, and to the workers that load its data."""
     process = psutil.Process()
-    for child in process.children() if with_workers else []:
-        child.send_signal(number)
-    os.kill(process.pid, number)
+    targets = [process, *(process.children() if with_workers else [])]
+    subprocess.run(["kill", f"-{int(number)}", *(str(target.pid) for target in targets)], check=True)
 
 
 @pytest.fixture(scope="module")
