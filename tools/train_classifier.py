@@ -73,7 +73,8 @@ def open_datasets(flags):
     """Open the training set and the validation set."""
     name, _ = parse_builtin_name(flags.data_path)
     if flags.num_classes and name != "fractals":
-        raise ArgumentError(f"only the fractals have a choice of classes, not {flags.data_path}. Leave it out", num_classes=flags.num_classes)
+        raise ArgumentError(f"only the fractals have a choice of classes, not {flags.data_path}. Leave it out",
+                            num_classes=flags.num_classes)
     train = build_dataset(flags.data_path, flags.image_size, num_classes=flags.num_classes)
     path = flags.val_path or (name and f"{name}-held-out")
     if not path:

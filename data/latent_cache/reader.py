@@ -159,7 +159,8 @@ class DeviceLatents(Dataset):
     def __init__(self, cache, moments):
         self.cache, self.moments = cache, moments
         self.labels = torch.from_numpy(cache.labels).to(moments.device)
-        self.class_names, self.flips, self.channels = cache.class_names, cache.flips, cache.channels
+        self.class_names, self.flips = cache.class_names, cache.flips
+        self.channels, self.image_size = cache.channels, cache.image_size
 
     def __len__(self):
         return len(self.labels)

@@ -14,7 +14,7 @@ from PIL import Image
 from common.checkpoint_io import load_checkpoint
 from common.errors import EXIT_RESTARTABLE, UserError
 from evaluation.image_sources import GeneratedImages
-from helpers import DIGITS, call, differences, folder_of, scalars, stored
+from helpers import DIGITS, call, differences, folder_of, scalars, steps_of, stored
 from training.checkpoint_manager import CheckpointManager
 from training.logger import MetricLogger
 
@@ -95,15 +95,15 @@ class DiesWhileKeepingTheBest:
         self.call = call
 
     def __call__(self, rank):
-        keep_best, count = CheckpointManager.keep_best, [0]
+        save_best, count = CheckpointManager.save_best, [0]
 
         def dies(*args):
             count[0] += 1
             if count[0] == self.call:
                 os.kill(os.getpid(), signal.SIGKILL)
-            return keep_best(*args)
+            return save_best(*args)
 
-        CheckpointManager.keep_best = dies
+        CheckpointManager.save_best = dies
 
 
 @pytest.mark.parametrize("every", [2, 3])
@@ -189,7 +189,7 @@ def test_a_signal_stops_an_evaluation_within_two_batches(children, reference, tm
                        reference, "--results-dir", tmp_path, processes=processes,
                        prepare=TerminatedWhileSampling(processes - 1), status=EXIT_RESTARTABLE)
     assert "frechet_distance:" not in out and not (folder_of(tmp_path) / "evaluations.csv").exists()
-    assert stored(tmp_path, 4)["step"] == 4
+    assert steps_of(tmp_path) in ([5], [6])  # the ranks agree on the signal one step after it came
 
 
 def test_training_continues_if_a_table_cannot_be_written(command, reference, tmp_path):
