@@ -1,0 +1,1 @@
+"""What every other package uses: command line, ranks, files, seeds, precision, errors."""

@@ -22,7 +22,7 @@ from data.image_folder import ImageFolderDataset
 from data.latent_cache.manifest import CORRUPT, ENCODED, MISSING, new_manifest, read_manifest
 from data.latent_cache.reader import LatentCache, verify
 from data.latent_cache.writer import LatentCacheWriter
-from helpers import ROOT, picture, run_process, wait_for, write_images
+from helpers import ROOT, picture, wait_for, write_images
 
 SIZE = 32
 
@@ -182,10 +182,10 @@ def test_code_in_the_docs_draws_latents(extract, few_images, vae_folder, tmp_pat
 # ---------------------------------------------------------------- the same bytes
 
 @pytest.fixture(scope="module")
-def whole_cache(many_images, vae_folder, tmp_path_factory):
+def whole_cache(module_children, many_images, vae_folder, tmp_path_factory):
     """A cache that one process made undisturbed."""
     folder = tmp_path_factory.mktemp("whole") / "cache"
-    run_process("extract_features.py", *flags_for_many(many_images, vae_folder, folder))
+    module_children.run("extract_features", *flags_for_many(many_images, vae_folder, folder))
     return folder
 
 
@@ -193,9 +193,9 @@ def flags_for_many(images, vae, folder):
     return ["--data-path", images, "--features-path", folder, "--image-size", SIZE, "--vae", vae, "--num-workers", 1]
 
 
-def test_two_processes_write_the_bytes_of_one(many_images, vae_folder, whole_cache, tmp_path):
-    done = run_process("extract_features.py", *flags_for_many(many_images, vae_folder, tmp_path / "cache"), processes=2)
-    assert done.stdout.count("is complete: 2,000 images") == 1
+def test_two_processes_write_the_bytes_of_one(children, many_images, vae_folder, whole_cache, tmp_path):
+    out = children.run("extract_features", *flags_for_many(many_images, vae_folder, tmp_path / "cache"), processes=2)
+    assert out.count("is complete: 2,000 images") == 1
     assert contents(tmp_path / "cache") == contents(whole_cache)
     assert len(LatentCache(str(whole_cache))) == 2000
 
@@ -612,20 +612,19 @@ def test_verify_finds_missing_and_short_files(extract, few_images, tmp_path):
     assert len(problems) == 2 and "moments-000.npy has" in problems[0] and problems[1] == "paths.txt is missing"
 
 
-def test_two_processes_share_the_verification(extract, few_images, tmp_path, monkeypatch):
+def test_two_processes_share_the_verification(children, extract, few_images, tmp_path, monkeypatch):
     """Each reads its share, and one sentence names all."""
     small_files(monkeypatch)
     folder = tmp_path / "cache"
     extract(few_images, folder)
-    assert "is as it was written" in run_process("extract_features.py", "--features-path", folder, "--verify",
-                                                 processes=2).stdout
+    flags = ["--features-path", folder, "--verify"]
+    assert "is as it was written" in children.run("extract_features", *flags, processes=2)
     for name in ("moments-000.npy", "moments-001.npy"):
         raw = bytearray((folder / name).read_bytes())
         raw[-1] ^= 1
         (folder / name).write_bytes(raw)
-    done = run_process("extract_features.py", "--features-path", folder, "--verify", processes=2, check=False)
-    assert done.returncode != 0 and done.stderr.count("is damaged: moments-000.npy") == 1
-    assert "moments-001.npy has the SHA-256" in done.stderr
+    out = children.run("extract_features", *flags, processes=2, status=2)
+    assert out.count("is damaged: moments-000.npy") == 1 and "moments-001.npy has the SHA-256" in out
 
 
 def incomplete(folder):

@@ -15,7 +15,7 @@ from torchvision.utils import save_image
 import models
 from common.errors import ArgumentError
 from diffusion import create_diffusion
-from helpers import ROOT, TINY, pixels, random_weights, run_process
+from helpers import ROOT, TINY, call, pixels, random_weights, run_process
 from networks import build_dit
 from sampling.load_model import load_model
 from sampling.sample_set import SampleSet
@@ -23,20 +23,20 @@ from sampling.sample_set import SampleSet
 FEW = ["--num-sampling-steps", 4]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def digits_checkpoint(tmp_path_factory):
     """A checkpoint of train.py, with EMA weights that do not predict zero."""
     results = tmp_path_factory.mktemp("digits")
-    run_process("train.py", "--data-path", "digits", *TINY, "--max-steps", 1, "--results-dir", results)
+    call("train", "--data-path", "digits", *TINY, "--max-steps", 1, "--results-dir", results)
     return replace_ema(results)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def latent_checkpoint(image_folder, vae_folder, tmp_path_factory):
     """A checkpoint of a model of VAE latents."""
     results = tmp_path_factory.mktemp("latents")
-    run_process("train.py", "--data-path", image_folder, "--image-size", 32, "--num-classes", 3, "--vae", vae_folder,
-                *TINY, "--global-batch-size", 4, "--max-steps", 1, "--num-workers", 0, "--results-dir", results)
+    call("train", "--data-path", image_folder, "--image-size", 32, "--num-classes", 3, "--vae", vae_folder, *TINY,
+         "--global-batch-size", 4, "--max-steps", 1, "--num-workers", 0, "--results-dir", results)
     return replace_ema(results)
 
 
@@ -144,11 +144,11 @@ def sample_set(folder):
         return path.name, file["arr_0"], file["arr_1"]
 
 
-def test_a_set_does_not_depend_on_processes_or_batch_size(digits_checkpoint, tmp_path):
+def test_a_set_does_not_depend_on_processes_or_batch_size(children, digits_checkpoint, tmp_path):
     flags = ["--ckpt", digits_checkpoint, "--num-fid-samples", 20, *FEW]
-    run_process("sample_ddp.py", *flags, "--per-proc-batch-size", 3, "--sample-dir", tmp_path / "one")
-    run_process("sample_ddp.py", *flags, "--per-proc-batch-size", 3, "--sample-dir", tmp_path / "two", processes=2)
-    run_process("sample_ddp.py", *flags, "--per-proc-batch-size", 8, "--sample-dir", tmp_path / "eight")
+    children.run("sample_ddp", *flags, "--per-proc-batch-size", 3, "--sample-dir", tmp_path / "one")
+    children.run("sample_ddp", *flags, "--per-proc-batch-size", 3, "--sample-dir", tmp_path / "two", processes=2)
+    children.run("sample_ddp", *flags, "--per-proc-batch-size", 8, "--sample-dir", tmp_path / "eight")
     name, images, labels = sample_set(tmp_path / "one")
     assert images.shape == (20, 8, 8, 3) and images.dtype == np.uint8 and labels.shape == (20,)
     assert len(np.unique(labels)) > 3 and images.std() > 10

@@ -9,7 +9,7 @@ from PIL import Image
 
 from autoencoder.vae import VAE, CachedLatents
 from data.image_folder import ImageFolderDataset
-from helpers import TINY, call, largest_difference, losses, picture, run_process, trained, write_images
+from helpers import TINY, call, largest_difference, losses, picture, trained, write_images
 from training.train_step import TrainStep
 
 FLAGS = ["--num-classes", 3, *TINY, "--global-batch-size", 8, "--log-every", 1, "--num-workers", 0]
@@ -138,11 +138,11 @@ def test_resumed_run_equals_the_undisturbed_one(command, cache, tmp_path):
     assert largest_difference(trained(tmp_path / "straight", 8), trained(tmp_path / "cut", 8)) == 0
 
 
-def test_two_processes_have_the_losses_of_one(vae, images, tmp_path):
+def test_two_processes_have_the_losses_of_one(children, vae, images, tmp_path):
     make_cache(images, vae, tmp_path / "cache")
     flags = ["--features-path", tmp_path / "cache", *FLAGS, "--max-steps", 4]
-    run_process("train.py", *flags, "--results-dir", tmp_path / "one")
-    run_process("train.py", *flags, "--num-workers", 1, "--results-dir", tmp_path / "two", processes=2)
+    children.run("train", *flags, "--results-dir", tmp_path / "one")
+    children.run("train", *flags, "--num-workers", 1, "--results-dir", tmp_path / "two", processes=2)
     assert losses(tmp_path / "one") == pytest.approx(losses(tmp_path / "two"), abs=1.1e-4)
 
 
