@@ -18,7 +18,20 @@ FRACTALS = BUILTIN_DATASETS["fractals"] | dict(vae="none")
 def build_parser(description=None):
     """Build the parser of train.py; every default is the paper's."""
     parser = argparse.ArgumentParser(description=description, formatter_class=cli.HelpFormatter)
-    group = parser.add_argument_group("data")
+    _add_data_flags(parser.add_argument_group("data"))
+    _add_network_flags(parser.add_argument_group("model"))
+    _add_optimization_flags(parser.add_argument_group("optimization"))
+    _add_speed_flags(cli.add_compute_flags(parser))
+    _add_output_flags(parser.add_argument_group("results"))
+    _add_evaluation_flags(parser.add_argument_group("evaluation"))
+    _add_fault_flags(parser.add_argument_group("faults"))
+    for alias, flag in (("--features-in-memory", "--cache-on-device"), ("--override", "--allow-config-change"),
+                        ("--timeout", "--dist-timeout")):
+        cli.add_alias(parser, alias, flag)
+    return parser
+
+
+def _add_data_flags(group):
     source = group.add_mutually_exclusive_group(required=True)
     source.add_argument("--data-path", help="folder with one folder of images per class, or: digits, fractals")
     source.add_argument("--features-path", help="latent cache made by extract_features.py, instead of images")
@@ -32,7 +45,9 @@ def build_parser(description=None):
     group.add_argument("--cache-on-device", action="store_true", help="keep the latent cache in GPU memory")
     group.add_argument("--max-bad-images", type=cli.non_negative_int, default=0,
                        help="number of unreadable images to tolerate; each is replaced by the next one")
-    group = parser.add_argument_group("model")
+
+
+def _add_network_flags(group):
     group.add_argument("--model", choices=models.DiT_models, default="DiT-XL/2", help="model size and patch size")
     group.add_argument("--depth", type=cli.positive_int, help="number of blocks, instead of the model's")
     group.add_argument("--hidden-size", type=cli.positive_int, help="width, instead of the model's")
@@ -41,7 +56,9 @@ def build_parser(description=None):
     group.add_argument("--conditioning", choices=networks.CONDITIONINGS, default="adaln-zero", help="block type")
     group.add_argument("--class-dropout-prob", type=cli.fraction, default=0.1,
                        help="label dropout for guidance; 0: no null class")
-    group = parser.add_argument_group("optimization")
+
+
+def _add_optimization_flags(group):
     group.add_argument("--epochs", type=cli.positive_int, default=1400, help="number of passes over the data")
     group.add_argument("--max-steps", type=cli.positive_int, help="number of steps, if that is less than --epochs")
     group.add_argument("--global-batch-size", type=cli.positive_int, default=256,
@@ -54,14 +71,18 @@ def build_parser(description=None):
     group.add_argument("--max-grad-norm", type=cli.positive_float, help="norm to clip the gradient to")
     group.add_argument("--schedule-sampler", choices=["uniform", "loss-second-moment"], default="uniform",
                        help="distribution of timesteps: uniform, or importance sampling by loss")
-    group = cli.add_compute_flags(parser)
+
+
+def _add_speed_flags(group):
     group.add_argument("--fused-adamw", action=argparse.BooleanOptionalAction, default=False,
                        help="optimizer step in one kernel")
     group.add_argument("--grad-checkpointing", type=cli.fraction, nargs="?", const=1.0, default=0.0, metavar="SHARE",
                        help="share of the blocks whose activations are recomputed to save memory; alone: all")
     group.add_argument("--fsdp", choices=fsdp.FSDP_MODES, nargs="?", const="all", metavar="node",
                        help="shard weights, optimizer state and EMA over all ranks; node: over the ranks of a node")
-    group = parser.add_argument_group("results")
+
+
+def _add_output_flags(group):
     group.add_argument("--results-dir", default="results", help="folder of all runs")
     group.add_argument("--log-every", type=cli.non_negative_int, default=100, help="steps between log lines")
     group.add_argument("--ckpt-every", type=cli.non_negative_int, default=50000, help="steps between checkpoints")
@@ -71,7 +92,9 @@ def build_parser(description=None):
                        help="steps between checkpoints that are kept for good")
     group.add_argument("--async-save", action="store_true", help="write checkpoints in the background")
     group.add_argument("--sample-every", type=cli.non_negative_int, help="steps between grids of EMA samples; 0: off")
-    group = parser.add_argument_group("evaluation")
+
+
+def _add_evaluation_flags(group):
     group.add_argument("--eval-every", type=cli.non_negative_int,
                        help="steps between evaluations of EMA samples; 0: off")
     group.add_argument("--eval-reference", metavar="REF", help="reference of the evaluation, as for evaluate.py")
@@ -79,7 +102,9 @@ def build_parser(description=None):
     group.add_argument("--eval-features", default="inception", help="inception, pixels, or a TorchScript file")
     group.add_argument("--eval-cfg-scale", type=cli.guidance_scale, default=1.0, help="guidance scale; 1: none")
     group.add_argument("--eval-sampling-steps", type=cli.sampling_steps, default=250, help="as in 250, or ddim50")
-    group = parser.add_argument_group("faults")
+
+
+def _add_fault_flags(group):
     group.add_argument("--resume", metavar="PATH", help="a checkpoint, a run's folder, or auto: the latest run")
     group.add_argument("--allow-config-change", action="store_true", help="resume with other values of flags")
     group.add_argument("--max-bad-steps", type=cli.positive_int, default=10,
@@ -88,10 +113,6 @@ def build_parser(description=None):
                        help="multiple of the average loss above which a step is not applied")
     group.add_argument("--dist-timeout", type=cli.minutes, default=distributed.DEFAULT_TIMEOUT, metavar="MINUTES",
                        help="time that a collective waits for other ranks")
-    for alias, flag in (("--features-in-memory", "--cache-on-device"), ("--override", "--allow-config-change"),
-                        ("--timeout", "--dist-timeout")):
-        cli.add_alias(parser, alias, flag)
-    return parser
 
 
 def choose_defaults(flags, explicit_args):
