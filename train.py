@@ -60,7 +60,7 @@ def main():
 
 
 def prepare(flags, explicit_args, device):
-    """Build what a run consists of. Whatever can fail, fails here, on all ranks, before the first step.
+    """Check and build everything before the first step. Errors are raised on all ranks.
 
     Returns:
         tuple: The arguments of `train` after the first two.
@@ -69,7 +69,7 @@ def prepare(flags, explicit_args, device):
     with distributed.raise_on_all_ranks():
         compute = build_compute_config(flags, device, log_lines.append)
         rows = local_batch_slice(flags.global_batch_size, flags.grad_accum_steps)
-    with distributed.raise_on_all_ranks():  # alone: rank 0 lists the files for all
+    with distributed.raise_on_all_ranks():  # a block of its own, since `open_dataset` is a collective
         dataset = open_dataset(flags)
     with distributed.raise_on_all_ranks():
         dataset, autoencoder, flip = open_autoencoder(flags, explicit_args, dataset, device)
@@ -84,7 +84,7 @@ def prepare(flags, explicit_args, device):
         lambda: open_run_dir(flags.results_dir, flags.model, flags.resume))
     model.checkpointed = flags.grad_checkpointing
     compute.prepare(model, by_block=distributed.world_size() > 1)  # after the EMA was copied from it
-    guard = NonFiniteGuard(flags.max_bad_steps, flags.max_loss_spike, lambda step: batches.items(step))
+    guard = NonFiniteGuard(flags.max_bad_steps, flags.max_loss_spike)
     args = vars(flags) | dict(vae=autoencoder.name, image_size=dataset.image_size, flip=flip,
                               ema_decay=flags.ema_decay if len(emas) > 1 else flags.ema_decay[0])
     config = dict(image_channels=dataset.channels, class_names=dataset.class_names, num_images=len(dataset),
@@ -100,21 +100,25 @@ def prepare(flags, explicit_args, device):
         end_step = min(flags.epochs * (len(dataset) // flags.global_batch_size), flags.max_steps or math.inf)
         batches = StepBatchSampler(len(dataset), flags.global_batch_size, rows, flags.global_seed, start_step, end_step,
                                    flips=flip)
-        logger = guard.logger = open_log(run_dir)
+        guard.sample_indices, guard.logger = batches.items, open_log(run_dir)
         if distributed.is_rank0():
             for line in (*opening_lines(flags, args, run_dir, model, dataset, batches, resumed), *log_lines, *warnings,
                          *changes, *check_autoencoder(autoencoder, dataset.examples(NUM_CHECK_IMAGES), device)):
-                logger.info(line)
+                guard.logger.info(line)
     rng = BatchRNG(flags.global_seed, flags.global_batch_size, rows, device)
     train_step = TrainStep(model, network, autoencoder, diffusion, schedule_sampler, optimizer, emas, guard, rng,
                            flags.grad_accum_steps, flags.max_grad_norm, compute)
     if evaluator:
-        evaluator.begin(run_dir, start_step, logger.info)
-    return train_step, dataset, batches, checkpoints, evaluator, logger
+        evaluator.begin(run_dir, start_step, guard.logger.info)
+    return train_step, dataset, batches, checkpoints, evaluator, guard.logger
 
 
 def train(flags, signals, train_step, dataset, batches, checkpoints, evaluator, logger):
-    """Train from `batches.start_step` to `batches.end_step`. raise: Stopped after a signal, with everything saved."""
+    """Train from `batches.start_step` to `batches.end_step`.
+
+    Raises:
+        Stopped: After a signal, with everything saved.
+    """
     warn = logger.info if distributed.is_rank0() else functools.partial(print, file=sys.stderr, flush=True)
     corrupt_images = CorruptImageLog(flags.max_bad_images, os.path.join(checkpoints.run_dir, "bad_images.txt"), warn)
     start_step, end_step = batches.start_step, batches.end_step
@@ -163,7 +167,7 @@ def evaluate(step, evaluator, train_step, checkpoints, metrics, signals, is_save
             scores = evaluator(step, lambda: checkpoints.save_best(step, is_saved), lambda: signals.received)
     except Exception as error:  # the same on all ranks, since they agree on errors
         metrics.logger.info(f"WARNING: (step={step:07d}) the evaluation failed; training continues: "
-                            f"{error or type(error).__name__}")
+                            f"{str(error) or type(error).__name__}")
     else:
         if scores is None:
             metrics.logger.info(f"(step={step:07d}) the evaluation was interrupted by a signal")

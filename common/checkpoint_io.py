@@ -34,7 +34,7 @@ def verify_checkpoint(path):
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
     except Exception as error:  # damage causes errors of many types
-        raise UserError(f"{path} is damaged, or not a checkpoint ({error or type(error).__name__})") from None
+        raise UserError(f"{path} is damaged, or not a checkpoint ({str(error) or type(error).__name__})") from None
     if damaged is not None:
         raise UserError(f"{path} is damaged: {damaged} in it does not have its checksum")
 

@@ -37,7 +37,7 @@ def init(tf32=True, timeout=DEFAULT_TIMEOUT):
     global _accelerator
     several = int(os.environ.get("WORLD_SIZE", 1)) > 1
     kind = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
-    # If ranks have no GPU each, accelerate must be given cpu=True, or each of them starts alone.
+    # Without cpu=True, accelerate forms no process group when ranks have no GPU.
     cpu = kind == "cpu" or (several and kind == "mps")
     # A saved `accelerate config` must not change what is computed: precision and compilation are set here.
     _accelerator = Accelerator(cpu=cpu, mixed_precision="no", dynamo_backend="no",
@@ -150,7 +150,8 @@ def raise_on_all_ranks():
             raise error
         return
     is_user_error = isinstance(error, UserError)
-    errors = gather_objects([error if is_user_error or error is None else UserError(f"{error}")])
+    shared = error if is_user_error or error is None else UserError(f"{type(error).__name__}: {error}")
+    errors = gather_objects([shared])
     failed = [number for number, found in enumerate(errors) if found is not None]
     if error is not None and not is_user_error:
         raise error
@@ -163,7 +164,7 @@ def raise_on_all_ranks():
 
 
 def run_on_rank0_and_broadcast(function):
-    """Call `function` on rank 0 and return its result, or raise its `UserError`, on every rank."""
+    """Call `function` on rank 0; return its result, or raise its error as a `UserError`, on every rank."""
     outcome = [None]
     with raise_on_all_ranks():
         if is_rank0():
@@ -187,8 +188,8 @@ def assert_same_on_all_ranks(value, name):
 
 # The phrases by which gloo and NCCL report that a peer is gone.
 _LOST_PEER = ("Timed out waiting", "Timed out after", "Connection closed by peer", "Connection reset by peer",
-              "Connection refused", "timeout caused pair closure", "Broken pipe", "NCCL", "Read error", "Write error",
-              "Socket Timeout")
+              "Connection refused", "timeout caused pair closure", "Broken pipe", "Read error [", "Write error [",
+              "Socket Timeout", "NCCL communicator was aborted", "remote process exited", "Watchdog caught collective")
 
 
 @contextmanager

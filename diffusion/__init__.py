@@ -1,7 +1,7 @@
 """Gaussian diffusion: the process, its losses and its samplers.
 
     diffusion = create_diffusion("250")  # 250 of the 1000 trained steps
-    latents = diffusion.p_sample_loop(model, shape, model_kwargs=dict(y=labels))
+    latents = diffusion.p_sample_loop(model.eval(), shape, clip_denoised=False, model_kwargs=dict(y=labels))
 
 Sources: DDPM (Ho et al., 2020, arXiv 2006.11239), Improved DDPM (Nichol & Dhariwal, 2021, arXiv 2102.09672),
 DDIM (Song et al., 2020, arXiv 2010.02502), classifier guidance (Dhariwal & Nichol, 2021, arXiv 2105.05233).

@@ -161,7 +161,7 @@ def run_tasks(tasks, workers, threads=1, deadline=None, log=print):
         tasks (list[Task]): Tasks of one folder that do not need each other's results.
         workers (int): Number of processes.
         threads (int): CPU threads of each process; None: torch's default.
-        deadline (float): Value of `time.monotonic()` at which the processes are told to save and stop.
+        deadline (float): Value of `time.monotonic()` at which the processes are asked to save and stop.
         log (callable): Called with lines of progress.
 
     Raises:

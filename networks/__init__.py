@@ -43,13 +43,20 @@ def model_config(model):
 
 
 def infer_conditioning(state_dict):
-    """Return the block type whose weights have these names and shapes, or "adaln-zero" if there is none."""
+    """Return the block type whose weights have these names and shapes, or "adaln-zero" if there is none.
+
+    Raises:
+        ValueError: If they are those of several types.
+    """
     shapes = {name.removeprefix("blocks.0."): value.shape for name, value in state_dict.items()
               if name.startswith("blocks.0.")}
     hidden_size = len(state_dict["x_embedder.proj.weight"])
     with torch.device("meta"):
-        for conditioning, model_class in CONDITIONINGS.items():
-            block = model_class.block_class(hidden_size, num_heads=1)
-            if shapes == {name: value.shape for name, value in block.state_dict().items()}:
-                return conditioning
-    return "adaln-zero"
+        blocks = {conditioning: model_class.block_class(hidden_size, num_heads=1).state_dict()
+                  for conditioning, model_class in CONDITIONINGS.items()}
+    matches = [conditioning for conditioning, block in blocks.items()
+               if shapes == {name: value.shape for name, value in block.items()}]
+    if len(matches) > 1:
+        raise ValueError(f"these weights fit the block types {', '.join(matches)}: only a checkpoint's configuration "
+                         "can tell them apart")
+    return matches[0] if matches else "adaln-zero"

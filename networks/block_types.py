@@ -8,7 +8,9 @@ To add one, write what differs, name it in a subclass of `DiT`, and append the s
         block_class = GatedBlock                   # (x, c) -> x
         final_layer_class = FinalLayer             # (x, c) -> patches
 
-A layer that starts at zero is a `ZeroInitLinear`; other starting weights are set in `initialize_weights`.
+Lines that are left out inherit adaLN-Zero. A layer that starts at zero is a `ZeroInitLinear`; other starting weights
+are set in `initialize_weights`. Weights without a configuration are recognized by the names and shapes of a block, so
+a new type should have its own. tests/unit/test_block_types.py has tables of what each type costs and starts from.
 """
 import torch
 from timm.layers import Attention, Mlp

@@ -13,7 +13,7 @@ from common.cli import (
 )
 from models import DiT_models
 from sampling.load_model import load_model
-from sampling.pipeline import build_pipeline
+from sampling.pipeline import SAMPLERS, build_pipeline
 
 NUM_TRAINED_TIMESTEPS = 1000
 
@@ -57,7 +57,7 @@ def add_sampling_flags(parser, cfg_scale):
                        help="timesteps of 0 .. 999 with guidance; default: all")
     group.add_argument("--num-sampling-steps", type=sampling_steps, default=250,
                        help="number of sampling steps, such as 250 or ddim50")
-    group.add_argument("--sampler", choices=["ddpm", "ddim"], help="sampler; default: ddpm, or ddim with ddimN steps")
+    group.add_argument("--sampler", choices=SAMPLERS, help="sampler; default: ddpm, or ddim with ddimN steps")
     group.add_argument("--eta", type=fraction, default=0.0, help="noise of ddim: 0 (deterministic) to 1 (as ddpm)")
 
 

@@ -11,6 +11,9 @@ from diffusion import GaussianDiffusion, create_diffusion
 from models import default_cfg_channels
 from sampling.noise import PerSampleRNG
 
+# Names for --sampler, and the loops of `GaussianDiffusion`.
+SAMPLERS = {"ddpm": "p_sample_loop_progressive", "ddim": "ddim_sample_loop_progressive"}
+
 
 def build_pipeline(model, autoencoder, num_sampling_steps, cfg_scale, cfg_channels=None, cfg_interval=None,
                    sampler=None, eta=0.0, compute=DEFAULT_COMPUTE):
@@ -108,11 +111,16 @@ class SamplingPipeline:
         x = noise.initial((n, *self.model.sample_shape))
         if on_step:
             on_step(-1, x)
-        is_ddim = self.sampler == "ddim"
-        loop = self.diffusion.ddim_sample_loop_progressive if is_ddim else self.diffusion.p_sample_loop_progressive
-        steps = loop(self._build_denoiser(cond), x.shape, x, clip_denoised=False, progress=progress,
-                     device=self.model.device, noise_fn=noise.step, **(dict(eta=self.eta) if is_ddim else {}))
-        for step, out in enumerate(steps):
+        loop, arguments = getattr(self.diffusion, SAMPLERS[self.sampler]), {}
+        if self.sampler == "ddim":
+            arguments = dict(eta=self.eta)
+        # Guidance of each step, by the host's list: reading `t` from the device would be a host sync at every step.
+        is_guided = [self.is_guided(timestep) for timestep in reversed(self.diffusion.timestep_map)]
+        denoise, guidance = self._build_denoiser(cond), iter(is_guided)
+        denoise.is_guided = next(guidance)
+        for step, out in enumerate(loop(denoise, x.shape, x, clip_denoised=False, progress=progress,
+                                        device=self.model.device, noise_fn=noise.step, **arguments)):
+            denoise.is_guided = next(guidance, False)
             x = out["sample"]
             if on_step:
                 on_step(step, x)
@@ -124,7 +132,7 @@ class SamplingPipeline:
         return self.cfg_scale > 1 and low <= timestep <= high
 
     def _build_denoiser(self, cond):
-        """Return what the sampler calls once per step, from the last timestep to the first: (x, t) -> output."""
+        """Return what the sampler calls: (x, t) -> output, guided if its attribute `is_guided` is set."""
         n = batch_size(cond)
         self.max_batch_size = max(self.max_batch_size, n)
         rows = self.max_batch_size if self.compute.compile else n  # a compiled network has one batch size
@@ -133,12 +141,10 @@ class SamplingPipeline:
         cond_and_null = {name: torch.cat([values, null[name]]) for name, values in cond.items()}
         model = self.network()
         forward, forward_with_cfg = self.compute.wrap(model), self.compute.wrap(model.forward_with_cfg)
-        # Timesteps of the host's list: to read `t` from the device would be a host sync at every step.
-        timesteps = iter(reversed(list(self.diffusion.timestep_map)))
 
         def denoise(x, t):
             x, t = pad_batch(x, rows), pad_batch(t, rows)
-            if not self.is_guided(next(timesteps)):
+            if not denoise.is_guided:
                 return forward(x, t, **cond)[:n]
             return forward_with_cfg(torch.cat([x, x]), torch.cat([t, t]), **cond_and_null, cfg_scale=self.cfg_scale,
                                     cfg_channels=self.cfg_channels)[:n]

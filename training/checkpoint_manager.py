@@ -26,12 +26,11 @@ class CheckpointManager:
         run_dir (str): Folder of the run; checkpoints are `run_dir/checkpoints/0050000.pt`.
         metadata (dict): Plain values that every checkpoint holds too.
         keep_checkpoints (int): Number of latest checkpoints to keep. Default: all.
-        keep_every (int): Steps between milestones that are kept for good. Default: none.
+        keep_every (int): Steps between milestones that are kept permanently. Default: none.
         protected (str): Path of a checkpoint that is never removed: the one that the run resumed.
         async_save (bool): Write a copy in the background while training continues.
-        **stateful: The objects; their names are the keys in a checkpoint. An object's `settle()`, if it has one, is
-            called by all ranks before it is saved, and its `reset()` in its turn if a restored checkpoint lacks
-            it; without `reset` it then keeps its state.
+        **stateful: The objects; their names are the keys in a checkpoint. `settle()`, if defined, is called on all
+            ranks before saving. If a checkpoint has no entry for an object, `reset()` is called, if defined.
     """
 
     def __init__(self, run_dir, metadata, keep_checkpoints=None, keep_every=None, protected=None, async_save=False,
@@ -48,7 +47,8 @@ class CheckpointManager:
     def save(self, step):
         """Save the state after `step` steps and return the path of the checkpoint. Called by all ranks.
 
-        In the background the values of this moment are written, and an error of the previous checkpoint is raised here.
+        With `async_save`, a copy of the current values is written in the background; an error of the previous write is
+        raised here.
         """
         path = os.path.join(self.dir, f"{step:07d}.pt")
         self._settle()
@@ -151,7 +151,7 @@ class CheckpointManager:
 
     def _remove_old(self, step):
         """Remove what is neither among the latest, nor a milestone, nor protected, once the latest is on the disk."""
-        # Later steps are not of this run: what it resumed was damaged, or it went back.
+        # Later steps were left in this folder before the run was resumed from an earlier step.
         steps = {at: path for at, path in list_checkpoints(self.run_dir).items() if at <= step}
         for at in list(steps)[self.keep_checkpoints:]:
             is_milestone = bool(self.keep_every) and at % self.keep_every == 0

@@ -89,7 +89,7 @@ def _add_output_flags(group):
     group.add_argument("--keep-checkpoints", type=cli.positive_int, metavar="N",
                        help="number of latest checkpoints to keep (default: all)")
     group.add_argument("--keep-every", type=cli.non_negative_int, metavar="STEPS",
-                       help="steps between checkpoints that are kept for good")
+                       help="steps between checkpoints that are kept permanently")
     group.add_argument("--async-save", action="store_true", help="write checkpoints in the background")
     group.add_argument("--sample-every", type=cli.non_negative_int, help="steps between grids of EMA samples; 0: off")
 

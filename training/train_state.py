@@ -32,7 +32,7 @@ class ModelState:
         return self.model.state_dict()
 
     def load_state_dict(self, state):
-        """Load full weights. raise: UserError if names or shapes differ."""
+        """Load full weights; names or shapes that differ raise a `UserError`."""
         load_weights(self.model, _shard_state_like(self.model.state_dict(), state), "the checkpoint")
 
 
@@ -71,7 +71,7 @@ class OptimizerState:
         return self.optimizer.state_dict()
 
     def load_state_dict(self, state):
-        """Load the moments. raise: ValueError if they do not fit the weights."""
+        """Load the moments; those that do not fit the weights raise a ValueError."""
         weights = [weight for group in self.optimizer.param_groups for weight in group["params"]]
         moments = {i: _shard_state_like(dict.fromkeys(values, weights[i]), values)
                    for i, values in state["state"].items()}

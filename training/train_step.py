@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from autoencoder.vae import VAE, CachedLatents, IdentityAutoencoder
 from common.compute import DEFAULT_COMPUTE, ComputeConfig
 from common.seeding import LABEL_DROP, NOISE, POSTERIOR, BatchRNG
 from diffusion import GaussianDiffusion
@@ -24,7 +25,7 @@ class TrainStep:
     Args:
         model (DiT): The network with its weights; sharded with FSDP.
         network (nn.Module): What computes the model: itself, or the model in DDP.
-        autoencoder (VAE): Encodes a batch of the data set to latents.
+        autoencoder (VAE | IdentityAutoencoder | CachedLatents): Encodes a batch of the data set to latents.
         diffusion (GaussianDiffusion): The process with its training loss.
         schedule_sampler (ScheduleSampler): Draws the timesteps.
         optimizer (Optimizer): AdamW, as published.
@@ -38,7 +39,7 @@ class TrainStep:
 
     model: nn.Module
     network: nn.Module
-    autoencoder: nn.Module
+    autoencoder: VAE | IdentityAutoencoder | CachedLatents
     diffusion: GaussianDiffusion
     schedule_sampler: ScheduleSampler
     optimizer: torch.optim.Optimizer
@@ -57,16 +58,16 @@ class TrainStep:
 
         Args:
             step (int): Number of steps before this one.
-            images (Tensor): Images in [-1, 1], shape (N, C, H, W), or whatever else the autoencoder encodes.
+            images (Tensor): Images in [-1, 1], shape (N, C, H, W), or cached moments of latents, (N, 2C, h, w).
             cond (dict): Condition of each image, tensors of shape (N, ...): {"y": labels}.
 
         Returns:
-            tuple: Mean losses of the local rows (dict of scalars: loss, mse, vb), the norm of the gradient (scalar),
-            and whether the step was applied (bool, or a scalar on the device).
+            tuple: Weighted mean losses of the local rows (dict of scalars: loss, mse, vb), the norm of the gradient
+            (scalar), and whether the step was applied (bool, or a scalar on the device).
         """
         model, network = self.model, self.compute.wrap(self.network)
         t, weights = self.rng.timesteps(step, self.schedule_sampler)                                # (N,), (N,)
-        noise = self.rng.normal(NOISE, step, model.sample_shape)                                    # (N, C, H, W)
+        noise = self.rng.normal(NOISE, step, model.sample_shape)                                    # (N, C, h, w)
         posterior_noise = self.rng.normal(POSTERIOR, step, model.sample_shape) if self.autoencoder.is_random else noise
         if model.has_null_condition:
             cond = cond | dict(force_drop_ids=self.rng.uniform(LABEL_DROP, step) < model.config.class_dropout_prob)
@@ -75,19 +76,19 @@ class TrainStep:
         size = len(images) // self.num_microbatches
         for start in range(0, len(images), size):
             rows, is_last = slice(start, start + size), start + size == len(images)
-            x_start = self.autoencoder.encode(images[rows], posterior_noise[rows])                  # (n, C, H, W)
+            x_start = self.autoencoder.encode(images[rows], posterior_noise[rows])                  # (n, C, h, w)
             model_kwargs = {name: value[rows] for name, value in cond.items()}
             with grad_sync(self.network, is_last), self.compute.attention_kernel():
                 terms = self.diffusion.training_losses(network, x_start, t[rows], model_kwargs, noise[rows])
                 loss = (terms["loss"] * weights[rows]).mean() / self.num_microbatches
                 nan_if_non_finite(loss).backward()
             microbatch_terms.append({name: value.detach() for name, value in terms.items()})
-        terms = {name: torch.cat([terms[name] for terms in microbatch_terms]) for name in microbatch_terms[0]}  # (N,)
+        terms = {name: torch.cat([part[name] for part in microbatch_terms]) for name in terms}      # (N,) each
         losses = {name: (value * weights).mean() for name, value in terms.items()}
 
         grad_norm = clip_grad_norm(model, self.max_grad_norm)
         is_applied = self.apply(step, losses["loss"], grad_norm, terms["loss"])
-        if is_applied is not False:
+        if is_applied is not False:  # on the device the optimizer itself skips a bad step
             self.schedule_sampler.update_with_local_losses(t, terms["loss"])
         return losses, grad_norm, is_applied
 
@@ -124,7 +125,7 @@ def nan_if_non_finite(loss):
 
 
 def clip_grad_norm(model, max_norm=None):
-    """Return the norm of the gradient, a scalar on the device, after which it is clipped to `max_norm` if given."""
+    """Clip the gradient to `max_norm`, if given; return its norm before that, a scalar on the device."""
     norm = total_grad_norm([weight.grad for weight in model.parameters() if weight.grad is not None])
     if max_norm is not None:
         nn.utils.clip_grads_with_norm_(model.parameters(), max_norm, norm)

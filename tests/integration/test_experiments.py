@@ -173,7 +173,7 @@ run_command(lambda: run_tasks(tasks, 2, deadline=float(deadline[0]) if deadline 
 
 
 def test_a_killed_or_stopped_study_continues(tmp_path):
-    """After SIGKILL, SIGTERM and a deadline finished tasks stay finished, and running ones are told to save."""
+    """After SIGKILL, SIGTERM and a deadline finished tasks stay finished, and running ones are asked to save."""
     (tmp_path / "worker.py").write_text(WORKER)
     command = [sys.executable, "-c", DRIVER, str(tmp_path)]
 

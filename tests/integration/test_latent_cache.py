@@ -383,7 +383,7 @@ def test_links_are_not_written_through(extract, few_images, tmp_path, monkeypatc
 
 
 def test_second_extraction_is_refused_while_one_runs(children, extract, many_images, vae_folder, tmp_path):
-    """The second is told, and leaves the first alone."""
+    """The second is refused, and leaves the first alone."""
     flags = flags_for_many(many_images, vae_folder, tmp_path / "cache")
     (child,) = children.start("extract_features", *flags)
     wait_for(lambda: encoded(tmp_path / "cache") > 0)

@@ -1,4 +1,4 @@
-"""plan.py: its numbers are the paper's, what torch counts, and what real steps and caches take."""
+"""tools.plan: its numbers are the paper's, what torch counts, and what real steps and caches take."""
 import json
 import os
 import re

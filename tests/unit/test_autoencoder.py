@@ -39,7 +39,7 @@ CONFIGS = {
     "scale and shift": dict(scaling_factor=0.5, shift_factor=0.25),
     "16 channels": dict(latent_channels=16, scaling_factor=1.5, shift_factor=-0.1),
     "stride 4": dict(levels=3),
-    "each channel normalised": dict(scaling_factor=0.5, latents_mean=MEANS, latents_std=STDS),
+    "each channel normalized": dict(scaling_factor=0.5, latents_mean=MEANS, latents_std=STDS),
 }
 
 

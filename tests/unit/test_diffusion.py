@@ -220,7 +220,7 @@ def test_q_mean_variance_describes_q_sample():
 
 @pytest.mark.parametrize("respacing", ["", "25"])
 def test_posterior_is_bayes_rule(respacing):
-    """q(x_{t-1} | x_t, x_0) is the normalised product of q(x_{t-1} | x_0) and q(x_t | x_{t-1}), two Gaussians."""
+    """q(x_{t-1} | x_t, x_0) is the normalized product of q(x_{t-1} | x_0) and q(x_t | x_{t-1}), two Gaussians."""
     diffusion = create_diffusion(respacing)
     t, x_0, x_t = every_step(diffusion)
     mean, variance, log_variance = diffusion.q_posterior_mean_variance(x_0, x_t, t)
