@@ -19,10 +19,11 @@ import sys
 
 from common import distributed
 from common.cli import HelpFormatter, add_alias, build_compute_config, flag_name, parse_args, positive_int
-from common.errors import UserError, rename_arguments, run_command
+from common.errors import ArgumentError, UserError, rename_arguments, run_command
 from common.provenance import collect_environment
 from data import build_dataset
 from data.builtin import parse_builtin_name
+from data.digits import DigitsDataset
 from evaluation.cli import add_checkpoint_flags, add_feature_flags, add_generation_flags, add_process_flags
 from evaluation.feature_statistics import compute_statistics
 from evaluation.features import load_feature_space
@@ -72,6 +73,7 @@ def add_reference_flags(parser):
     parser.add_argument("--output", required=True, metavar="FILE", help="the reference, an .npz")
     parser.add_argument("--image-size", type=positive_int, help="pixels that images of a folder are cropped to")
     parser.add_argument("--num-classes", type=positive_int, help="number of classes of fractals")
+    parser.add_argument("--global-seed", type=int, help=argparse.SUPPRESS)  # accepted formerly, without effect
     add_feature_flags(parser)
     add_process_flags(parser)
 
@@ -210,6 +212,9 @@ def nll(flags, explicit_args):
     check_output(flags.output, ".json", flags.ckpt, flags.data)
     with distributed.raise_on_all_ranks():
         loaded = load_checkpoint_model(flags.ckpt, flags, explicit_args)
+        if parse_builtin_name(flags.data)[0] == "digits" and loaded.image_size != DigitsDataset.image_size:
+            raise ArgumentError(f"the digits are not of the model's {loaded.image_size} pixels. Name other images",
+                                data=flags.data)
         dataset = build_dataset(flags.data, loaded.image_size, num_classes=loaded.num_classes)
     result = bits_per_dimension(loaded, dataset, flags.num_images, flags.per_proc_batch_size, flags.global_seed)
 

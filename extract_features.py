@@ -103,7 +103,8 @@ def extract(flags):
 
 def open_all(flags):
     """Open the images, the autoencoder and the cache's writer, on all ranks together."""
-    dataset = build_dataset(flags.data_path, flags.image_size, num_classes=flags.num_classes, collective=True)
+    with distributed.raise_on_all_ranks():
+        dataset = build_dataset(flags.data_path, flags.image_size, num_classes=flags.num_classes, collective=True)
     with distributed.raise_on_all_ranks():
         # The cache keeps the paths, and is used from elsewhere.
         vae = os.path.abspath(flags.vae) if os.path.isdir(flags.vae) else flags.vae

@@ -232,6 +232,7 @@ class DiT(nn.Module):
 
         self.x_embedder = PatchEmbed(input_size, patch_size, in_channels, hidden_size)
         self.sample_shape = (in_channels, *self.x_embedder.input_size)  # (C, H, W)
+        self.num_tokens = self.x_embedder.num_patches  # T
         self.t_embedder = TimestepEmbedder(hidden_size)
         self.y_embedder = LabelEmbedder(num_classes, hidden_size, class_dropout_prob)
         self.has_null_condition = self.y_embedder.has_null_class

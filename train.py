@@ -43,8 +43,13 @@ from training.fault_tolerance import FaultTolerance
 from training.logger import MetricLogger, open_log
 from training.nan_guard import NonFiniteGuard
 from training.run_dir import list_run_dirs, open_run_dir
-from training.train_state import EMAStates, ModelState, OptimizerState, find_config_changes
+from training.train_state import EMAStates, ModelState, OptimizerState, find_config_changes, match_averages
 from training.train_step import TrainStep
+
+# Parameters of the evaluation, and the flags that set them here.
+EVALUATION_FLAGS = dict(features="eval_features", reference="eval_reference", cfg_scale="eval_cfg_scale",
+                        num_sampling_steps="eval_sampling_steps", num_fid_samples="eval_samples",
+                        batch_size="global_batch_size")
 
 
 def main():
@@ -89,7 +94,7 @@ def prepare(flags, explicit_args, device):
                               ema_decay=flags.ema_decay if len(emas) > 1 else flags.ema_decay[0])
     config = dict(image_channels=dataset.channels, class_names=dataset.class_names, num_images=len(dataset),
                   latents=autoencoder.metadata(), model=networks.model_config(model))
-    extra_emas = dict(extra_emas=EMAStates(emas[1:], model)) if len(emas) > 1 else {}
+    extra_emas = dict(extra_emas=EMAStates(emas[1:])) if len(emas) > 1 else {}
     with distributed.raise_on_all_ranks():
         checkpoints = CheckpointManager(
             run_dir, dict(args=args, config=config), flags.keep_checkpoints, flags.keep_every, resumed,
@@ -109,7 +114,8 @@ def prepare(flags, explicit_args, device):
     train_step = TrainStep(model, network, autoencoder, diffusion, schedule_sampler, optimizer, emas, guard, rng,
                            flags.grad_accum_steps, flags.max_grad_norm, compute)
     if evaluator:
-        evaluator.begin(run_dir, start_step, guard.logger.info)
+        with distributed.raise_on_all_ranks():
+            evaluator.begin(run_dir, start_step, guard.logger.info)
     return train_step, dataset, batches, checkpoints, evaluator, guard.logger
 
 
@@ -163,7 +169,7 @@ def is_due(step, every):
 def evaluate(step, evaluator, train_step, checkpoints, metrics, signals, is_saved):
     """Score EMA samples, log the scores, and keep the best checkpoint. A failure does not end the run."""
     try:
-        with metrics.paused(), train_step.emas[0].full():
+        with metrics.paused(), train_step.emas[0].full(), rename_arguments(**EVALUATION_FLAGS):
             scores = evaluator(step, lambda: checkpoints.save_best(step, is_saved), lambda: signals.received)
     except Exception as error:  # the same on all ranks, since they agree on errors
         metrics.logger.info(f"WARNING: (step={step:07d}) the evaluation failed; training continues: "
@@ -177,8 +183,7 @@ def evaluate(step, evaluator, train_step, checkpoints, metrics, signals, is_save
 
 def build_evaluation(flags, ema, autoencoder, dataset, rows, compute):
     """Build the evaluator of EMA samples that the --eval flags describe. Called by all ranks."""
-    with rename_arguments(features="eval_features", reference="eval_reference", cfg_scale="eval_cfg_scale",
-                          num_sampling_steps="eval_sampling_steps", num_fid_samples="eval_samples"):
+    with rename_arguments(**EVALUATION_FLAGS):
         with distributed.raise_on_all_ranks():
             pipeline = build_pipeline(ema.full_model, autoencoder, flags.eval_sampling_steps, flags.eval_cfg_scale,
                                       compute=compute)
@@ -256,7 +261,7 @@ def distribute(model, flags, compute):
 
 
 def resume(checkpoints, path, args, config, flags):
-    """Restore a run; returns its step, and warnings about flags that --allow-config-change allowed to differ."""
+    """Restore a run; return its step, and warnings about changes that --allow-config-change accepts."""
     changes = []
 
     def check(stored):
@@ -264,6 +269,7 @@ def resume(checkpoints, path, args, config, flags):
         if changes and not flags.allow_config_change:
             raise UserError(f"{'; '.join(changes)}. Another value makes another run: give the old one, or pass "
                             "--allow-config-change")
+        changes.extend(match_averages(stored, flags.ema_decay))
 
     step = checkpoints.restore(path, check)
     return step, [f"WARNING: {change} (--allow-config-change)" for change in changes]

@@ -2,6 +2,7 @@
 import contextlib
 import copy
 import ctypes
+import os
 from dataclasses import dataclass
 
 import torch
@@ -112,7 +113,9 @@ def fastest_config(device):
 
 
 def local_device_type():
-    """Return the type of device that this machine computes on: "cuda", "mps", "xpu" or "cpu"."""
+    """Return the type of device that `distributed.init` will choose: "cuda", "mps", "xpu" or "cpu"."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and torch.backends.mps.is_available():
+        return "cpu"
     return torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from filelock import FileLock
 from tqdm.auto import tqdm
 
-from common.errors import ArgumentError, UserError
+from common.errors import UserError
 from common.files import sha256_file
 
 PRETRAINED_DIR = "pretrained_models"
@@ -27,14 +27,13 @@ def download(name, base_url, folder=PRETRAINED_DIR, sha256=None):
         str: Path of the file.
 
     Raises:
-        ArgumentError: If the file exists with another hash.
-        UserError: If it cannot be downloaded completely, or has another hash.
+        UserError: If the file exists with another hash, cannot be downloaded completely, or has another hash.
     """
     path, url = os.path.join(folder, name), base_url.rstrip("/") + "/" + name
     sha256 = sha256 and sha256.lower()
     if os.path.exists(path):
         if sha256 and sha256_file(path) != sha256:
-            raise ArgumentError(f"{path} has another hash. Remove it to download it again.", sha256=sha256)
+            raise UserError(f"{path} has another hash than {sha256}. Remove it to download it again.")
         return path
     try:
         os.makedirs(folder, exist_ok=True)

@@ -28,17 +28,16 @@ def add_generation_flags(parser):
 
 
 def add_checkpoint_flags(parser):
-    """Add the flags of a model, its random numbers and its precision."""
+    """Add the flags of a model and of its random numbers."""
     add_model_flags(parser, vae="ema", ckpt=False)
-    group = parser.add_argument_group("computation")
-    group.add_argument("--global-seed", type=non_negative_int, default=0, help="random seed of labels and noise")
-    group.add_argument("--tf32", action=argparse.BooleanOptionalAction, default=True,
-                       help="TF32 matrix products in the model (never in the features)")
+    parser.add_argument("--global-seed", type=non_negative_int, default=0, help="random seed of labels and noise")
 
 
 def add_process_flags(parser):
     """Add the flags of each process."""
     group = parser.add_argument_group("processes")
+    group.add_argument("--tf32", action=argparse.BooleanOptionalAction, default=True,
+                       help="TF32 matrix products in the model (never in the features)")
     group.add_argument("--per-proc-batch-size", type=positive_int, default=32, help="batch size per process")
     group.add_argument("--dist-timeout", type=minutes, default=DEFAULT_TIMEOUT, metavar="MINUTES",
                        help="time that a process waits for the others")

@@ -113,7 +113,7 @@ def compute_vlb_terms(loaded, diffusion, dataset, indices, classes, seed, on_pas
         ArgumentError: If the batch does not fit into memory.
         UserError: If an image cannot be read, or a bound is not finite.
     """
-    model, autoencoder, device = loaded.model, loaded.autoencoder, distributed.device()
+    model, autoencoder, device = loaded.model, loaded.autoencoder, loaded.model.device
     images = torch.stack(_read_images(dataset, indices)).to(device)
     cond = dict(y=torch.tensor([classes[dataset.labels[index]] for index in indices], device=device))
     noise = PerSampleRNG(seed, indices, device, stream=LIKELIHOOD)

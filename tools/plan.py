@@ -138,7 +138,7 @@ def plan(name, flags, gpu, microbatch):
     shares = [flags.grad_checkpointing] if flags.model == "all" else sorted({0.0, flags.grad_checkpointing or 1.0})
     cache = None if flags.vae == "none" else cache_bytes(flags.images, 1 + flags.flip, channels, size, flags.dtype)
     return dict(
-        model=name, latents=[channels, size, size], tokens=model.pos_embed.shape[1], parameters=count_parameters(model),
+        model=name, latents=[channels, size, size], tokens=model.num_tokens, parameters=count_parameters(model),
         gflops=multiply_adds / 1e9, step_flops=step_flops, step_seconds=step_seconds,
         memory=[memory(build, flags, gpu, microbatch, share) for share in shares],
         hours={steps: steps * step_seconds / 3600 for steps in flags.steps}, latent_cache=cache)

@@ -30,7 +30,7 @@ class CheckpointManager:
         protected (str): Path of a checkpoint that is never removed: the one that the run resumed.
         async_save (bool): Write a copy in the background while training continues.
         **stateful: The objects; their names are the keys in a checkpoint. `settle()`, if defined, is called on all
-            ranks before saving. If a checkpoint has no entry for an object, `reset()` is called, if defined.
+            ranks before saving. An object without an entry in a checkpoint keeps its state.
     """
 
     def __init__(self, run_dir, metadata, keep_checkpoints=None, keep_every=None, protected=None, async_save=False,
@@ -124,8 +124,6 @@ class CheckpointManager:
         for name, part in self.stateful.items():
             if stored.get(name):
                 part.load_state_dict(stored[name])
-            elif hasattr(part, "reset"):
-                part.reset()
         return step
 
     def has_failed(self):

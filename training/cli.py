@@ -84,12 +84,14 @@ def _add_speed_flags(group):
 
 def _add_output_flags(group):
     group.add_argument("--results-dir", default="results", help="folder of all runs")
-    group.add_argument("--log-every", type=cli.non_negative_int, default=100, help="steps between log lines")
-    group.add_argument("--ckpt-every", type=cli.non_negative_int, default=50000, help="steps between checkpoints")
+    group.add_argument("--log-every", type=cli.non_negative_int, default=100,
+                       help="steps between log lines; 0: only the last")
+    group.add_argument("--ckpt-every", type=cli.non_negative_int, default=50000,
+                       help="steps between checkpoints; 0: only the last")
     group.add_argument("--keep-checkpoints", type=cli.positive_int, metavar="N",
                        help="number of latest checkpoints to keep (default: all)")
     group.add_argument("--keep-every", type=cli.non_negative_int, metavar="STEPS",
-                       help="steps between checkpoints that are kept permanently")
+                       help="steps between checkpoints that are kept permanently; 0: off")
     group.add_argument("--async-save", action="store_true", help="write checkpoints in the background")
     group.add_argument("--sample-every", type=cli.non_negative_int, help="steps between grids of EMA samples; 0: off")
 

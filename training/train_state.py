@@ -39,25 +39,17 @@ class ModelState:
 class EMAStates:
     """Further moving averages than the first, by their decay: {"0.999": weights}."""
 
-    def __init__(self, emas, model):
-        self.model = model
+    def __init__(self, emas):
         self.states = {f"{ema.decay:g}": ModelState(ema.model) for ema in emas}
 
     def state_dict(self):
         """Return the weights of each average."""
         return {decay: state.state_dict() for decay, state in self.states.items()}
 
-    def reset(self):
-        """Start all averages from the weights, which are restored before them."""
-        self.load_state_dict({})
-
     def load_state_dict(self, state):
-        """Load the averages; one that the checkpoint does not hold starts from the weights."""
+        """Load the average of each decay."""
         for decay, average in self.states.items():
-            if decay in state:
-                average.load_state_dict(state[decay])
-            else:
-                average.model.load_state_dict(self.model.state_dict())
+            average.load_state_dict(state[decay])
 
 
 class OptimizerState:
@@ -104,6 +96,35 @@ def _shard_state_like(patterns, tensors):
     return {name: shard_like(patterns.get(name), value) for name, value in tensors.items()}
 
 
+def match_averages(stored, decays):
+    """Give a checkpoint's averages the places that a run with these decays expects, each by its decay.
+
+    A single average that continues with another decay stays as it is.
+
+    Args:
+        stored (dict): The checkpoint, whose `ema` and `extra_emas` are changed.
+        decays (list[float]): Decays of the run.
+
+    Returns:
+        list[str]: A sentence about each average that starts from the weights, and each that is dropped.
+    """
+    stored_decays = _stored_args(stored).get("ema_decay", decays[0])
+    stored_decays = stored_decays if isinstance(stored_decays, list) else [stored_decays]
+    wanted = [f"{decay:g}" for decay in decays]
+    if len(stored_decays) == len(wanted) == 1:
+        return []
+    averages = {f"{stored_decays[0]:g}": stored["ema"]} | (stored.get("extra_emas") or {})
+    places = {decay: averages.get(decay, stored["model"]) for decay in wanted}
+    stored["ema"] = places.pop(wanted[0])
+    stored["extra_emas"] = places
+    return [f"the average of decay {decay} starts from the weights" for decay in wanted if decay not in averages] + [
+        f"the average of decay {decay} is dropped" for decay in averages if decay not in wanted]
+
+
+def _stored_args(stored):
+    return stored["args"] if isinstance(stored["args"], Mapping) else vars(stored["args"])
+
+
 def find_config_changes(stored, args, config):
     """Compare a checkpoint with the run that is to resume it.
 
@@ -131,7 +152,7 @@ def find_config_changes(stored, args, config):
         then = ", ".join(f"{name}={value}" for name, value in model_changes.items())
         now = ", ".join(f"{name}={config['model'].get(name)}" for name in model_changes)
         raise UserError(f"this checkpoint is of another model ({then}; the flags give {now})")
-    stored_args = stored["args"] if isinstance(stored["args"], Mapping) else vars(stored["args"])
+    stored_args = _stored_args(stored)
     changes = [f"{flag_name(name)} is {value}, it was {stored_args[name]}" for name, value in args.items()
                if name in stored_args and name not in CHANGEABLE_FLAGS and stored_args[name] != value]
     changes += [f"the data have {name.replace('_', ' ')} {_shorten(config[name])}, they had "

@@ -4,10 +4,12 @@ import re
 import pytest
 import torch
 
+from common.checkpoint_io import load_checkpoint
 from common.cli import parse_args
-from helpers import DIGITS, TINY, differences, folder_of, largest_difference, losses, stored
+from helpers import DIGITS, TINY, differences, folder_of, largest_difference, losses, steps_of, stored
 from networks import build_dit
 from training.cli import build_parser, choose_defaults
+from training.train_state import match_averages
 
 
 def test_one_and_two_processes_compute_the_same(children, tmp_path):
@@ -191,3 +193,31 @@ def test_average_that_a_checkpoint_lacks_starts_from_the_weights(command, tmp_pa
 def test_averages_of_the_same_name_are_an_error(command, tmp_path):
     status, _, err = command("train", *DIGITS, "--ema-decay", 0.9, 0.5, 0.5, "--results-dir", tmp_path)
     assert status == 2 and "--ema-decay 0.9 0.5 0.5" in err and not any(tmp_path.iterdir())
+
+
+def test_averages_keep_their_decay_when_the_order_changes(command, tmp_path):
+    """Stored averages go where the flags want them, by decay; one that is new starts from the weights, and is named."""
+    flags = [*DIGITS, "--num-workers", 0, "--results-dir", tmp_path]
+    command("train", *flags, "--ema-decay", 0.5, 0.9, "--max-steps", 2)
+    path = folder_of(tmp_path) / "checkpoints" / "0000002.pt"
+    command("train", *flags, "--ema-decay", 0.9, 0.7, 0.5, "--max-steps", 2, "--resume", path, "--allow-config-change",
+            "--ckpt-every", 1)
+    before, averages = load_checkpoint(str(path)), {}
+    changes = match_averages(averages | before, [0.9, 0.7, 0.5])
+    assert changes == ["the average of decay 0.7 starts from the weights"]
+    after = dict(before)
+    match_averages(after, [0.9, 0.7, 0.5])
+    assert differences(after["ema"], before["extra_emas"]["0.9"]) == []
+    assert differences(after["extra_emas"], {"0.7": before["model"], "0.5": before["ema"]}) == []
+    status, out, err = command("train", *flags, "--ema-decay", 0.9, "--max-steps", 3, "--resume", "auto",
+                               "--allow-config-change")
+    assert status == 0 and "the average of decay 0.5 is dropped" in out, err
+    single = dict(args=dict(ema_decay=0.9), ema=before["ema"], model=before["model"])
+    assert match_averages(single, [0.99]) == [] and single["ema"] is before["ema"]  # one average continues
+
+
+def test_zero_steps_mean_off(command, tmp_path):
+    every = ["--log-every", 0, "--ckpt-every", 0, "--sample-every", 0, "--eval-every", 0]
+    status, out, err = command("train", *DIGITS, *every, "--max-steps", 3, "--num-workers", 0, "--results-dir", tmp_path)
+    assert status == 0 and out.count("Train Loss") == 1, err
+    assert steps_of(tmp_path) == [3]
