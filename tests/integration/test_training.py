@@ -218,6 +218,6 @@ def test_averages_keep_their_decay_when_the_order_changes(command, tmp_path):
 
 def test_zero_steps_mean_off(command, tmp_path):
     every = ["--log-every", 0, "--ckpt-every", 0, "--sample-every", 0, "--eval-every", 0]
-    status, out, err = command("train", *DIGITS, *every, "--max-steps", 3, "--num-workers", 0, "--results-dir", tmp_path)
+    status, out, err = command("train", *DIGITS, *every, "--max-steps", 3, "--results-dir", tmp_path)
     assert status == 0 and out.count("Train Loss") == 1, err
     assert steps_of(tmp_path) == [3]
