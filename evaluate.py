@@ -126,8 +126,8 @@ def score(flags, explicit_args):
     check_generation_flags(flags, explicit_args)
     check_output(flags.output, ".json", flags.samples, flags.reference)
     with distributed.raise_on_all_ranks():
-        features = load_feature_space(flags.features, distributed.device(), flags.inception)
         images, num_classes = open_samples(flags, explicit_args)
+        features = load_feature_space(flags.features, distributed.device(), flags.inception)
         image_size = images.example_batch().shape[2]
     statistics, metadata = open_reference(flags.reference, features, flags.per_proc_batch_size, image_size, num_classes)
     with distributed.raise_on_all_ranks():
@@ -192,8 +192,8 @@ def reference(flags, explicit_args):
     """Measure images and write the reference."""
     check_output(flags.output, ".npz", flags.data)
     with distributed.raise_on_all_ranks():
-        features = load_feature_space(flags.features, distributed.device(), flags.inception)
         images = open_image_source(flags.data, flags.image_size, flags.num_classes)
+        features = load_feature_space(flags.features, distributed.device(), flags.inception)
     statistics = compute_statistics(images, features, flags.per_proc_batch_size, NUM_REFERENCE_FEATURES, "reference")
 
     def save():

@@ -49,7 +49,9 @@ def load_checkpoint(path):
         UserError: If there is no such file, or if it is damaged or not a checkpoint.
     """
     if os.path.isdir(path):
-        example = latest_checkpoint(path) or "checkpoints/0050000.pt"
+        parent, folder = os.path.split(os.path.normpath(path))
+        run_dir = parent if folder == "checkpoints" else path
+        example = latest_checkpoint(run_dir) or "checkpoints/0050000.pt"
         raise UserError(f"{path} is a folder. Name a file in it, such as {example}")
     if not os.path.isfile(path):
         raise UserError(f"there is no checkpoint file {path}")

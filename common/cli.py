@@ -21,7 +21,9 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
         is_off = any(action.default is nothing for nothing in (None, False, argparse.SUPPRESS))
         if is_off or "default" in text or not action.option_strings:
             return text
-        return f"{text} (default: %(default)s)".strip()
+        default = action.default
+        shown = " ".join(map(str, default)) if isinstance(default, (list, tuple)) else default
+        return f"{text} (default: {shown})".strip()
 
 
 # ---------------------------------------------------------------- argument types

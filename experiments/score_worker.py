@@ -13,7 +13,7 @@ import torch
 
 from common import distributed
 from common.compute import DEFAULT_COMPUTE, fastest_config
-from common.errors import Stopped, run_command
+from common.errors import Stopped, UserError, run_command
 from common.provenance import collect_environment
 from common.signals import StopSignals
 from data.dataset import evenly_spaced_indices
@@ -32,6 +32,8 @@ from sampling.sample_set import SampleSet
 
 def main():
     """Compute the scores of the request."""
+    if len(sys.argv) != 2:
+        raise UserError("the studies start this worker, with the path of a request. Start a study instead")
     request = read_record(sys.argv[1])
     data, batch_size = STUDY_DATA[request["images"]], request["batch"]
     distributed.init()

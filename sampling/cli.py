@@ -81,6 +81,6 @@ def load_pipeline(flags, explicit_args, device, log=print):
     """
     loaded = load_model(flags.ckpt, flags.model, flags.image_size, flags.num_classes, flags.vae, explicit_args, device,
                         flags.ema_decay)
-    log(loaded.description())
+    log(loaded.description() + (f", average of decay {flags.ema_decay:g}" if flags.ema_decay is not None else ""))
     compute = build_compute_config(flags, device, log)
     return loaded, build_pipeline(loaded.model, loaded.autoencoder, **sampling_options(flags), compute=compute)

@@ -78,7 +78,8 @@ def open_datasets(flags):
     train = build_dataset(flags.data_path, flags.image_size, num_classes=flags.num_classes)
     path = flags.val_path or (name and f"{name}-held-out")
     if not path:
-        raise ArgumentError(f"{flags.data_path} needs a folder of other images of its classes", val_path=None)
+        raise ArgumentError(f"missing. Name a folder of other images of the classes of {flags.data_path}",
+                            val_path=None)
     with rename_arguments(data_path="val_path"):
         validation = build_dataset(path, flags.image_size, num_classes=flags.num_classes)
     if validation.class_names != train.class_names:

@@ -151,14 +151,20 @@ def find_config_changes(stored, args, config):
     if model_changes:
         then = ", ".join(f"{name}={value}" for name, value in model_changes.items())
         now = ", ".join(f"{name}={config['model'].get(name)}" for name in model_changes)
-        raise UserError(f"this checkpoint is of another model ({then}; the flags give {now})")
+        raise UserError(f"this checkpoint is of another model ({then}; the flags give {now}). Give the flags that it "
+                        "was trained with")
     stored_args = _stored_args(stored)
-    changes = [f"{flag_name(name)} is {value}, it was {stored_args[name]}" for name, value in args.items()
+    changes = [f"{flag_name(name)} is {_as_typed(value)}, it was {_as_typed(stored_args[name])}"
+               for name, value in args.items()
                if name in stored_args and name not in CHANGEABLE_FLAGS and stored_args[name] != value]
     changes += [f"the data have {name.replace('_', ' ')} {_shorten(config[name])}, they had "
                 f"{_shorten(stored_config[name])}" for name in ("num_images", "class_names", "latents")
                 if name in stored_config and stored_config[name] != config[name]]
     return changes
+
+
+def _as_typed(value):
+    return " ".join(map(str, value)) if isinstance(value, list) else value
 
 
 def _shorten(value):
