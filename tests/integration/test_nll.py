@@ -230,7 +230,7 @@ class BestPrediction(torch.nn.Module):
         super().__init__()
         self.diffusion = create_diffusion(respacing, learn_sigma=learn_sigma)
         self.learn_sigma, self.error = learn_sigma, error
-        self.sample_shape, self.config = (1, 8, 8), SimpleNamespace(num_classes=1)
+        self.sample_shape, self.config, self.device = (1, 8, 8), SimpleNamespace(num_classes=1), torch.device("cpu")
         self.a2 = self.diffusion.alphas_cumprod
         self.b2, s2 = 1 - self.a2, Normal.std**2
         self.total = self.a2 * s2 + self.b2  # Var[x_t]
