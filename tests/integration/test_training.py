@@ -4,7 +4,6 @@ import re
 import pytest
 import torch
 
-from common.checkpoint_io import load_checkpoint
 from common.cli import parse_args
 from helpers import DIGITS, TINY, differences, folder_of, largest_difference, losses, steps_of, stored
 from networks import build_dit
@@ -196,24 +195,27 @@ def test_averages_of_the_same_name_are_an_error(command, tmp_path):
 
 
 def test_averages_keep_their_decay_when_the_order_changes(command, tmp_path):
-    """Stored averages go where the flags want them, by decay; one that is new starts from the weights, and is named."""
-    flags = [*DIGITS, "--num-workers", 0, "--results-dir", tmp_path]
-    command("train", *flags, "--ema-decay", 0.5, 0.9, "--max-steps", 2)
-    path = folder_of(tmp_path) / "checkpoints" / "0000002.pt"
-    command("train", *flags, "--ema-decay", 0.9, 0.7, 0.5, "--max-steps", 2, "--resume", path, "--allow-config-change",
-            "--ckpt-every", 1)
-    before, averages = load_checkpoint(str(path)), {}
-    changes = match_averages(averages | before, [0.9, 0.7, 0.5])
-    assert changes == ["the average of decay 0.7 starts from the weights"]
-    after = dict(before)
-    match_averages(after, [0.9, 0.7, 0.5])
-    assert differences(after["ema"], before["extra_emas"]["0.9"]) == []
-    assert differences(after["extra_emas"], {"0.7": before["model"], "0.5": before["ema"]}) == []
-    status, out, err = command("train", *flags, "--ema-decay", 0.9, "--max-steps", 3, "--resume", "auto",
-                               "--allow-config-change")
-    assert status == 0 and "the average of decay 0.5 is dropped" in out, err
-    single = dict(args=dict(ema_decay=0.9), ema=before["ema"], model=before["model"])
-    assert match_averages(single, [0.99]) == [] and single["ema"] is before["ema"]  # one average continues
+    """Stored averages go where the flags want them, by decay, and continue as in a run that was not cut."""
+    flags = [*DIGITS, "--num-workers", 0]
+    command("train", *flags, "--ema-decay", 0.5, 0.9, "--max-steps", 3, "--results-dir", tmp_path / "straight")
+    command("train", *flags, "--ema-decay", 0.5, 0.9, "--max-steps", 2, "--results-dir", tmp_path / "cut")
+    status, _, err = command("train", *flags, "--ema-decay", 0.9, 0.5, "--max-steps", 3, "--results-dir",
+                             tmp_path / "cut", "--resume", "auto", "--allow-config-change")
+    assert status == 0, err
+    straight, cut = stored(tmp_path / "straight", 3), stored(tmp_path / "cut", 3)
+    assert cut["args"]["ema_decay"] == [0.9, 0.5]
+    assert differences(cut["ema"], straight["extra_emas"]["0.9"]) == []
+    assert differences(cut["extra_emas"], {"0.5": straight["ema"]}) == []
+
+
+def test_new_and_dropped_averages_are_named():
+    """A new one starts from the weights; a single average that continues with another decay stays as it is."""
+    checkpoint = dict(args=dict(ema_decay=[0.5, 0.9]), model="weights", ema="half", extra_emas={"0.9": "more"})
+    assert match_averages(checkpoint, [0.9, 0.7]) == ["the average of decay 0.7 starts from the weights",
+                                                      "the average of decay 0.5 is dropped"]
+    assert checkpoint["ema"] == "more" and checkpoint["extra_emas"] == {"0.7": "weights"}
+    single = dict(args=dict(ema_decay=0.9), model="weights", ema="average")
+    assert match_averages(single, [0.99]) == [] and single["ema"] == "average"
 
 
 def test_zero_steps_mean_off(command, tmp_path):
