@@ -15,6 +15,7 @@ from models import DiT_models
 
 _HELP = dict(model="architecture", batch="images at once", image_size="pixels", steps="sampling steps",
              warm_up="calls before the first window", calls="calls in each window", count="number of windows",
+             seconds="length of a window in seconds",
              ablation="one speed flag after another, instead of none and all")
 
 
