@@ -5,16 +5,10 @@ import numpy as np
 
 
 def named_betas(name, num_steps):
-    """Compute the betas of a named schedule.
+    """Compute the betas in (0, 1) of a named schedule, float64, shape (num_steps,).
 
-    Args:
-        name (str): "linear": 1e-4 .. 0.02 for 1000 steps (DDPM, section 4), scaled by 1000 / T for other lengths;
-            "squaredcos_cap_v2": alpha_bar(s) = cos^2((s + 0.008) / 1.008 * pi / 2) (Improved DDPM, eq. 17),
-            beta <= 0.999.
-        num_steps (int): T.
-
-    Returns:
-        ndarray: Betas in (0, 1), float64, shape (T,).
+    "linear" is 1e-4 .. 0.02 for 1000 steps (DDPM, section 4), scaled by 1000 / num_steps for other lengths;
+    "squaredcos_cap_v2" has alpha_bar(s) = cos^2((s + 0.008) / 1.008 * pi / 2), beta <= 0.999 (Improved DDPM, eq. 17).
     """
     if num_steps < 1:
         raise ValueError(f"a diffusion process needs at least one step, not diffusion_steps={num_steps}")
@@ -72,9 +66,8 @@ def space_timesteps(num_timesteps, section_counts):
 
 def _strided_timesteps(num_timesteps, count):
     for stride in range(1, num_timesteps + 1):
-        kept = list(range(0, num_timesteps, stride))
-        if len(kept) == count:
-            return kept
+        if len(kept := range(0, num_timesteps, stride)) == count:
+            return list(kept)
     raise ValueError(f"no integer stride gives 'ddim{count}' exactly {count} of {num_timesteps} steps; "
                      f"use a count near {num_timesteps}/k for an integer k, or '{count}' without 'ddim'")
 

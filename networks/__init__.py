@@ -16,18 +16,12 @@ __all__ = ["CONDITIONINGS", "build_dit", "infer_conditioning", "model_config"]
 
 
 def build_dit(name=None, conditioning="adaln-zero", **config):
-    """Build a DiT.
+    """Build a DiT with its initial weights, or raise a ValueError if its sizes do not fit together.
 
     Args:
         name (str): A size in `models.DiT_models`, such as "DiT-XL/2". Default: the sizes are in `config`.
         conditioning (str): Block type, a key of CONDITIONINGS.
         **config: Fields of `models.DiTConfig`; they win over those that follow from `name`.
-
-    Returns:
-        DiT: The network with its initial weights.
-
-    Raises:
-        ValueError: If the name or the block type is unknown, or if the sizes do not fit together.
     """
     if conditioning not in CONDITIONINGS:
         raise ValueError(f"conditioning must be one of {', '.join(CONDITIONINGS)}, not {conditioning!r}")
@@ -43,13 +37,9 @@ def model_config(model):
 
 
 def infer_conditioning(state_dict):
-    """Return the block type whose weights have these names and shapes, or "adaln-zero" if there is none.
-
-    Raises:
-        ValueError: If they are those of several types.
-    """
-    shapes = {name.removeprefix("blocks.0."): value.shape for name, value in state_dict.items()
-              if name.startswith("blocks.0.")}
+    """Return the block type whose weights have these names and shapes, or "adaln-zero"; several raise a ValueError."""
+    prefix = "blocks.0."
+    shapes = {name.removeprefix(prefix): value.shape for name, value in state_dict.items() if name.startswith(prefix)}
     hidden_size = len(state_dict["x_embedder.proj.weight"])
     with torch.device("meta"):
         blocks = {conditioning: model_class.block_class(hidden_size, num_heads=1).state_dict()
