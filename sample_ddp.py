@@ -68,9 +68,9 @@ def main():
 
     def finish():
         count = samples.assemble(num_samples)
-        environment = collect_environment(device) if num_missing else {}  # unknown if all images existed
-        samples.write_metadata(describe_sample_set(pipeline, count, flags.global_seed, flags.label_distribution,
-                                                   loaded.metadata() | environment))
+        metadata = loaded.metadata() | (collect_environment(device) if num_missing else {})  # else it is unknown
+        samples.write_metadata(
+            describe_sample_set(pipeline, count, flags.global_seed, flags.label_distribution, metadata))
         return count
 
     count = distributed.run_on_rank0_and_broadcast(finish)
@@ -91,17 +91,12 @@ def folder_name(loaded, pipeline, flags):
     precision = pipeline.compute.precision if flags.tf32 or pipeline.compute.precision == "bf16" else "fp32"
     parts = [loaded.name.replace("/", "-"), checkpoint, sha256_weights(*modules)[:8], f"size-{loaded.image_size}",
              f"vae-{vae}", f"cfg-{flags.cfg_scale:g}", f"channels-{pipeline.cfg_channels}",
-             f"{pipeline.sampler}-{flags.num_sampling_steps}"]
-    if pipeline.cfg_interval:
-        parts.append("interval-{}-{}".format(*pipeline.cfg_interval))
-    if flags.eta:
-        parts.append(f"eta-{flags.eta:g}")
-    if flags.label_distribution != "uniform":
-        parts.append(f"labels-{flags.label_distribution}")
-    parts.append(f"seed-{flags.global_seed}")
-    if precision != "tf32":
-        parts.append(precision)
-    return "-".join(parts)
+             f"{pipeline.sampler}-{flags.num_sampling_steps}",
+             pipeline.cfg_interval and "interval-{}-{}".format(*pipeline.cfg_interval),
+             flags.eta and f"eta-{flags.eta:g}",
+             flags.label_distribution != "uniform" and f"labels-{flags.label_distribution}",
+             f"seed-{flags.global_seed}", precision != "tf32" and precision]
+    return "-".join(filter(None, parts))
 
 
 if __name__ == "__main__":

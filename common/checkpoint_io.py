@@ -43,10 +43,7 @@ def load_checkpoint(path):
     """Read a .pt or .safetensors file to host memory, without executing code in it.
 
     Only tensors and plain values are accepted, and the `argparse.Namespace` in which published checkpoints store their
-    flags.
-
-    Raises:
-        UserError: If there is no such file, or if it is damaged or not a checkpoint.
+    flags; all else raises a `UserError`.
     """
     if os.path.isdir(path):
         parent, folder = os.path.split(os.path.normpath(path))
@@ -73,16 +70,9 @@ def load_checkpoint(path):
 def select_weights(checkpoint, path):
     """Select the weights to sample with: those of key "ema", else of "model", else the checkpoint itself ("bare").
 
-    Args:
-        checkpoint (dict): What `load_checkpoint` returned.
-        path (str): Its path, for the error.
-
     Returns:
         tuple[dict[str, Tensor], str]: State dictionary, without the prefixes of wrappers (`module.` of DDP,
         `_orig_mod.` of torch.compile), and "ema", "model" or "bare".
-
-    Raises:
-        UserError: If there are no weights in it.
     """
     if isinstance(checkpoint, dict):
         for kind in ("ema", "model"):
@@ -98,13 +88,7 @@ def _strip_prefixes(state_dict):
 
 
 def load_weights(model, state_dict, path):
-    """Load weights strictly; if they do not fit, raise a `UserError` with the differences and load none.
-
-    Args:
-        model (Module): The model.
-        state_dict (dict[str, Tensor]): The weights.
-        path (str): Path of their checkpoint, for the error.
-    """
+    """Load weights strictly; if they do not fit, raise a `UserError` with the differences and load none."""
     shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     stored = {name: tuple(value.shape) if torch.is_tensor(value) else None for name, value in state_dict.items()}
     differences = {
@@ -138,14 +122,9 @@ def latest_checkpoint(run_dir):
 
 
 def latest_valid_checkpoint(run_dir, warn):
-    """Return the path of the latest checkpoint that is not damaged, or None if there are no checkpoints.
+    """Return the path of the latest checkpoint of a run that is not damaged, or None if there are no checkpoints.
 
-    Args:
-        run_dir (str): Folder of the run.
-        warn (callable): Called with a warning for each damaged checkpoint.
-
-    Raises:
-        UserError: If all checkpoints are damaged; the user must decide to start again.
+    `warn` is called with a line about each damaged one. If all are, the user must decide what to do: a `UserError`.
     """
     paths = list(list_checkpoints(run_dir).values())
     for path in paths:

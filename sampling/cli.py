@@ -28,13 +28,7 @@ def timestep(text):
 
 
 def add_model_flags(parser, vae, ckpt=True):
-    """Add the flags of the model to sample from, with the published defaults.
-
-    Args:
-        parser (ArgumentParser): The parser of the command.
-        vae (str): Default of --vae.
-        ckpt (bool): Add --ckpt too.
-    """
+    """Add the flags of the model to sample from, with the published defaults; `vae` is that of --vae."""
     group = parser.add_argument_group("model (checkpoints of train.py need none of these)")
     if ckpt:
         group.add_argument("--ckpt", help="a .pt or .safetensors file; default: the published DiT-XL/2 of --image-size")
@@ -68,16 +62,10 @@ def sampling_options(flags):
 
 
 def load_pipeline(flags, explicit_args, device, log=print):
-    """Load the model of the flags and build the pipeline that samples from it.
+    """Return the `LoadedModel` of the flags and the `SamplingPipeline` of it, and `log` a line about the model.
 
-    Args:
-        flags (Namespace): Flags of `add_model_flags`, `add_sampling_flags` and `add_compute_flags`.
-        explicit_args (set[str]): Names of the flags that were typed.
-        device (torch.device): Device of this rank.
-        log (callable): Called with lines for the user.
-
-    Returns:
-        tuple[LoadedModel, SamplingPipeline]: The model, and the pipeline.
+    The flags are those of `add_model_flags`, `add_sampling_flags` and `add_compute_flags`; `explicit_args` names those
+    that were typed.
     """
     loaded = load_model(flags.ckpt, flags.model, flags.image_size, flags.num_classes, flags.vae, explicit_args, device,
                         flags.ema_decay)

@@ -21,8 +21,8 @@ def published_checkpoint_name(model, image_size, num_classes):
     """Return the name of the published checkpoint of a model, or raise an `ArgumentError` if there is none."""
     if model != "DiT-XL/2" or image_size not in (256, 512) or num_classes != 1000:
         raise ArgumentError("no such weights are published, only those of DiT-XL/2 with 1000 classes at 256 and 512 "
-                            "pixels. Name a checkpoint of this model.",
-                            model=model, image_size=image_size, num_classes=num_classes)
+                            "pixels. Name a checkpoint of this model.", model=model, image_size=image_size,
+                            num_classes=num_classes)
     return f"DiT-XL-2-{image_size}x{image_size}.pt"
 
 
@@ -34,12 +34,9 @@ def find_checkpoint(name):
 
 
 def find_model(name):
-    """Load the weights of a published checkpoint (downloaded if necessary), or of a .pt or .safetensors file.
+    """Return the state dictionary of a checkpoint (a published one is downloaded), and print which weights it took.
 
-    Of a training checkpoint, these are the EMA weights; which weights were taken is printed.
-
-    Returns:
-        dict[str, Tensor]: A state dictionary.
+    Of a training checkpoint, these are the EMA weights.
     """
     path = find_checkpoint(name)
     state_dict, kind = select_weights(load_checkpoint(path), path)
@@ -49,29 +46,17 @@ def find_model(name):
 
 @dataclass
 class LoadedModel:
-    """A model of a checkpoint, with all that is known about it.
+    """A model of a checkpoint, with all that is known about it; None is unknown."""
 
-    Attributes:
-        model (DiT): The model in evaluation mode, on its device.
-        autoencoder (VAE | IdentityAutoencoder): Decodes its latents.
-        path (str): Path of the checkpoint.
-        class_names (list[str]): Class names of its data set, or None if unknown.
-        name (str): Architecture, such as "DiT-XL/2".
-        image_size (int): Pixels.
-        weights (str): Which weights were taken: "ema", "model" or "bare".
-        step (int): Optimizer steps, or None if unknown.
-        ema_decay (float): Decay of the moving average, or None if unknown.
-    """
-
-    model: torch.nn.Module
-    autoencoder: VAE | IdentityAutoencoder
-    path: str
-    class_names: list
-    name: str
-    image_size: int
-    weights: str
-    step: int
-    ema_decay: float = None
+    model: torch.nn.Module                  # a DiT in evaluation mode, on its device
+    autoencoder: VAE | IdentityAutoencoder  # decodes its latents
+    path: str                               # of the checkpoint
+    class_names: list[str] | None           # of its data set
+    name: str                               # architecture, such as "DiT-XL/2"
+    image_size: int                         # pixels
+    weights: str                            # which weights were taken: "ema", "model" or "bare"
+    step: int | None                        # optimizer steps
+    ema_decay: float | None = None          # decay of the moving average
 
     @property
     def num_classes(self):
@@ -88,8 +73,7 @@ class LoadedModel:
     def metadata(self):
         """Return all that its images depend on; plain values."""
         vae = getattr(self.autoencoder, "vae", None)
-        return dict(model=self.name, conditioning=self.model.conditioning,
-                    checkpoint=os.path.abspath(self.path),
+        return dict(model=self.name, conditioning=self.model.conditioning, checkpoint=os.path.abspath(self.path),
                     weights_sha256=sha256_weights(self.model), weights=self.weights, step=self.step,
                     ema_decay=self.ema_decay if self.weights == "ema" else None, image_size=self.image_size,
                     num_classes=self.num_classes, vae=self.autoencoder.name,
@@ -97,24 +81,11 @@ class LoadedModel:
 
 
 def load_model(path, model, image_size, num_classes, vae, explicit_args, device, ema_decay=None):
-    """Build the model of a checkpoint, and load its autoencoder.
+    """Build the model of a checkpoint, a .pt or .safetensors file, and load its autoencoder.
 
     A checkpoint of train.py stores its configuration, which takes precedence over the arguments; an explicit argument
-    that contradicts it is an error, except `vae`: another decoder may be wanted.
-
-    Args:
-        path (str): A .pt or .safetensors file, or None: the published checkpoint of the other arguments.
-        model (str): Architecture, such as "DiT-XL/2".
-        image_size (int): Pixels.
-        num_classes (int): Number of classes.
-        vae (str): Autoencoder, see `load_autoencoder`.
-        explicit_args (set[str]): Names of the arguments above that the user typed.
-        device (torch.device): Where the model is loaded to.
-        ema_decay (float): Which moving average, if the checkpoint has several. Default: its first.
-
-    Raises:
-        ArgumentError: If an argument contradicts the checkpoint.
-        UserError: If the file is damaged or not a checkpoint, or if its weights do not fit the model.
+    that contradicts it is an error, except `vae`: another decoder may be wanted. Without a path it is the published
+    checkpoint of the other arguments. `ema_decay` chooses one of several averages, by default the first.
     """
     path = find_checkpoint(path or published_checkpoint_name(model, image_size, num_classes))
     checkpoint = load_checkpoint(path)

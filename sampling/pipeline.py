@@ -17,22 +17,13 @@ SAMPLERS = {"ddpm": "p_sample_loop_progressive", "ddim": "ddim_sample_loop_progr
 
 def build_pipeline(model, autoencoder, num_sampling_steps, cfg_scale, cfg_channels=None, cfg_interval=None,
                    sampler=None, eta=0.0, compute=DEFAULT_COMPUTE):
-    """Build a `SamplingPipeline` from the values of the sampling flags.
+    """Build a `SamplingPipeline` from the values of the sampling flags; what does not fit raises an `ArgumentError`.
 
-    Args:
-        model (DiT): A model in evaluation mode.
-        autoencoder (VAE | IdentityAutoencoder): Decodes its latents.
+    Args (the others are attributes of `SamplingPipeline`):
         num_sampling_steps (int | str): Number of steps, or "ddimN" for N evenly spaced steps of DDIM.
-        cfg_scale (float): Scale of guidance; 1: none.
         cfg_channels (int | str): Number of latent channels that are guided, or "all". Default: 3 of 4 as published,
             else all.
-        cfg_interval (tuple[int, int]): Lowest and highest timestep with guidance. Default: all.
         sampler (str): "ddpm" or "ddim". Default: "ddim" with "ddimN" steps, else "ddpm".
-        eta (float): Noise of DDIM; 0: deterministic.
-        compute (ComputeConfig): How the network is computed.
-
-    Raises:
-        ArgumentError: If the values do not fit the model or each other.
     """
     try:
         diffusion = create_diffusion(str(num_sampling_steps), learn_sigma=model.learn_sigma)
@@ -54,31 +45,19 @@ def build_pipeline(model, autoencoder, num_sampling_steps, cfg_scale, cfg_channe
 
 @dataclass
 class SamplingPipeline:
-    """Sample images for given conditions from given noise.
+    """Sample images for given conditions from given noise."""
 
-    Attributes:
-        model (DiT): A model in evaluation mode.
-        autoencoder (VAE | IdentityAutoencoder): Decodes its latents.
-        diffusion (GaussianDiffusion): The process to sample with, respaced.
-        cfg_scale (float): Scale of guidance; 1: none, with one pass of the network per step instead of two.
-        cfg_channels (int): Number of latent channels that are guided. Default: that of `forward_with_cfg`.
-        cfg_interval (tuple[int, int]): Lowest and highest timestep, of 0 .. 999, with guidance. Default: all.
-            (Kynkaanniemi et al., "Applying Guidance in a Limited Interval ...", 2024)
-        sampler (str): "ddpm" or "ddim".
-        eta (float): Noise of DDIM; 0: deterministic.
-        compute (ComputeConfig): How the network is computed. In bf16 by a rounded copy of the model, except of one
-            on the meta device, which gets its weights later: under FSDP there is no room for two.
-    """
-
-    model: torch.nn.Module
-    autoencoder: VAE | IdentityAutoencoder
-    diffusion: GaussianDiffusion
-    cfg_scale: float = 1.0
-    cfg_channels: int = None
-    cfg_interval: tuple = None
-    sampler: str = "ddpm"
-    eta: float = 0.0
-    compute: ComputeConfig = DEFAULT_COMPUTE
+    model: torch.nn.Module                       # a DiT in evaluation mode
+    autoencoder: VAE | IdentityAutoencoder       # decodes its latents
+    diffusion: GaussianDiffusion                 # the process to sample with, respaced
+    cfg_scale: float = 1.0                       # guidance; 1: none, one pass of the network per step instead of two
+    cfg_channels: int | None = None              # number of guided latent channels; default: that of the model
+    # Lowest and highest timestep with guidance, of 0 .. 999; default: all. (Kynkaanniemi et al., "Applying Guidance in
+    # a Limited Interval Improves Sample and Distribution Quality in Diffusion Models", 2024)
+    cfg_interval: tuple[int, int] | None = None
+    sampler: str = "ddpm"                        # or "ddim"
+    eta: float = 0.0                             # noise of DDIM; 0: deterministic
+    compute: ComputeConfig = DEFAULT_COMPUTE     # how the network is computed
 
     def __post_init__(self):
         self.max_batch_size = 0
@@ -87,6 +66,7 @@ class SamplingPipeline:
         if self.cfg_scale > 1 and not self.model.has_null_condition:
             raise ArgumentError("this model was trained without label dropout and has no null class to guide away "
                                 "from. Use 1, no guidance.", cfg_scale=self.cfg_scale)
+        # A model on the meta device gets its weights later: under FSDP there is no room for a rounded copy of it.
         if self.compute.precision == "bf16" and self.model.device.type != "meta":
             self.network = Bf16InferenceModel(self.model, self.compute)
         else:
@@ -111,12 +91,10 @@ class SamplingPipeline:
         x = noise.initial((n, *self.model.sample_shape))
         if on_step:
             on_step(-1, x)
-        loop, arguments = getattr(self.diffusion, SAMPLERS[self.sampler]), {}
-        if self.sampler == "ddim":
-            arguments = dict(eta=self.eta)
+        loop = getattr(self.diffusion, SAMPLERS[self.sampler])
+        arguments = dict(eta=self.eta) if self.sampler == "ddim" else {}
         # Guidance of each step, by the host's list: reading `t` from the device would be a host sync at every step.
-        is_guided = [self.is_guided(timestep) for timestep in reversed(self.diffusion.timestep_map)]
-        denoise, guidance = self._build_denoiser(cond), iter(is_guided)
+        denoise, guidance = self._build_denoiser(cond), map(self.is_guided, reversed(self.diffusion.timestep_map))
         denoise.is_guided = next(guidance)
         for step, out in enumerate(loop(denoise, x.shape, x, clip_denoised=False, progress=progress,
                                         device=self.model.device, noise_fn=noise.step, **arguments)):

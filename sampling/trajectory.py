@@ -6,10 +6,7 @@ from data.image_io import make_image_grid, to_pil
 
 
 class TrajectoryRecorder:
-    """Keep x_t of about `frames` evenly spaced steps of a sampling run, to save as an animation.
-
-    An instance is an `on_step` of `SamplingPipeline`.
-    """
+    """An `on_step` of `SamplingPipeline` that keeps x_t of about `frames` evenly spaced steps for an animation."""
 
     def __init__(self, num_steps, frames=50):
         self.steps = {round(i) - 1 for i in torch.linspace(0, num_steps, min(frames, num_steps) + 1).tolist()}
