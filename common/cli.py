@@ -29,28 +29,29 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
 # ---------------------------------------------------------------- argument types
 
-def _number(parse, is_valid=lambda value: True, problem=""):
+def number(parse, is_valid=lambda value: True, problem=""):
     """Return an argument type for numbers; `problem` is the error, with {} for the text, if one is not valid."""
-    def number(text):  # argparse shows this name: "invalid number value: 'x'"
+    def parse_number(text):
         value = parse(text)
         if not is_valid(value):
             raise argparse.ArgumentTypeError(problem.format(text))
         return value
-    return number
+    parse_number.__name__ = "number"  # argparse shows it: "invalid number value: 'x'"
+    return parse_number
 
 
-positive_int = _number(int, lambda value: value >= 1, "{} is not a positive whole number")
+positive_int = number(int, lambda value: value >= 1, "{} is not a positive whole number")
 # Seeds and counts.
-non_negative_int = _number(int, lambda value: 0 <= value < 2**63, "{} is not a whole number in 0 .. 2^63 - 1")
-positive_float = _number(float, lambda value: 0 < value < math.inf, "{} is not a positive number")
-minutes = _number(positive_float, lambda value: value <= 1e6, "{} minutes are more than a year")
-fraction = _number(float, lambda value: 0 <= value <= 1, "{} does not lie in 0 .. 1")
-decay = _number(fraction, lambda value: value < 1,
-                "an average with decay 1 never leaves the initial weights; it must be below 1")
-guidance_scale = _number(float, lambda value: 1 <= value < math.inf,
-                         "guidance starts at 1, which means none; {} is not possible")
-channels = _number(lambda text: text if text == "all" else positive_int(text))
-sampling_steps = _number(lambda text: text if text.startswith("ddim") else positive_int(text))
+non_negative_int = number(int, lambda value: 0 <= value < 2**63, "{} is not a whole number in 0 .. 2^63 - 1")
+positive_float = number(float, lambda value: 0 < value < math.inf, "{} is not a positive number")
+minutes = number(positive_float, lambda value: value <= 1e6, "{} minutes are more than a year")
+fraction = number(float, lambda value: 0 <= value <= 1, "{} does not lie in 0 .. 1")
+decay = number(fraction, lambda value: value < 1,
+               "an average with decay 1 never leaves the initial weights; it must be below 1")
+guidance_scale = number(float, lambda value: 1 <= value < math.inf,
+                        "guidance starts at 1, which means none; {} is not possible")
+channels = number(lambda text: text if text == "all" else positive_int(text))
+sampling_steps = number(lambda text: text if text.startswith("ddim") else positive_int(text))
 
 
 # ---------------------------------------------------------------- parsing
