@@ -14,6 +14,7 @@ generated and scored. Every result is written to a record, with all that it depe
 `SAMPLES --reference REF`, `--make-reference DATA`, `CKPT --nll DATA`, `--diff A B`.
 """
 import argparse
+import difflib
 import os
 import sys
 
@@ -30,7 +31,7 @@ from evaluation.features import load_feature_space
 from evaluation.image_sources import GeneratedImages, open_image_source
 from evaluation.nll import bits_per_dimension, plot_nll, summarize_nll
 from evaluation.records import check_output, diff_records, read_record, record_path, write_record
-from evaluation.reference import NUM_REFERENCE_FEATURES, open_reference, save_reference
+from evaluation.reference import NUM_REFERENCE_FEATURES, check_overwrite, open_reference, save_reference
 from evaluation.scores import check_comparable, compute_scores, distance_name, format_scores
 from sampling.cli import sampling_options
 from sampling.load_model import PUBLISHED_CHECKPOINTS, load_model
@@ -41,18 +42,14 @@ def build_parser():
     """Build the parser of the command line; `run` and `parser` of a parsed line are those of its command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-
-    def add_command(run, name, summary):
-        command = commands.add_parser(name, help=summary, description=f"{summary.capitalize()}.",
+    for run, add_flags, summary in ((score, add_score_flags, "scores of samples against a reference"),
+                                    (reference, add_reference_flags, "statistics of images, to score samples against"),
+                                    (nll, add_nll_flags, "bits per dimension of a model on a data set"),
+                                    (diff, add_diff_flags, "differences of two records")):
+        command = commands.add_parser(run.__name__, help=summary, description=f"{summary.capitalize()}.",
                                       formatter_class=HelpFormatter)
         command.set_defaults(run=run, parser=command)
-        return command
-
-    add_score_flags(add_command(score, "score", "scores of samples against a reference"))
-    add_reference_flags(add_command(reference, "reference", "statistics of images, to score samples against later"))
-    add_nll_flags(add_command(nll, "nll", "bits per dimension of a model on a data set"))
-    command = add_command(diff, "diff", "differences of two records")
-    command.add_argument("records", nargs=2, metavar="RECORD", help="JSON files of score or nll")
+        add_flags(command)
     return parser
 
 
@@ -71,6 +68,7 @@ def add_reference_flags(parser):
     """Add the flags of `reference`."""
     parser.add_argument("data", metavar="DATA", help="images: an .npz, a folder, or a built-in data set")
     parser.add_argument("--output", required=True, metavar="FILE", help="the reference, an .npz")
+    parser.add_argument("--overwrite", action="store_true", help="replace FILE even if it holds something else")
     parser.add_argument("--image-size", type=positive_int, help="pixels that images of a folder are cropped to")
     parser.add_argument("--num-classes", type=positive_int, help="number of classes of fractals")
     parser.add_argument("--global-seed", type=int, help=argparse.SUPPRESS)  # accepted formerly, without effect
@@ -90,6 +88,11 @@ def add_nll_flags(parser):
     add_process_flags(parser)
 
 
+def add_diff_flags(parser):
+    """Add the arguments of `diff`."""
+    parser.add_argument("records", nargs=2, metavar="RECORD", help="JSON files of score or nll")
+
+
 # What a former flag becomes: a command, and the flag in its place.
 FORMER_SPELLINGS = {"--reference": ("score", ["--reference"]), "--make-reference": ("reference", []),
                     "--nll": ("nll", ["--data"]), "--diff": ("diff", [])}
@@ -97,8 +100,12 @@ FORMER_SPELLINGS = {"--reference": ("score", ["--reference"]), "--make-reference
 
 def translate_former_spelling(argv):
     """Translate a command line without a command: `CKPT --nll DATA` becomes `nll CKPT --data DATA`."""
-    if argv and argv[0] in [command for command, _ in FORMER_SPELLINGS.values()]:
+    commands = [command for command, _ in FORMER_SPELLINGS.values()]
+    if argv and argv[0] in commands:
         return argv
+    if argv and argv[0].isalpha() and not os.path.exists(argv[0]):
+        for command in difflib.get_close_matches(argv[0].lower(), commands, n=1):
+            raise UserError(f"{argv[0]}: there is no such command. Did you mean {command}?")
     for position, argument in enumerate(argv):
         flag, *value = argument.split("=", 1)
         if flag in FORMER_SPELLINGS:
@@ -136,12 +143,11 @@ def score(flags, explicit_args):
 
     def report():
         scores = compute_scores(samples, statistics, features, images.class_labels())
-        print("\n".join(format_scores(scores, features, samples, statistics)))
         path = record_path(flags.output, flags.samples, "scores")
         write_record(path, dict(scores=scores, name=distance_name(features, samples.count),
                                 features=features.metadata(), samples=samples.describe(images), reference=metadata,
                                 evaluated=collect_environment(distributed.device()) | dict(tf32=False)))
-        print(f"wrote {path}")
+        print("\n".join([*format_scores(scores, features, samples, statistics), f"wrote {path}"]))
 
     distributed.run_on_rank0_and_broadcast(report)
 
@@ -174,9 +180,8 @@ def open_samples(flags, explicit_args):
     loaded = load_checkpoint_model(flags.samples, flags, explicit_args)
     compute = build_compute_config(flags, distributed.device(), distributed.print_rank0)
     pipeline = build_pipeline(loaded.model, loaded.autoencoder, **sampling_options(flags), compute=compute)
-    metadata = loaded.metadata() | collect_environment(distributed.device())
     images = GeneratedImages(pipeline, loaded.num_classes, flags.num_fid_samples, flags.global_seed,
-                             flags.label_distribution, metadata)
+                             flags.label_distribution, loaded.metadata() | collect_environment(distributed.device()))
     return images, loaded.num_classes
 
 
@@ -193,6 +198,8 @@ def reference(flags, explicit_args):
     check_output(flags.output, ".npz", flags.data)
     with distributed.raise_on_all_ranks():
         images = open_image_source(flags.data, flags.image_size, flags.num_classes)
+        if not flags.overwrite:
+            check_overwrite(flags.output, images)
         features = load_feature_space(flags.features, distributed.device(), flags.inception)
     statistics = compute_statistics(images, features, flags.per_proc_batch_size, NUM_REFERENCE_FEATURES, "reference")
 
@@ -219,14 +226,13 @@ def nll(flags, explicit_args):
     result = bits_per_dimension(loaded, dataset, flags.num_images, flags.per_proc_batch_size, flags.global_seed)
 
     def report():
-        print(summarize_nll(result))
         path = record_path(flags.output, flags.ckpt, "nll")
+        plot = os.path.splitext(path)[0] + ".png"
         write_record(path, dict(likelihood=result, data=dict(path=flags.data, images=len(dataset)),
                                 model=loaded.metadata(), seed=flags.global_seed,
                                 evaluated=collect_environment(distributed.device())))
-        plot = os.path.splitext(path)[0] + ".png"
         plot_nll(result, plot)
-        print(f"wrote {path} and {plot}")
+        print(f"{summarize_nll(result)}\nwrote {path} and {plot}")
 
     distributed.run_on_rank0_and_broadcast(report)
 
