@@ -14,18 +14,18 @@ generated and scored. Every result is written to a record, with all that it depe
 `SAMPLES --reference REF`, `--make-reference DATA`, `CKPT --nll DATA`, `--diff A B`.
 """
 import argparse
-import difflib
 import os
 import sys
 
 from common import distributed
-from common.cli import HelpFormatter, add_alias, build_compute_config, flag_name, parse_args, positive_int
+from common.cli import HelpFormatter, build_compute_config, flag_name, parse_args
 from common.errors import ArgumentError, UserError, rename_arguments, run_command
 from common.provenance import collect_environment
 from data import build_dataset
 from data.builtin import parse_builtin_name
 from data.digits import DigitsDataset
-from evaluation.cli import add_checkpoint_flags, add_feature_flags, add_generation_flags, add_process_flags
+from evaluation import cli
+from evaluation.cli import translate_former_spelling
 from evaluation.feature_statistics import compute_statistics
 from evaluation.features import load_feature_space
 from evaluation.image_sources import GeneratedImages, open_image_source
@@ -42,76 +42,15 @@ def build_parser():
     """Build the parser of the command line; `run` and `parser` of a parsed line are those of its command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for run, add_flags, summary in ((score, add_score_flags, "scores of samples against a reference"),
-                                    (reference, add_reference_flags, "statistics of images, to score samples against"),
-                                    (nll, add_nll_flags, "bits per dimension of a model on a data set"),
-                                    (diff, add_diff_flags, "differences of two records")):
+    for run, add_flags, summary in ((score, cli.add_score_flags, "scores of samples against a reference"),
+                                    (reference, cli.add_reference_flags, "statistics of images, to score against"),
+                                    (nll, cli.add_nll_flags, "bits per dimension of a model on a data set"),
+                                    (diff, cli.add_diff_flags, "differences of two records")):
         command = commands.add_parser(run.__name__, help=summary, description=f"{summary.capitalize()}.",
                                       formatter_class=HelpFormatter)
         command.set_defaults(run=run, parser=command)
         add_flags(command)
     return parser
-
-
-def add_score_flags(parser):
-    """Add the flags of `score`."""
-    parser.add_argument("samples", metavar="SAMPLES", help="an .npz, a folder, a built-in data set, or a checkpoint")
-    parser.add_argument("--reference", required=True, metavar="REF",
-                        help="ADM's .npz, an output of `evaluate.py reference`, or images: an .npz, a folder, ...")
-    parser.add_argument("--output", metavar="FILE", help="the record; default: SAMPLES.scores.json")
-    add_feature_flags(parser)
-    add_generation_flags(parser)
-    add_process_flags(parser)
-
-
-def add_reference_flags(parser):
-    """Add the flags of `reference`."""
-    parser.add_argument("data", metavar="DATA", help="images: an .npz, a folder, or a built-in data set")
-    parser.add_argument("--output", required=True, metavar="FILE", help="the reference, an .npz")
-    parser.add_argument("--overwrite", action="store_true", help="replace FILE even if it holds something else")
-    parser.add_argument("--image-size", type=positive_int, help="pixels that images of a folder are cropped to")
-    parser.add_argument("--num-classes", type=positive_int, help="number of classes of fractals")
-    parser.add_argument("--global-seed", type=int, help=argparse.SUPPRESS)  # accepted formerly, without effect
-    add_feature_flags(parser)
-    add_process_flags(parser)
-
-
-def add_nll_flags(parser):
-    """Add the flags of `nll`."""
-    parser.add_argument("ckpt", metavar="CKPT", help="a checkpoint: .pt or .safetensors")
-    parser.add_argument("--data", required=True, help="a folder of class folders of images, digits-held-out, ...")
-    parser.add_argument("--output", metavar="FILE", help="the record; default: CKPT.nll.json")
-    parser.add_argument("--num-images", type=positive_int, default=1000,
-                        help="images, evenly spaced over the data; 1000 forward passes each")
-    add_alias(parser, "--nll-images", "--num-images")
-    add_checkpoint_flags(parser)
-    add_process_flags(parser)
-
-
-def add_diff_flags(parser):
-    """Add the arguments of `diff`."""
-    parser.add_argument("records", nargs=2, metavar="RECORD", help="JSON files of score or nll")
-
-
-# What a former flag becomes: a command, and the flag in its place.
-FORMER_SPELLINGS = {"--reference": ("score", ["--reference"]), "--make-reference": ("reference", []),
-                    "--nll": ("nll", ["--data"]), "--diff": ("diff", [])}
-
-
-def translate_former_spelling(argv):
-    """Translate a command line without a command: `CKPT --nll DATA` becomes `nll CKPT --data DATA`."""
-    commands = [command for command, _ in FORMER_SPELLINGS.values()]
-    if argv and argv[0] in commands:
-        return argv
-    if argv and argv[0].isalpha() and not os.path.exists(argv[0]):
-        for command in difflib.get_close_matches(argv[0].lower(), commands, n=1):
-            raise UserError(f"{argv[0]}: there is no such command. Did you mean {command}?")
-    for position, argument in enumerate(argv):
-        flag, *value = argument.split("=", 1)
-        if flag in FORMER_SPELLINGS:
-            command, replacement = FORMER_SPELLINGS[flag]
-            return [command, *argv[:position], *replacement, *value, *argv[position + 1:]]
-    return argv
 
 
 def main():
@@ -157,7 +96,7 @@ def check_generation_flags(flags, explicit_args):
     if is_checkpoint(flags.samples):
         return
     parser = argparse.ArgumentParser()
-    add_generation_flags(parser)
+    cli.add_generation_flags(parser)
     used = {"image_size"}
     if "fractals" in (parse_builtin_name(flags.samples)[0], parse_builtin_name(flags.reference)[0]):
         used.add("num_classes")

@@ -21,12 +21,7 @@ MAX_PIXEL_FEATURES = 32 * 32 * 3  # the covariance of these is 3072 x 3072
 
 
 class Features(NamedTuple):
-    """Features of n images.
-
-    Attributes:
-        pool (Tensor): Shape (n, D), float32, on the device of the feature space.
-        spatial (Tensor): Shape (n, S), float32; None if the space has no second set of features.
-    """
+    """Features of n images, float32: `pool` (n, D), and `spatial` (n, S) if the space has a second set."""
 
     pool: torch.Tensor
     spatial: torch.Tensor | None = None

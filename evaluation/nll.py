@@ -183,7 +183,7 @@ def plot_nll(result, path):
         panel.set(xlabel="timestep t", yscale="log")
         panel.set_title(letter, loc="left", weight="bold")
     figure.suptitle(summarize_nll(result), wrap=True, fontsize="medium")
-    save_figure(figure, path)
+    save_figure(figure, path, dpi=200)
 
 
 def summarize_nll(result):

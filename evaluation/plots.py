@@ -78,10 +78,10 @@ def new_figure(panels, width=4.2, height=3.2):
     return figure, axes
 
 
-def save_figure(figure, path):
+def save_figure(figure, path, dpi=160):
     """Write a figure in the format of the path's extension; raise a `UserError` if that is not possible."""
     picture_format = os.path.splitext(path)[1][1:].lower() or "png"
     if picture_format not in figure.canvas.get_supported_filetypes():
         raise UserError(f"cannot write {path}: not a picture format: .{picture_format}. Use .png or .pdf")
     with atomic_write(path, sync=False) as file:
-        figure.savefig(file, format=picture_format, dpi=160)
+        figure.savefig(file, format=picture_format, dpi=dpi)
