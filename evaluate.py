@@ -18,19 +18,20 @@ import os
 import sys
 
 from common import distributed
-from common.cli import HelpFormatter, add_alias, build_compute_config, flag_name, parse_args, positive_int
+from common.cli import HelpFormatter, build_compute_config, flag_name, parse_args
 from common.errors import ArgumentError, UserError, rename_arguments, run_command
 from common.provenance import collect_environment
 from data import build_dataset
 from data.builtin import parse_builtin_name
 from data.digits import DigitsDataset
-from evaluation.cli import add_checkpoint_flags, add_feature_flags, add_generation_flags, add_process_flags
+from evaluation import cli
+from evaluation.cli import translate_former_spelling
 from evaluation.feature_statistics import compute_statistics
 from evaluation.features import load_feature_space
 from evaluation.image_sources import GeneratedImages, open_image_source
 from evaluation.nll import bits_per_dimension, plot_nll, summarize_nll
 from evaluation.records import check_output, diff_records, read_record, record_path, write_record
-from evaluation.reference import NUM_REFERENCE_FEATURES, open_reference, save_reference
+from evaluation.reference import NUM_REFERENCE_FEATURES, check_overwrite, open_reference, save_reference
 from evaluation.scores import check_comparable, compute_scores, distance_name, format_scores
 from sampling.cli import sampling_options
 from sampling.load_model import PUBLISHED_CHECKPOINTS, load_model
@@ -41,70 +42,15 @@ def build_parser():
     """Build the parser of the command line; `run` and `parser` of a parsed line are those of its command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-
-    def add_command(run, name, summary):
-        command = commands.add_parser(name, help=summary, description=f"{summary.capitalize()}.",
+    for run, add_flags, summary in ((score, cli.add_score_flags, "scores of samples against a reference"),
+                                    (reference, cli.add_reference_flags, "statistics of images, to score against"),
+                                    (nll, cli.add_nll_flags, "bits per dimension of a model on a data set"),
+                                    (diff, cli.add_diff_flags, "differences of two records")):
+        command = commands.add_parser(run.__name__, help=summary, description=f"{summary.capitalize()}.",
                                       formatter_class=HelpFormatter)
         command.set_defaults(run=run, parser=command)
-        return command
-
-    add_score_flags(add_command(score, "score", "scores of samples against a reference"))
-    add_reference_flags(add_command(reference, "reference", "statistics of images, to score samples against later"))
-    add_nll_flags(add_command(nll, "nll", "bits per dimension of a model on a data set"))
-    command = add_command(diff, "diff", "differences of two records")
-    command.add_argument("records", nargs=2, metavar="RECORD", help="JSON files of score or nll")
+        add_flags(command)
     return parser
-
-
-def add_score_flags(parser):
-    """Add the flags of `score`."""
-    parser.add_argument("samples", metavar="SAMPLES", help="an .npz, a folder, a built-in data set, or a checkpoint")
-    parser.add_argument("--reference", required=True, metavar="REF",
-                        help="ADM's .npz, an output of `evaluate.py reference`, or images: an .npz, a folder, ...")
-    parser.add_argument("--output", metavar="FILE", help="the record; default: SAMPLES.scores.json")
-    add_feature_flags(parser)
-    add_generation_flags(parser)
-    add_process_flags(parser)
-
-
-def add_reference_flags(parser):
-    """Add the flags of `reference`."""
-    parser.add_argument("data", metavar="DATA", help="images: an .npz, a folder, or a built-in data set")
-    parser.add_argument("--output", required=True, metavar="FILE", help="the reference, an .npz")
-    parser.add_argument("--image-size", type=positive_int, help="pixels that images of a folder are cropped to")
-    parser.add_argument("--num-classes", type=positive_int, help="number of classes of fractals")
-    parser.add_argument("--global-seed", type=int, help=argparse.SUPPRESS)  # accepted formerly, without effect
-    add_feature_flags(parser)
-    add_process_flags(parser)
-
-
-def add_nll_flags(parser):
-    """Add the flags of `nll`."""
-    parser.add_argument("ckpt", metavar="CKPT", help="a checkpoint: .pt or .safetensors")
-    parser.add_argument("--data", required=True, help="a folder of class folders of images, digits-held-out, ...")
-    parser.add_argument("--output", metavar="FILE", help="the record; default: CKPT.nll.json")
-    parser.add_argument("--num-images", type=positive_int, default=1000,
-                        help="images, evenly spaced over the data; 1000 forward passes each")
-    add_alias(parser, "--nll-images", "--num-images")
-    add_checkpoint_flags(parser)
-    add_process_flags(parser)
-
-
-# What a former flag becomes: a command, and the flag in its place.
-FORMER_SPELLINGS = {"--reference": ("score", ["--reference"]), "--make-reference": ("reference", []),
-                    "--nll": ("nll", ["--data"]), "--diff": ("diff", [])}
-
-
-def translate_former_spelling(argv):
-    """Translate a command line without a command: `CKPT --nll DATA` becomes `nll CKPT --data DATA`."""
-    if argv and argv[0] in [command for command, _ in FORMER_SPELLINGS.values()]:
-        return argv
-    for position, argument in enumerate(argv):
-        flag, *value = argument.split("=", 1)
-        if flag in FORMER_SPELLINGS:
-            command, replacement = FORMER_SPELLINGS[flag]
-            return [command, *argv[:position], *replacement, *value, *argv[position + 1:]]
-    return argv
 
 
 def main():
@@ -136,12 +82,11 @@ def score(flags, explicit_args):
 
     def report():
         scores = compute_scores(samples, statistics, features, images.class_labels())
-        print("\n".join(format_scores(scores, features, samples, statistics)))
         path = record_path(flags.output, flags.samples, "scores")
         write_record(path, dict(scores=scores, name=distance_name(features, samples.count),
                                 features=features.metadata(), samples=samples.describe(images), reference=metadata,
                                 evaluated=collect_environment(distributed.device()) | dict(tf32=False)))
-        print(f"wrote {path}")
+        print("\n".join([*format_scores(scores, features, samples, statistics), f"wrote {path}"]))
 
     distributed.run_on_rank0_and_broadcast(report)
 
@@ -151,7 +96,7 @@ def check_generation_flags(flags, explicit_args):
     if is_checkpoint(flags.samples):
         return
     parser = argparse.ArgumentParser()
-    add_generation_flags(parser)
+    cli.add_generation_flags(parser)
     used = {"image_size"}
     if "fractals" in (parse_builtin_name(flags.samples)[0], parse_builtin_name(flags.reference)[0]):
         used.add("num_classes")
@@ -174,9 +119,8 @@ def open_samples(flags, explicit_args):
     loaded = load_checkpoint_model(flags.samples, flags, explicit_args)
     compute = build_compute_config(flags, distributed.device(), distributed.print_rank0)
     pipeline = build_pipeline(loaded.model, loaded.autoencoder, **sampling_options(flags), compute=compute)
-    metadata = loaded.metadata() | collect_environment(distributed.device())
     images = GeneratedImages(pipeline, loaded.num_classes, flags.num_fid_samples, flags.global_seed,
-                             flags.label_distribution, metadata)
+                             flags.label_distribution, loaded.metadata() | collect_environment(distributed.device()))
     return images, loaded.num_classes
 
 
@@ -193,6 +137,8 @@ def reference(flags, explicit_args):
     check_output(flags.output, ".npz", flags.data)
     with distributed.raise_on_all_ranks():
         images = open_image_source(flags.data, flags.image_size, flags.num_classes)
+        if not flags.overwrite:
+            check_overwrite(flags.output, images)
         features = load_feature_space(flags.features, distributed.device(), flags.inception)
     statistics = compute_statistics(images, features, flags.per_proc_batch_size, NUM_REFERENCE_FEATURES, "reference")
 
@@ -219,14 +165,13 @@ def nll(flags, explicit_args):
     result = bits_per_dimension(loaded, dataset, flags.num_images, flags.per_proc_batch_size, flags.global_seed)
 
     def report():
-        print(summarize_nll(result))
         path = record_path(flags.output, flags.ckpt, "nll")
+        plot = os.path.splitext(path)[0] + ".png"
         write_record(path, dict(likelihood=result, data=dict(path=flags.data, images=len(dataset)),
                                 model=loaded.metadata(), seed=flags.global_seed,
                                 evaluated=collect_environment(distributed.device())))
-        plot = os.path.splitext(path)[0] + ".png"
         plot_nll(result, plot)
-        print(f"wrote {path} and {plot}")
+        print(f"{summarize_nll(result)}\nwrote {path} and {plot}")
 
     distributed.run_on_rank0_and_broadcast(report)
 

@@ -65,11 +65,7 @@ def main():
 
 
 def prepare(flags, explicit_args, device):
-    """Check and build everything before the first step. Errors are raised on all ranks.
-
-    Returns:
-        tuple: The arguments of `train` after the first two.
-    """
+    """Build everything before the first step: the other arguments of `train`. Errors are raised on all ranks."""
     log_lines = []
     with distributed.raise_on_all_ranks():
         compute = build_compute_config(flags, device, log_lines.append)
@@ -108,7 +104,8 @@ def prepare(flags, explicit_args, device):
         guard.sample_indices, guard.logger = batches.items, open_log(run_dir)
         if distributed.is_rank0():
             for line in (*opening_lines(flags, args, run_dir, model, dataset, batches, resumed), *log_lines, *warnings,
-                         *changes, *check_autoencoder(autoencoder, dataset.examples(NUM_CHECK_IMAGES), device)):
+                         *changes, *check_autoencoder(autoencoder, dataset.examples(NUM_CHECK_IMAGES), device),
+                         plan_line(flags, batches)):
                 guard.logger.info(line)
     rng = BatchRNG(flags.global_seed, flags.global_batch_size, rows, device)
     train_step = TrainStep(model, network, autoencoder, diffusion, schedule_sampler, optimizer, emas, guard, rng,
@@ -214,11 +211,7 @@ def open_dataset(flags):
 
 
 def open_autoencoder(flags, explicit_args, dataset, device):
-    """Load the autoencoder of a data set.
-
-    Returns:
-        tuple: The data set (moved to the device by --cache-on-device), its autoencoder, and whether images are flipped.
-    """
+    """Return the data set (moved to the device by --cache-on-device), its autoencoder, and whether to flip images."""
     if flags.features_path:
         vae, image_size = (getattr(flags, name) if name in explicit_args else None for name in ("vae", "image_size"))
         autoencoder = load_cached_latents(dataset, vae, image_size, device,
@@ -245,11 +238,7 @@ def build_model(flags, dataset, autoencoder):
 
 
 def distribute(model, flags, compute):
-    """Place the model on all ranks, in DDP or sharded.
-
-    Returns:
-        tuple: The network that computes gradients over all ranks, and a list with an `EMA` per decay.
-    """
+    """Place the model on all ranks, in DDP or sharded; return the network to train, and an `EMA` per decay."""
     if not flags.fsdp:
         network = distributed.data_parallel(model)
         return network, [EMA(model, decay) for decay in flags.ema_decay]
@@ -293,12 +282,14 @@ def opening_lines(flags, args, run_dir, model, dataset, batches, resumed):
         others = [os.path.basename(path) for path in list_run_dirs(flags.results_dir) if path != run_dir]
         yield (f"WARNING: --resume auto: no checkpoint of {flags.model} in {flags.results_dir}, starting from the "
                "beginning" + (f" (of others: {', '.join(others[-3:])})" if others else ""))
+
+
+def plan_line(flags, batches):
+    """Return the log line about the steps that follow."""
     limit = "--max-steps" if batches.end_step == flags.max_steps else f"--epochs {flags.epochs}"
     if batches.start_step < batches.end_step:
-        yield f"Training for {len(batches)} steps, to step {batches.end_step} ({limit})"
-    else:
-        yield (f"Nothing to do: {batches.start_step} steps are done, --epochs and --max-steps ask for "
-               f"{batches.end_step}")
+        return f"Training for {len(batches)} steps, to step {batches.end_step} ({limit})"
+    return f"Nothing to do: {batches.start_step} steps are done, --epochs and --max-steps ask for {batches.end_step}"
 
 
 if __name__ == "__main__":

@@ -31,11 +31,7 @@ class UserError(Exception):
         self.shown = shown
 
     def __str__(self):
-        return self.prefix + self.describe(lambda name: f"--{name.replace('_', '-')}")
-
-    def describe(self, spell):
-        """Return the message without its prefix; `spell` turns the name of a parameter into what the user typed."""
-        return self.args[0]
+        return self.prefix + self.args[0]
 
 
 class ArgumentError(UserError):
@@ -45,20 +41,15 @@ class ArgumentError(UserError):
 
     A command prints this as "--cfg-scale 2: this model ...". `rename_arguments` serves a command whose flag has
     another name than the parameter.
-
-    Args:
-        problem (str): What is wrong, and what to do.
-        **arguments: Names and values of the parameters concerned.
     """
 
     def __init__(self, problem, **arguments):
         super().__init__(problem)
         self.arguments = arguments
 
-    def describe(self, spell):
-        """Return "--flag value: problem", each parameter spelled by `spell`."""
-        named = ", ".join(f"{spell(name)}{_format_value(value)}" for name, value in self.arguments.items())
-        return f"{named}: {self.args[0]}"
+    def __str__(self):
+        flags = (f"--{name.replace('_', '-')}{_format_value(value)}" for name, value in self.arguments.items())
+        return f"{self.prefix}{', '.join(flags)}: {self.args[0]}"
 
 
 def _format_value(value):

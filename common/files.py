@@ -1,4 +1,5 @@
 """Files: writing atomically or in the background, SHA-256, and .npz arrays of untrusted origin."""
+import contextlib
 import errno
 import hashlib
 import json
@@ -6,7 +7,6 @@ import os
 import re
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 
 import numpy as np
 
@@ -72,14 +72,7 @@ def format_bytes(number):
 
 
 def read_npz_array(path, name):
-    """Read an array of an .npz. An uncompressed one is memory-mapped: nothing is read before it is used.
-
-    Args:
-        path (str): The file; it may come from anywhere.
-        name (str): The array.
-
-    Returns:
-        ndarray: The array.
+    """Read an array of an .npz from anywhere. An uncompressed one is memory-mapped: nothing is read before it is used.
 
     Raises:
         UserError: For a damaged file, one without this array, and an array of Python objects.
@@ -121,21 +114,17 @@ def _read_npy_header(file):
     return read[version](file)
 
 
-@contextmanager
+@contextlib.contextmanager
 def atomic_write(path, sync=True):
     """Yield a binary file that appears under its name when the block ends without an error; otherwise nothing changes.
 
-    Args:
-        path (str): The file to write; its folder is made if needed.
-        sync (bool): Whether it must be on the disk before it gets its name, so that a power cut leaves no partial file.
-
-    Raises:
-        UserError: If it cannot be written.
+    Its folder is made if needed. With `sync` it is on the disk before it gets its name, so that a power cut leaves no
+    partial file. Raises a `UserError` if it cannot be written.
     """
     folder, temporary = os.path.dirname(os.path.abspath(path)), f"{path}.{os.getpid()}.tmp"
     try:
         os.makedirs(folder, exist_ok=True)
-        _remove_if_exists(temporary)
+        _remove(temporary)
         # O_EXCL: never through a link that someone put there.
         with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666), "wb") as file:
             yield file
@@ -148,11 +137,11 @@ def atomic_write(path, sync=True):
     except OSError as error:
         raise UserError(f"cannot write {path}: {error}") from None
     finally:
-        _remove_if_exists(temporary)
+        _remove(temporary)
 
 
-def _remove_if_exists(path):
-    if os.path.lexists(path):
+def _remove(path):
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
         os.remove(path)
 
 
@@ -160,15 +149,15 @@ def replace_with_hard_link(path, name):
     """Give the file `path` a second name, replacing what has it; return False if the disk has no hard links."""
     temporary = f"{name}.{os.getpid()}.tmp"
     try:
-        _remove_if_exists(temporary)
+        _remove(temporary)
         os.link(path, temporary)
         os.replace(temporary, name)
         _fsync_dir(os.path.dirname(os.path.abspath(name)))
+        return True
     except OSError:
         return False
     finally:
-        _remove_if_exists(temporary)
-    return True
+        _remove(temporary)
 
 
 def _fsync_dir(folder):

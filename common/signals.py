@@ -60,11 +60,7 @@ class DeferredSignalHandler:
 
 
 def ignore_stop_signals_in_worker(worker):
-    """Ignore stop signals in a data-loading worker, except those from its parent, which still needs its data.
-
-    Args:
-        worker (int): Number of the worker, as `DataLoader(worker_init_fn=...)` passes it; not used.
-    """
+    """Ignore stop signals in a data-loading worker, except those from its parent, which still needs its data."""
     if not hasattr(signal, "sigwaitinfo"):  # macOS cannot tell the sender of a signal
         return
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)

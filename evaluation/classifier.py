@@ -42,9 +42,7 @@ class ResidualBlock(nn.Module):
 class Classifier(nn.Module):
     """A residual network from images to features and class logits.
 
-    Args:
-        num_classes (int): Number of classes.
-        width (int): Channels at half the resolution; twice and four times as many at a quarter and an eighth.
+    It has `width` channels at half the resolution; twice and four times as many at a quarter and an eighth.
     """
 
     def __init__(self, num_classes, width=32):
@@ -66,21 +64,10 @@ class Classifier(nn.Module):
 
 def train_classifier(dataset, device="cpu", steps=500, batch_size=128, lr=2e-3, width=32, seed=0, num_workers=0,
                      log=lambda step, loss: None):
-    """Train a `Classifier` by AdamW. The result is a function of the data, the device and these numbers.
+    """Train a `Classifier` by AdamW and return it in evaluation mode.
 
-    Args:
-        dataset (LabeledImageDataset): The images.
-        device (torch.device): Where to train.
-        steps (int): Optimizer steps.
-        batch_size (int): Images of a step.
-        lr (float): Peak learning rate: a tenth of the steps up, then down along a cosine.
-        width (int): Channels of the first layer.
-        seed (int): Seed of all random numbers.
-        num_workers (int): Processes that load images.
-        log (callable): (step, loss), called after each step.
-
-    Returns:
-        Classifier: In evaluation mode.
+    The result is a function of the data, the device and the numbers. The learning rate rises to `lr` over a tenth of
+    the steps, then falls along a cosine. `log(step, loss)` is called after each step.
 
     Raises:
         ArgumentError: If the batch is larger than the data set.
@@ -117,21 +104,8 @@ def raise_corrupt(corrupt_images):
 
 @torch.no_grad()
 def compute_accuracy(classifier, dataset, batch_size=250):
-    """Compute the fraction of a data set's images that are classified correctly.
-
-    Args:
-        classifier (Classifier): In evaluation mode.
-        dataset (LabeledImageDataset): The images.
-        batch_size (int): Images at once.
-
-    Returns:
-        float: The accuracy.
-
-    Raises:
-        UserError: If an image cannot be read.
-    """
-    device = next(classifier.parameters()).device
-    correct = 0
+    """Compute the fraction of a data set's images that a `Classifier` in evaluation mode classifies correctly."""
+    device, correct = next(classifier.parameters()).device, 0
     for start in range(0, len(dataset), batch_size):
         keys = [(index, False) for index in range(start, min(start + batch_size, len(dataset)))]
         images, cond, corrupt = dataset.__getitems__(keys)
@@ -144,14 +118,10 @@ def compute_accuracy(classifier, dataset, batch_size=250):
 
 
 def save_classifier(classifier, path, data, class_names, accuracy):
-    """Write a classifier as a TorchScript file, to be used as a feature space.
+    """Write a classifier in evaluation mode as a TorchScript file, to be used as a feature space.
 
-    Args:
-        classifier (Classifier): In evaluation mode.
-        path (str): The file to write.
-        data (str): Description of the data it was trained on.
-        class_names (list[str]): Its classes in their order.
-        accuracy (float): Its accuracy on images that it was not trained on.
+    The file holds a description of the `data` it was trained on, its classes in their order, and its accuracy on images
+    that it was not trained on.
     """
     metadata = json.dumps(dict(data=data, class_names=class_names, accuracy=accuracy))
     with warnings.catch_warnings():

@@ -1,10 +1,53 @@
-"""Flags that the commands of evaluate.py share."""
+"""The command line of evaluate.py: flags of its commands, and their former spellings."""
 import argparse
+import difflib
+import os
 
 from common.cli import add_alias, add_compute_flags, minutes, non_negative_int, positive_int
 from common.distributed import DEFAULT_TIMEOUT
+from common.errors import UserError
 from sampling.cli import add_model_flags, add_sampling_flags
 from sampling.sample_set import LABEL_DISTRIBUTIONS
+
+
+def add_score_flags(parser):
+    """Add the flags of `score`."""
+    parser.add_argument("samples", metavar="SAMPLES", help="an .npz, a folder, a built-in data set, or a checkpoint")
+    parser.add_argument("--reference", required=True, metavar="REF",
+                        help="ADM's .npz, an output of `evaluate.py reference`, or images: an .npz, a folder, ...")
+    parser.add_argument("--output", metavar="FILE", help="the record; default: SAMPLES.scores.json")
+    add_feature_flags(parser)
+    add_generation_flags(parser)
+    add_process_flags(parser)
+
+
+def add_reference_flags(parser):
+    """Add the flags of `reference`."""
+    parser.add_argument("data", metavar="DATA", help="images: an .npz, a folder, or a built-in data set")
+    parser.add_argument("--output", required=True, metavar="FILE", help="the reference, an .npz")
+    parser.add_argument("--overwrite", action="store_true", help="replace FILE even if it holds something else")
+    parser.add_argument("--image-size", type=positive_int, help="pixels that images of a folder are cropped to")
+    parser.add_argument("--num-classes", type=positive_int, help="number of classes of fractals")
+    parser.add_argument("--global-seed", type=int, help=argparse.SUPPRESS)  # accepted formerly, without effect
+    add_feature_flags(parser)
+    add_process_flags(parser)
+
+
+def add_nll_flags(parser):
+    """Add the flags of `nll`."""
+    parser.add_argument("ckpt", metavar="CKPT", help="a checkpoint: .pt or .safetensors")
+    parser.add_argument("--data", required=True, help="a folder of class folders of images, digits-held-out, ...")
+    parser.add_argument("--output", metavar="FILE", help="the record; default: CKPT.nll.json")
+    parser.add_argument("--num-images", type=positive_int, default=1000,
+                        help="images, evenly spaced over the data; 1000 forward passes each")
+    add_alias(parser, "--nll-images", "--num-images")
+    add_checkpoint_flags(parser)
+    add_process_flags(parser)
+
+
+def add_diff_flags(parser):
+    """Add the arguments of `diff`."""
+    parser.add_argument("records", nargs=2, metavar="RECORD", help="JSON files of score or nll")
 
 
 def add_feature_flags(parser):
@@ -42,3 +85,24 @@ def add_process_flags(parser):
     group.add_argument("--dist-timeout", type=minutes, default=DEFAULT_TIMEOUT, metavar="MINUTES",
                        help="time that a process waits for the others")
     add_alias(parser, "--timeout", "--dist-timeout")
+
+
+# What a former flag becomes: a command, and the flag in its place.
+FORMER_SPELLINGS = {"--reference": ("score", ["--reference"]), "--make-reference": ("reference", []),
+                    "--nll": ("nll", ["--data"]), "--diff": ("diff", [])}
+
+
+def translate_former_spelling(argv):
+    """Translate a command line without a command: `CKPT --nll DATA` becomes `nll CKPT --data DATA`."""
+    commands = [command for command, _ in FORMER_SPELLINGS.values()]
+    if argv and argv[0] in commands:
+        return argv
+    if argv and argv[0].isalpha() and not os.path.exists(argv[0]):
+        for command in difflib.get_close_matches(argv[0].lower(), commands, n=1):
+            raise UserError(f"{argv[0]}: there is no such command. Did you mean {command}?")
+    for position, argument in enumerate(argv):
+        flag, *value = argument.split("=", 1)
+        if flag in FORMER_SPELLINGS:
+            command, replacement = FORMER_SPELLINGS[flag]
+            return [command, *argv[:position], *replacement, *value, *argv[position + 1:]]
+    return argv

@@ -26,12 +26,12 @@ class FeatureStatistics:
         pixels_sha256 (str): Hash of all pixels in their order, or None if not requested.
     """
 
-    count: int
+    count: int | None
     pool: tuple
-    spatial: tuple = None
-    features: torch.Tensor = None
-    size: tuple = None
-    pixels_sha256: str = None
+    spatial: tuple | None = None
+    features: torch.Tensor | None = None
+    size: tuple | None = None
+    pixels_sha256: str | None = None
 
     def describe(self, images):
         """Return the metadata of the `images` that were measured, with the hash of their pixels if there is one."""
@@ -41,27 +41,17 @@ class FeatureStatistics:
 class LocalStatistics:
     """Statistics of the images of one rank.
 
-    Args:
-        features (FeatureSpace): The feature space.
-        kept_indices (list[int]): Indices of the images, of the full set, whose features are kept.
-        hashes (bool): Whether to hash the pixels.
+    The features of the images with `kept_indices`, counted in the full set, are kept; pixels are hashed if `hashes`.
     """
 
     def __init__(self, features, kept_indices, hashes):
-        self.features = features
-        self.kept_indices = np.array(kept_indices)
-        self.hashes = hashes
+        self.features, self.kept_indices, self.hashes = features, np.array(kept_indices), hashes
         self.moments = {}  # name of a field of `Features`: RunningMoments
         self.kept_features = []
-        self.pixel_hash = 0
-        self.size = None
+        self.pixel_hash, self.size = 0, None
 
     def add(self, start, images):
-        """Add a batch of consecutive images.
-
-        Args:
-            start (int): Index of the first image in the full set.
-            images (Tensor): Shape (n, H, W, 3), uint8.
+        """Add consecutive images, shape (n, H, W, 3), uint8; the first has the index `start` in the full set.
 
         Raises:
             ArgumentError: If the batch does not fit into memory.
@@ -93,15 +83,10 @@ class LocalStatistics:
 
 
 def compute_statistics(images, features, batch_size, keep=None, title="images", stopped=lambda: False):
-    """Stream a set of images through a feature space. Every rank takes a contiguous part; call it on all ranks.
+    """Stream an `ImageSource` through a feature space. Every rank takes a contiguous part; call it on all ranks.
 
-    Args:
-        images (ImageSource): The images, from `evaluation.image_sources`.
-        features (FeatureSpace): The feature space.
-        batch_size (int): Images of a batch of each rank.
-        keep (int): Keep the features of at most this many images, evenly spaced. Default: of all.
-        title (str): Title of the progress bar.
-        stopped (callable): () -> bool, called before every batch: whether to give up. If one rank does, all do.
+    The features of at most `keep` images, evenly spaced, are kept; by default of all. `stopped` is called before every
+    batch: whether to give up. If one rank does, all do.
 
     Returns:
         FeatureStatistics: The same on every rank; None if the ranks gave up.
@@ -110,9 +95,8 @@ def compute_statistics(images, features, batch_size, keep=None, title="images", 
         UserError: On all ranks, if anything fails on one of them.
     """
     rank, world_size, count = distributed.rank(), distributed.world_size(), len(images)
-    bounds = [count * i // world_size for i in range(world_size + 1)]
-    start, end = bounds[rank], bounds[rank + 1]
-    largest_part = max(bounds[i + 1] - bounds[i] for i in range(world_size))
+    start, end = (count * i // world_size for i in (rank, rank + 1))
+    largest_part = -(-count // world_size)
     local = LocalStatistics(features, evenly_spaced_indices(count, min(count, keep or count)), images.hashes)
     reducer, error, gave_up = distributed.AsyncFlagReducer(), None, False
     with distributed.raise_on_all_ranks(), tqdm(total=end - start, unit="image", desc=title, leave=False,
@@ -137,36 +121,29 @@ def compute_statistics(images, features, batch_size, keep=None, title="images", 
 
 def _combine(local, count):
     """Return the `FeatureStatistics` of all ranks; None if images are missing."""
-    moments, size, pixels_sha256 = _combine_local(local)
-    if not moments or any(moment.count != count for moment in moments.values()):
-        return None  # a rank gave up in its last batch
-    statistics = {name: moment.statistics() for name, moment in moments.items()}
-    return FeatureStatistics(count, features=_gather_rows(local.kept_features), size=size, pixels_sha256=pixels_sha256,
-                             **statistics)
-
-
-def _combine_local(local):
-    """Return the moments of all ranks (a rank without images takes part with zeros), image size and pixel hash."""
     dimensions = {name: len(moment.mean) for name, moment in local.moments.items()}
     parts = distributed.gather_objects([(dimensions, local.size, local.pixel_hash)])
     dimensions = {name: width for part, _, _ in parts for name, width in part.items()}
     size = next((size for _, size, _ in parts if size), None)
     pixel_hash = sum(part_hash for _, _, part_hash in parts) % 2**256
+    # A rank without images takes part with zeros.
     moments = {name: (local.moments.get(name) or RunningMoments(width, distributed.device())).reduce()
                for name, width in sorted(dimensions.items())}
-    return moments, size, f"{pixel_hash:064x}" if local.hashes else None
+    if not moments or any(moment.count != count for moment in moments.values()):
+        return None  # a rank gave up in its last batch
+    statistics = {name: moment.statistics() for name, moment in moments.items()}
+    return FeatureStatistics(count, features=_gather_rows(local.kept_features), size=size,
+                             pixels_sha256=f"{pixel_hash:064x}" if local.hashes else None, **statistics)
 
 
 def _gather_rows(batches):
     """Concatenate the feature rows of all ranks, in their order, on rank 0; None on the others."""
-    rows = torch.cat(batches) if batches else None
+    rows = torch.cat(batches) if batches else torch.zeros(0, 0)
     if distributed.world_size() == 1:
         return rows
-    shapes = distributed.gather_objects([(0, 0) if rows is None else tuple(rows.shape)])
-    longest, width = (max(sizes) for sizes in zip(*shapes))
-    padded = torch.zeros(longest, width, device=distributed.device())
-    if rows is not None:
-        padded[: len(rows)] = rows
+    shapes = distributed.gather_objects([tuple(rows.shape)])
+    padded = torch.zeros(*map(max, zip(*shapes)), device=distributed.device())
+    padded[: len(rows), : rows.shape[1]] = rows
     gathered = distributed.all_gather(padded[None]).cpu()
     if not distributed.is_rank0():
         return None
@@ -176,11 +153,8 @@ def _gather_rows(batches):
 class RunningMoments:
     """Mean and covariance of rows (n, D) in float64, added in any batches by any number of ranks.
 
-    Sums are kept about the running mean (Chan et al., 1979), so that features with a large mean lose no digits.
-
-    Args:
-        dimensions (int): D.
-        device (torch.device): Where the sums are kept; on the CPU instead of a device without float64.
+    Sums are kept about the running mean (Chan et al., 1979), so that features with a large mean lose no digits; on the
+    CPU instead of a device without float64.
     """
 
     def __init__(self, dimensions, device="cpu"):

@@ -21,15 +21,10 @@ MAX_PIXEL_FEATURES = 32 * 32 * 3  # the covariance of these is 3072 x 3072
 
 
 class Features(NamedTuple):
-    """Features of n images.
-
-    Attributes:
-        pool (Tensor): Shape (n, D), float32, on the device of the feature space.
-        spatial (Tensor): Shape (n, S), float32; None if the space has no second set of features.
-    """
+    """Features of n images, float32: `pool` (n, D), and `spatial` (n, S) if the space has a second set."""
 
     pool: torch.Tensor
-    spatial: torch.Tensor = None
+    spatial: torch.Tensor | None = None
 
 
 class FeatureSpace:
@@ -55,9 +50,7 @@ class InceptionFeatures(FeatureSpace):
     the output of `pool_3`, 2048 numbers; `spatial` the first 7 channels of `mixed_6/conv`, 17 x 17 x 7 = 2023 numbers
     in the order height, width, channel (sFID: Nash et al., 2021, arXiv 2103.03841). The network is torch-fidelity's.
 
-    Args:
-        device (torch.device): Where the features are computed.
-        inception (str): Path of the weights. Default: the standard ones in `pretrained_models/`, downloaded if absent.
+    The weights are those of the file `inception`, by default the standard ones, downloaded if absent.
 
     Raises:
         UserError: If the weights cannot be fetched or read, or do not fit torch-fidelity's network.
@@ -78,8 +71,8 @@ class InceptionFeatures(FeatureSpace):
         try:
             network = FeatureExtractorInceptionV3("inception", ["2048"], buffer)
         except (RuntimeError, TypeError, AttributeError) as error:
-            reason = (str(error).splitlines() or [""])[0]
-            raise UserError(f"{path} does not hold the weights of torch-fidelity's Inception ({reason})") from None
+            raise UserError(f"{path} does not hold the weights of torch-fidelity's Inception "
+                            f"({_first_line(error)})") from None
         self.network = network.to(device)
         # TensorFlow's mixed_6 is torchvision's Mixed_6d; its first convolution is the 1 x 1 branch, after ReLU.
         self.network.Mixed_6d.branch1x1.register_forward_hook(self._keep_mixed_6)
@@ -108,6 +101,10 @@ class InceptionFeatures(FeatureSpace):
     def class_logits(self, pool):
         """Compute the logits of the Inception Score, shape (n, 1008): `pool` times the output weights, no bias."""
         return pool @ self.network.fc.weight.T.to(pool.device)
+
+
+def _first_line(error):
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def fetch_inception():
@@ -141,13 +138,6 @@ class ModuleFeatures(FeatureSpace):
     """Features by a TorchScript module (`torch.jit.save`) from (n, 3, H, W) uint8 to (n, D).
 
     One of `evaluation.classifier.save_classifier` predicts classes too. A module is a program: run trusted ones only.
-
-    Args:
-        device (torch.device): Where the features are computed.
-        features (str): Path of the module.
-
-    Raises:
-        ArgumentError: If the file is not a TorchScript module.
     """
 
     CLASSIFIER_METADATA = "classifier.json"  # the file inside the module that `save_classifier` adds
@@ -159,11 +149,8 @@ class ModuleFeatures(FeatureSpace):
                 warnings.simplefilter("ignore", FutureWarning)  # torch recommends torch.export
                 self.module = torch.jit.load(features, map_location=device, _extra_files=extra_files).eval()
         except (RuntimeError, ValueError) as error:
-            reason = (str(error).strip().splitlines() or [""])[0]
-            raise ArgumentError(f"not a TorchScript module ({reason})", features=features) from None
-        self.device = device
-        self.path = features
-        self.sha256 = sha256_file(features)
+            raise ArgumentError(f"not a TorchScript module ({_first_line(error)})", features=features) from None
+        self.device, self.path, self.sha256 = device, features, sha256_file(features)
         self.classifier = json.loads(extra_files[self.CLASSIFIER_METADATA] or "null")
         if self.classifier:
             self.predict_class = self._predict_class
@@ -199,18 +186,10 @@ class ModuleFeatures(FeatureSpace):
 
 
 def load_feature_space(features, device, inception=None):
-    """Load a feature space by name.
-
-    Args:
-        features (str): "inception", "pixels", or the path of a TorchScript module.
-        device (torch.device): Where the features are computed.
-        inception (str): Path of Inception's weights. Default: the standard ones.
-
-    Returns:
-        FeatureSpace: The feature space.
+    """Return the `FeatureSpace` "inception", "pixels", or of the path of a TorchScript module, on a device.
 
     Raises:
-        ArgumentError: If the name is unknown, or `inception` is passed for another space.
+        ArgumentError: If the name is unknown, or `inception`, a file of its weights, is passed for another space.
     """
     if inception and features != "inception":
         raise ArgumentError(f"these weights are for the features inception, not {features}", inception=inception)
@@ -226,9 +205,6 @@ def load_feature_space(features, device, inception=None):
 @contextlib.contextmanager
 def full_precision():
     """Compute float32 in float32 on GPUs too inside the block: features are defined without TF32."""
-    if not torch.cuda.is_available():
-        yield
-        return
     matmul, cudnn = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False

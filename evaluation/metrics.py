@@ -16,12 +16,8 @@ def float64_device(device):
 def frechet_distance(gaussian_1, gaussian_2):
     """Compute |mu_1 - mu_2|^2 + tr(S_1 + S_2 - 2 (S_1 S_2)^(1/2)) (Heusel et al., 2017, arXiv 1706.08500, eq. 6).
 
-    Args:
-        gaussian_1 (tuple[ndarray, ndarray]): Mean (D,) and covariance (D, D).
-        gaussian_2 (tuple[ndarray, ndarray]): The same of the other distribution.
-
-    Returns:
-        float: The Frechet distance, computed in float64 by eigenvalues; not finite if the covariances overflow.
+    A Gaussian is a mean (D,) and a covariance (D, D). The result, computed in float64 by eigenvalues, is not finite if
+    the covariances overflow.
     """
     from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_statistics_to_metric
     first, second = (dict(mu=mean.astype("float64"), sigma=covariance.astype("float64"))
@@ -33,12 +29,7 @@ def frechet_distance(gaussian_1, gaussian_2):
 def inception_score(logits, split=INCEPTION_SCORE_SPLIT):
     """Compute exp of the mean KL(p(y|x) || p(y)) over parts of `split` images in their order (Salimans et al., 2016).
 
-    Args:
-        logits (Tensor): Class logits, shape (N, num_classes).
-        split (int): Images in each part.
-
-    Returns:
-        tuple[float, float]: Mean and standard deviation over the parts.
+    Returns the mean and standard deviation over the parts of class logits, shape (N, num_classes).
     """
     from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, isc_features_to_metric
     parts = [isc_features_to_metric(part, splits=1, shuffle=False) for part in logits.split(split)]
@@ -50,15 +41,7 @@ def precision_recall(samples, reference, block=1000, device="cpu"):
     """Compute improved precision and recall with k = 3 (Kynkaanniemi et al., 2019, arXiv 1904.06991).
 
     Precision is the fraction of samples within the k-nearest-neighbor ball of a reference image; recall swaps the sets.
-
-    Args:
-        samples (Tensor): Features of the samples, shape (N, D).
-        reference (Tensor): Features of the reference, shape (M, D).
-        block (int): Rows compared at once.
-        device (torch.device): Where the float64 distances are computed.
-
-    Returns:
-        tuple[float, float]: Precision and recall.
+    Features have the shapes (N, D) and (M, D). Distances are computed in float64 on `device`, `block` rows at once.
 
     Raises:
         UserError: If a set has no more than k images.

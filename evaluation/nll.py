@@ -1,14 +1,16 @@
 """Bits per dimension of a trained DiT by the variational bound (DDPM, eq. 5; Improved DDPM, section 3)."""
+import math
+
 import torch
 from tqdm.auto import tqdm
 
 from common import distributed
 from common.errors import ArgumentError, UserError
-from common.files import atomic_write
 from common.seeding import LIKELIHOOD
 from data.corrupt_images import CorruptImage, raise_if_unreadable
 from data.dataset import evenly_spaced_indices
 from diffusion import create_diffusion
+from evaluation.plots import new_figure, save_figure
 from sampling.noise import PerSampleRNG
 
 
@@ -21,21 +23,13 @@ def bits_per_dimension(loaded, dataset, num_images=None, batch_size=32, seed=0, 
     comparable between VAEs. DiT is not trained for likelihood: L_simple gives little weight to the terms of small t,
     where most bits are, so that models trained for likelihood reach fewer bits.
 
-    Args:
-        loaded (LoadedModel): The model.
-        dataset (LabeledImageDataset): The images; the ranks share them.
-        num_images (int): Number of images, evenly spaced over the data set. Default: all.
-        batch_size (int): Images of a batch of each rank.
-        seed (int): Seed of the noise; that of image i is a function of (seed, i).
-        respacing (str): Timesteps, as `create_diffusion` takes them. Default: all trained ones; fewer give another
-            bound, most often a looser one.
+    The images, by default all, are evenly spaced over the data set; the noise of image i is a function of (seed, i).
+    Fewer timesteps (`respacing`, as `create_diffusion` takes it) give another bound, most often a looser one.
 
     Returns:
         dict: The same on every rank, plain values. All but the first two and the last two are means over the images.
 
-        - space: "pixels" or "latents of VAE".
-        - dimensions: Numbers of an input of the model, C H W.
-        - images: Number of images.
+        - space: "pixels" or "latents of VAE"; its dimensions, C H W; the number of images.
         - bits_per_dimension: The bound, prior + the sum of per_timestep.
         - standard_error: Of the bound, by the choice of images and the noise; None for a single image.
         - prior: KL(q(x_T | x_0) || N(0, I)), which does not depend on the model.
@@ -65,10 +59,9 @@ def bits_per_dimension(loaded, dataset, num_images=None, batch_size=32, seed=0, 
                 accumulator.add(compute_vlb_terms(loaded, diffusion, dataset, batch, classes, seed, bar.update))
     with distributed.collective_timeout("the bits per dimension"):
         accumulator.reduce()
-    channels, height, width = loaded.model.sample_shape
     autoencoder = loaded.autoencoder
     return dict(space=f"latents of {autoencoder.name}" if autoencoder.is_random else "pixels",
-                dimensions=channels * height * width, **accumulator.means(),
+                dimensions=math.prod(loaded.model.sample_shape), **accumulator.means(),
                 timesteps=[int(t) for t in diffusion.timestep_map], model_calls=diffusion.num_timesteps)
 
 
@@ -95,19 +88,9 @@ def match_classes(loaded, dataset):
 
 
 def compute_vlb_terms(loaded, diffusion, dataset, indices, classes, seed, on_pass=lambda: None):
-    """Compute the terms of the bound of some images.
+    """Return what `calc_bpd_loop` computes of the images with these indices, on the CPU in float64.
 
-    Args:
-        loaded (LoadedModel): The model.
-        diffusion (GaussianDiffusion): The process.
-        dataset (LabeledImageDataset): The images.
-        indices (list[int]): Indices of the images of this batch.
-        classes (list[int]): The model's label of each class, from `match_classes`.
-        seed (int): Seed of the noise.
-        on_pass (callable): Called after each forward pass.
-
-    Returns:
-        dict[str, Tensor]: What `calc_bpd_loop` returns, on the CPU in float64.
+    `classes` is the result of `match_classes`; `on_pass` is called after each forward pass.
 
     Raises:
         ArgumentError: If the batch does not fit into memory.
@@ -153,9 +136,8 @@ def _read_images(dataset, indices):
 class VLBAccumulator:
     """Sums of the bound and its terms over images.
 
-    Attributes:
-        values (Tensor): Shape (4 + 2T,), float64: number of images, sums of their bounds, of the squared bounds, of the
-            prior, then of the T terms and of the T mean squared errors, t = 0 first.
+    `values`, shape (4 + 2T,), float64: number of images, sums of their bounds, of the squared bounds, of the prior,
+    then of the T terms and of the T mean squared errors, t = 0 first.
     """
 
     def __init__(self, num_timesteps):
@@ -184,11 +166,9 @@ class VLBAccumulator:
 
 def plot_nll(result, path):
     """Plot a result of `bits_per_dimension` as a PNG: terms of the bound and errors of the noise, by timestep."""
-    from matplotlib.figure import Figure
     t = result["timesteps"]
-    figure = Figure(figsize=(9, 3.6), dpi=200, layout="constrained")
+    figure, (left, right) = new_figure(2, width=4.5, height=3.6)
     figure.get_layout_engine().set(wspace=0.05)
-    left, right = figure.subplots(1, 2)
     markers = dict(marker="o", markersize=3) if len(t) <= 100 else {}
     # Terms near 0 may be rounded below it; a logarithmic axis leaves them out.
     left.plot(t, [value if value > 0 else float("nan") for value in result["per_timestep"]], "k-", lw=1.2, **markers)
@@ -202,11 +182,8 @@ def plot_nll(result, path):
     for panel, letter in ((left, "a"), (right, "b")):
         panel.set(xlabel="timestep t", yscale="log")
         panel.set_title(letter, loc="left", weight="bold")
-        panel.grid(color="0.9", lw=0.6)
-        panel.spines[["top", "right"]].set_visible(False)
     figure.suptitle(summarize_nll(result), wrap=True, fontsize="medium")
-    with atomic_write(path) as file:
-        figure.savefig(file, format="png")
+    save_figure(figure, path, dpi=200)
 
 
 def summarize_nll(result):

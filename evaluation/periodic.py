@@ -1,4 +1,5 @@
 """Scores of EMA samples while a run trains. They are only reported: training does not depend on them."""
+import contextlib
 import csv
 import io
 import os
@@ -18,15 +19,8 @@ from evaluation.scores import check_comparable, compute_scores, distance_name, p
 def build_evaluator(features, reference, images, batch_size, image_size):
     """Build a `PeriodicEvaluator`, after checking all that its first evaluation needs. Call it on all ranks.
 
-    Args:
-        features (str): Feature space, as `load_feature_space` takes it.
-        reference (str): Reference, as `open_reference` takes it.
-        images (GeneratedImages): Samples of the EMA model.
-        batch_size (int): Images of a batch of each rank.
-        image_size (int): Pixels, for a reference that is a folder of images, or fractals.
-
-    Returns:
-        PeriodicEvaluator: The evaluator.
+    `features` are a name that `load_feature_space` takes, the reference one that `open_reference` takes with
+    `image_size`, the images `GeneratedImages` of the EMA model. Batches are of each rank.
 
     Raises:
         UserError: If an evaluation would fail; `ArgumentError` for features, reference and num_fid_samples.
@@ -44,13 +38,7 @@ class PeriodicEvaluator:
 
     In the run folder `evaluations.csv` has a row per evaluation, `evaluations.json` describes what was measured, and
     `checkpoints/best.pt` is the state of the best step. A run that is resumed with other settings begins new tables.
-
-    Args:
-        images (GeneratedImages): Samples of the EMA model.
-        features (FeatureSpace): The feature space.
-        reference (FeatureStatistics): Statistics of the reference.
-        reference_metadata (dict): Plain values that describe the reference.
-        batch_size (int): Images of a batch of each rank.
+    `build_evaluator` makes one.
     """
 
     def __init__(self, images, features, reference, reference_metadata, batch_size):
@@ -60,29 +48,24 @@ class PeriodicEvaluator:
         self.rows, self.best_score = [], float("inf")
 
     def begin(self, folder, start_step, log):
-        """Start the tables in a run folder, or continue those of an earlier run.
+        """Start the tables in a run folder, or continue those of an earlier run up to `start_step`.
 
-        Args:
-            folder (str): The run folder.
-            start_step (int): Step at which training starts; rows of later steps are dropped.
-            log (callable): Called with lines about what is measured, and with warnings.
+        `log` is called with lines about what is measured, and with warnings.
         """
         self.log = log
         self.csv_path, self.json_path = (os.path.join(folder, f"evaluations.{name}") for name in ("csv", "json"))
         if distributed.is_rank0():
-            log(self.description())
             size = self.images.example_batch().shape[1:3]
-            for warning in score_warnings(len(self.images), size, self.reference):
-                log(warning)
+            for line in (self.description(), *score_warnings(len(self.images), size, self.reference)):
+                log(line)
             self._read_rows(start_step, os.path.join(folder, "checkpoints", "best.pt"))
 
     def _read_rows(self, start_step, best_path):
         """Read the rows of an earlier run up to `start_step`; move its tables aside if its settings differ."""
-        settings = try_read(self.json_path).get("settings")
-        if settings not in (None, self.settings()):
-            aside = free_path(os.path.splitext(self.csv_path)[0] + "-before", ".csv")
+        if try_read(self.json_path).get("settings") not in (None, self.settings()):
+            aside = free_path(self.csv_path.removesuffix(".csv") + "-before", ".csv")
             self.log(f"WARNING: the settings of the evaluation have changed; {aside} holds the earlier scores")
-            for old, new in ((self.csv_path, aside), (self.json_path, os.path.splitext(aside)[0] + ".json")):
+            for old, new in ((self.csv_path, aside), (self.json_path, aside.removesuffix(".csv") + ".json")):
                 if os.path.exists(old):
                     os.replace(old, new)
             return
@@ -106,15 +89,10 @@ class PeriodicEvaluator:
         return distributed.run_on_rank0_and_broadcast(lambda: all(row["step"] != step for row in self.rows))
 
     def __call__(self, step, keep_best, stopped=lambda: False):
-        """Sample the model and score the samples. Call it on all ranks.
+        """Sample the model at a step and return its scores, or None if the ranks gave up. Call it on all ranks.
 
-        Args:
-            step (int): The training step.
-            keep_best (callable): () -> path, called on all ranks if the score is the best so far.
-            stopped (callable): () -> bool, called often: whether to give up.
-
-        Returns:
-            dict[str, float]: The scores; None if the ranks gave up.
+        `keep_best`, () -> path, is called on all ranks if the score is the best so far; `stopped`, () -> bool, often:
+        whether to give up.
         """
         start, self.images.stopped = time.perf_counter(), stopped
         samples = compute_statistics(self.images, self.features, self.batch_size, stopped=stopped,
@@ -165,11 +143,9 @@ def read_score_table(path):
     try:
         with open(path, encoding="utf-8", newline="") as file:
             for row in csv.DictReader(file):
-                try:
+                with contextlib.suppress(ValueError, TypeError):
                     rows.append({name: int(value) if name in ("step", "images") else float(value)
                                  for name, value in row.items() if name and value})
-                except (ValueError, TypeError):
-                    continue
     except (OSError, csv.Error, UnicodeDecodeError):
         return []
     return [row for row in rows if "step" in row]

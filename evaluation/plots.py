@@ -16,9 +16,7 @@ STYLES = [dict(color=color, linestyle=line) for line in ("-", "--", ":") for col
 def plot_runs(folders, path):
     """Plot the loss of each run, and the distance of its samples if it was evaluated, over the training steps.
 
-    Args:
-        folders (list[str]): Run folders, with log.txt and perhaps evaluations.csv.
-        path (str): The figure to write.
+    Run folders have a log.txt and perhaps an evaluations.csv.
 
     Raises:
         UserError: If a folder has no loss, or the figure cannot be written.
@@ -66,15 +64,9 @@ def read_distances(folder):
 
 
 def new_figure(panels, width=4.2, height=3.2):
-    """Return a matplotlib figure with panels side by side, and their axes; no window, no global state.
+    """Return a matplotlib figure with panels side by side, and their axes; sizes of a panel in inches.
 
-    Args:
-        panels (int): Number of panels.
-        width (float): Inches of a panel.
-        height (float): Inches of a panel.
-
-    Returns:
-        tuple[Figure, ndarray]: The figure and its axes, shape (panels,).
+    There is no window and no global state.
     """
     from matplotlib.figure import Figure
     figure = Figure(figsize=(width * panels, height), layout="constrained")
@@ -86,10 +78,10 @@ def new_figure(panels, width=4.2, height=3.2):
     return figure, axes
 
 
-def save_figure(figure, path):
+def save_figure(figure, path, dpi=160):
     """Write a figure in the format of the path's extension; raise a `UserError` if that is not possible."""
     picture_format = os.path.splitext(path)[1][1:].lower() or "png"
     if picture_format not in figure.canvas.get_supported_filetypes():
         raise UserError(f"cannot write {path}: not a picture format: .{picture_format}. Use .png or .pdf")
     with atomic_write(path, sync=False) as file:
-        figure.savefig(file, format=picture_format, dpi=160)
+        figure.savefig(file, format=picture_format, dpi=dpi)

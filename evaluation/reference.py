@@ -1,4 +1,5 @@
 """References that samples are compared with: statistics files of ADM and of `save_reference`, or images."""
+import contextlib
 import json
 import os
 
@@ -17,13 +18,8 @@ NUM_REFERENCE_FEATURES = 10_000  # kept for precision and recall: as many as the
 def open_reference(reference, features, batch_size, image_size=None, num_classes=None):
     """Open a reference, measuring its images if need be. Call it on all ranks.
 
-    Args:
-        reference (str): ADM's .npz (`mu`, `sigma`, `mu_s`, `sigma_s`, `arr_0`), a file of `save_reference`, or images
-            as `open_image_source` takes them.
-        features (FeatureSpace): The feature space.
-        batch_size (int): Images of a batch of each rank.
-        image_size (int): Size of the images of a folder, and of fractals.
-        num_classes (int): Number of classes of fractals.
+    It is ADM's .npz (`mu`, `sigma`, `mu_s`, `sigma_s`, `arr_0`), a file of `save_reference`, or images that
+    `open_image_source` takes with `image_size` and `num_classes`.
 
     Returns:
         tuple[FeatureStatistics, dict]: The statistics and their metadata.
@@ -52,34 +48,33 @@ def open_reference(reference, features, batch_size, image_size=None, num_classes
 
 def _read_statistics(path, names, features):
     """Return the `FeatureStatistics` of a file of statistics, and its metadata."""
-    metadata = dict(path=os.path.abspath(path), sha256=sha256_file(path)) | _read_record(path, names, features)
+    metadata = dict(path=os.path.abspath(path), sha256=sha256_file(path))
+    if "record" in names:
+        metadata |= _read_record(path, features.metadata())
+    elif "spatial" not in features.metadata():  # ADM's files have no record; they are of standard Inception
+        raise ArgumentError("the file holds statistics of Inception features, but the feature space is "
+                            f"{features.metadata()['space']}", reference=path)
     statistics = FeatureStatistics(metadata.get("images"), _read_gaussian(path, "mu", "sigma"),
                                    _read_gaussian(path, "mu_s", "sigma_s") if "mu_s" in names else None,
                                    size=metadata.pop("size", None))
     if "features" in names:
-        rows = _read_finite(path, "features")
-        dimensions = len(statistics.pool[0])
+        rows, dimensions = _read_finite(path, "features"), len(statistics.pool[0])
         if rows.ndim != 2 or rows.shape[1] != dimensions:
             raise UserError(f"{path}: mu has {dimensions} numbers, but features has shape {rows.shape}")
         statistics.features = torch.from_numpy(rows.astype("float32"))
     return statistics, metadata
 
 
-def _read_record(path, names, features):
-    """Return the record of `save_reference`. ADM's files have none; they hold statistics of standard Inception."""
-    if "record" not in names:
-        if "spatial" not in features.metadata():
-            raise ArgumentError("the file holds statistics of Inception features, but the feature space is "
-                                f"{features.metadata()['space']}", reference=path)
-        return {}
+def _read_record(path, expected_space=None):
+    """Return the record of `save_reference`; raise an error if its feature space is not the expected one."""
     try:
         record = json.loads(read_npz_array(path, "record").tobytes())
         space, source = record["features"], record["source"]
     except (ValueError, LookupError, TypeError, RecursionError):
         raise UserError(f"{path}: its record cannot be read") from None
-    if space != features.metadata():
+    if expected_space not in (None, space):
         raise ArgumentError(f"the file was made in another feature space ({_format_space(space)}) than "
-                            f"{_format_space(features.metadata())}", reference=path)
+                            f"{_format_space(expected_space)}", reference=path)
     size = record.get("size")
     return dict(images=record.get("images"), size=tuple(size) if isinstance(size, list) else None, source=source)
 
@@ -105,14 +100,21 @@ def _read_finite(path, name):
     return array
 
 
-def save_reference(path, statistics, features, source):
-    """Write statistics as a reference: ADM's arrays, the features for precision and recall, and a record.
+def check_overwrite(path, images):
+    """Raise an `ArgumentError` if a file is there, unless it is an earlier reference of the same images."""
+    if not os.path.exists(path):
+        return
+    with contextlib.suppress(UserError, LookupError, TypeError):
+        if _read_record(path)["source"]["path"] == images.metadata()["path"]:
+            return
+    raise ArgumentError("this file exists, and is not a reference of the same images. Choose another name, or pass "
+                        "--overwrite", output=path)
 
-    Args:
-        path (str): The .npz to write.
-        statistics (FeatureStatistics): Of the reference images.
-        features (FeatureSpace): The feature space they were measured in.
-        source (dict): Plain values that describe the images.
+
+def save_reference(path, statistics, features, source):
+    """Write `FeatureStatistics` as a reference: ADM's arrays, the features for precision and recall, and a record.
+
+    The record describes the feature space and, by the plain values of `source`, the images.
     """
     arrays = dict(mu=statistics.pool[0], sigma=statistics.pool[1], features=statistics.features.numpy())
     if statistics.spatial is not None:

@@ -8,13 +8,9 @@ from evaluation.metrics import INCEPTION_SCORE_SPLIT, NUM_NEIGHBORS, frechet_dis
 
 
 def compute_scores(samples, reference, features, labels=None):
-    """Compute all scores that a feature space and a reference allow. Call it on rank 0.
+    """Compute all scores that a feature space and two `FeatureStatistics` in it allow. Call it on rank 0.
 
-    Args:
-        samples (FeatureStatistics): Statistics of the samples.
-        reference (FeatureStatistics): Statistics of the reference.
-        features (FeatureSpace): The feature space of both.
-        labels (ndarray): Classes that the samples are meant to show, shape (N,), or None.
+    `labels` are the classes that the samples are meant to show, shape (N,), or None.
 
     Returns:
         dict[str, float]: In the standard Inception space fid, sfid, inception_score, inception_score_std, precision,
@@ -53,12 +49,7 @@ def check_same_dimensions(samples, reference):
 
 
 def check_comparable(images, reference, features):
-    """Check that images can be compared with a reference, before they are generated or measured.
-
-    Args:
-        images (ImageSource): The samples.
-        reference (FeatureStatistics): Statistics of the reference.
-        features (FeatureSpace): The feature space of both.
+    """Check that an `ImageSource` can be compared with a reference, before its images are generated or measured.
 
     Raises:
         ArgumentError: If too few images are to be generated.

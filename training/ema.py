@@ -3,7 +3,6 @@ import copy
 from contextlib import contextmanager
 
 import torch
-from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from training import fsdp
 from training.fsdp import to_local
@@ -27,7 +26,6 @@ class EMA:
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
         self.full_model = self.model
         self.decay = decay
-        self._average = get_ema_multi_avg_fn(decay)
 
     def shard(self, mesh):
         """Keep one shard of the average per rank, as of the model that it follows."""
@@ -48,19 +46,12 @@ class EMA:
 
     @torch.no_grad()
     def update(self, model, weight=None):
-        """Move the average towards the weights of `model`, all of them in one call.
-
-        Args:
-            model (DiT): The model that is followed.
-            weight (Tensor): Scalar on the device, 1 or 0: whether to move. Default: move.
-        """
+        """Move the average towards the weights of `model`; `weight` is a scalar on the device, 0 not to move."""
         pairs = list(zip(self.model.parameters(), model.parameters()))
         averages = [to_local(average) for average, new in pairs if new.requires_grad]
         weights = [to_local(new.detach()) for _, new in pairs if new.requires_grad]
-        if weight is None:
-            self._average(averages, weights, None)
-        else:
-            torch._foreach_lerp_(averages, weights, [weight * (1 - self.decay)] * len(averages))
+        rate = 1 - self.decay
+        torch._foreach_lerp_(averages, weights, rate if weight is None else [weight * rate] * len(averages))
         fixed = [(average, new) for average, new in pairs if not new.requires_grad]
         for average, new in (*fixed, *zip(self.model.buffers(), model.buffers())):
             to_local(average).copy_(to_local(new))

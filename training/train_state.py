@@ -67,10 +67,9 @@ class OptimizerState:
         weights = [weight for group in self.optimizer.param_groups for weight in group["params"]]
         moments = {i: _shard_state_like(dict.fromkeys(values, weights[i]), values)
                    for i, values in state["state"].items()}
-        current = [{name: value for name, value in group.items() if name != "params"}
-                   for group in self.optimizer.param_groups]
         # The hyperparameters of a group decide on which device its moments belong.
-        groups = [group | values for group, values in zip(state["param_groups"], current, strict=True)]
+        groups = [current | dict(params=stored["params"])
+                  for stored, current in zip(state["param_groups"], self.optimizer.param_groups, strict=True)]
         self.optimizer.load_state_dict(state | dict(state=moments, param_groups=groups))
         self._check_moments()
 
@@ -97,13 +96,9 @@ def _shard_state_like(patterns, tensors):
 
 
 def match_averages(stored, decays):
-    """Give a checkpoint's averages the places that a run with these decays expects, each by its decay.
+    """Give the averages of a checkpoint the places, `ema` and `extra_emas`, that a run with these decays expects.
 
     A single average that continues with another decay stays as it is.
-
-    Args:
-        stored (dict): The checkpoint, whose `ema` and `extra_emas` are changed.
-        decays (list[float]): Decays of the run.
 
     Returns:
         list[str]: A sentence about each average that starts from the weights, and each that is dropped.
@@ -126,12 +121,7 @@ def _stored_args(stored):
 
 
 def find_config_changes(stored, args, config):
-    """Compare a checkpoint with the run that is to resume it.
-
-    Args:
-        stored (dict): The checkpoint.
-        args (dict): Flags of this run.
-        config (dict): Model and data of this run, as its checkpoints hold them.
+    """Compare a checkpoint with the flags of the run that is to resume it, and with its `config` of model and data.
 
     Returns:
         list[str]: A sentence about each flag and each property of the data that is not what it was.
