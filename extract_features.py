@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from autoencoder.checks import NUM_CHECK_IMAGES, check_autoencoder
 from autoencoder.vae import latent_size, load_autoencoder
 from common import distributed
-from common.cli import HelpFormatter, non_negative_int, parse_args, positive_int
+from common.cli import HelpFormatter, non_negative_int, parse_args, path_or_name, positive_int
 from common.errors import ArgumentError, UserError, run_command
 from common.files import BackgroundWriter, format_bytes, sha256_file
 from data import build_dataset
@@ -56,8 +56,8 @@ def build_parser():
 
 def main():
     """Run the command."""
-    flags, explicit_args = parse_args(build_parser(), presets=lambda flags, explicit_args: (
-        BUILTIN_DATASETS["digits"] if flags.data_path == "digits" else {}))
+    flags, explicit_args = parse_args(
+        build_parser(), lambda flags, explicit_args: BUILTIN_DATASETS["digits"] if flags.data_path == "digits" else {})
     check_flags(flags, explicit_args)
     distributed.init(tf32=flags.precision != "fp32", timeout=TIMEOUT)
     with distributed.collective_timeout("the latents", timeout=TIMEOUT):
@@ -76,11 +76,10 @@ def check_flags(flags, explicit_args):
                             num_classes=flags.num_classes)
     if flags.vae == "none":
         raise ArgumentError("without a VAE there is nothing to encode. train.py takes pixels as they are", vae="none")
-    if not parse_builtin_name(flags.data_path)[0]:
-        data_path, features_path = os.path.abspath(flags.data_path), os.path.abspath(flags.features_path)
-        if os.path.commonpath([features_path, data_path]) == data_path:
-            raise ArgumentError("lies in --data-path, where it would be taken for a class. Name a folder elsewhere",
-                                features_path=flags.features_path)
+    data_path, features_path = os.path.abspath(flags.data_path), os.path.abspath(flags.features_path)
+    if not parse_builtin_name(flags.data_path)[0] and os.path.commonpath([features_path, data_path]) == data_path:
+        raise ArgumentError("lies in --data-path, where it would be taken for a class. Name a folder elsewhere",
+                            features_path=flags.features_path)
 
 
 # ---------------------------------------------------------------- encoding
@@ -106,10 +105,9 @@ def open_all(flags):
     with distributed.raise_on_all_ranks():
         dataset = build_dataset(flags.data_path, flags.image_size, num_classes=flags.num_classes, collective=True)
     with distributed.raise_on_all_ranks():
-        # The cache keeps the paths, and is used from elsewhere.
-        vae = os.path.abspath(flags.vae) if os.path.isdir(flags.vae) else flags.vae
-        data_path = flags.data_path if parse_builtin_name(flags.data_path)[0] else os.path.abspath(flags.data_path)
-        autoencoder = load_autoencoder(vae, dataset.channels, distributed.device())
+        # The cache keeps the paths, and is used from elsewhere: `path_or_name` makes them absolute.
+        data_path = flags.data_path if parse_builtin_name(flags.data_path)[0] else path_or_name(flags.data_path)
+        autoencoder = load_autoencoder(path_or_name(flags.vae), dataset.channels, distributed.device())
         latent_size(autoencoder, flags.image_size)  # raises if they do not fit
         flips = dataset.flips if flags.flip is None else flags.flip
         manifest = new_manifest(dataset, data_path, autoencoder, flags.image_size, flips, flags.dtype, flags.precision)
@@ -117,10 +115,9 @@ def open_all(flags):
 
 
 def begin(dataset, autoencoder, writer, flags, lock):
-    """Check the autoencoder, print what will be done, and prepare the files, on rank 0.
+    """Prepare the files on rank 0, and return the ranges (start, end) left to encode, or None if there are none.
 
-    Returns the ranges (start, end) that are left to encode, or None if the cache is complete. Until the end of the
-    `ExitStack` `lock` no other run can write to it.
+    Until the end of the `ExitStack` `lock` no other run can write to the cache.
     """
     if writer.is_complete():
         return report_complete(writer)
@@ -141,14 +138,11 @@ def begin(dataset, autoencoder, writer, flags, lock):
 
 
 def encode_all(dataset, autoencoder, writer, ranges, flags):
-    """Encode and write this rank's share of the ranges.
-
-    Errors are not shared between ranks here: one ends the run at once, not when all others have finished.
-    """
+    """Encode and write this rank's share of the ranges. An error ends the run at once, without asking other ranks."""
     rank, world_size, device = distributed.rank(), distributed.world_size(), distributed.device()
     local_ranges, total = ranges[rank::world_size], sum(end - start for start, end in ranges)
     loader = DataLoader(ImageRanges(dataset), sampler=local_ranges, batch_size=None, num_workers=flags.num_workers,
-                        pin_memory=device.type == "cuda", prefetch_factor=2 if flags.num_workers else None)
+                        pin_memory=device.type == "cuda")
     with progress_bar(total, "image") as bar, BackgroundWriter() as background:
         for (start, end), (images, corrupt) in zip(local_ranges, loader):
             if corrupt:
@@ -178,7 +172,7 @@ def encode(autoencoder, images, orientations, flags):
         with torch.autocast(images.device.type, torch.bfloat16, enabled=flags.precision == "bf16"):
             moments = [autoencoder.moments(side) for side in (images, images.flip(-1))[:orientations]]
     except torch.OutOfMemoryError:
-        raise ArgumentError(f"does not fit into the memory of {images.device} at --image-size {flags.image_size}. "
+        raise ArgumentError(f"does not fit into the memory of {images.device}, at {flags.image_size} pixels a side. "
                             "Lower it", batch_size=flags.batch_size) from None
     return torch.stack(moments, dim=1).float().cpu()
 
@@ -202,10 +196,10 @@ def finish(dataset, writer, flags):
         if ranges := writer.missing_ranges(len(dataset)):
             raise UserError(f"the images {ranges[0][0]} .. {ranges[0][1] - 1} were not written. Do all ranks write to "
                             "the same disk?")
-        names = writer.file_names()[distributed.rank()::distributed.world_size()]
-        paths = [os.path.join(writer.folder, name) for name in names]
-        with progress_bar(sum(map(os.path.getsize, paths)), "B", unit_scale=True, desc="checksums") as bar:
-            checksums = [(name, sha256_file(path, on_block=bar.update)) for name, path in zip(names, paths)]
+        paths = {name: os.path.join(writer.folder, name)
+                 for name in writer.file_names()[distributed.rank()::distributed.world_size()]}
+        with progress_bar(sum(map(os.path.getsize, paths.values())), "B", unit_scale=True, desc="checksums") as bar:
+            checksums = [(name, sha256_file(path, on_block=bar.update)) for name, path in paths.items()]
     checksums = dict(distributed.gather_objects(checksums))
     distributed.run_on_rank0_and_broadcast(lambda: writer.finish(dataset, checksums, flags.max_bad_images))
     if distributed.is_rank0():
@@ -224,13 +218,12 @@ def report_complete(writer):
 
 def verify_cache(flags):
     """Compare every file of a cache with its checksum, the files shared between the ranks."""
-    folder, world_size = flags.features_path, distributed.world_size()
+    folder, rank, world_size = flags.features_path, distributed.rank(), distributed.world_size()
     with distributed.raise_on_all_ranks():
         manifest = read_manifest(folder)
         total = sum(file["bytes"] for file in manifest.get("files", {}).values())
         with progress_bar(total, "B", unit_scale=True) as bar:
-            problems = verify(folder, distributed.rank(), world_size,
-                              on_block=lambda size: bar.update(min(size * world_size, total - bar.n)))
+            problems = verify(folder, rank, world_size, lambda size: bar.update(min(size * world_size, total - bar.n)))
     if problems := sorted(distributed.gather_objects(problems)):
         raise UserError(f"{folder} is damaged: {'; '.join(problems)}. Copy these files again from an intact copy, or "
                         "remove the folder and encode again", shown=distributed.is_rank0())

@@ -9,15 +9,9 @@ NUM_CHECK_IMAGES = 8
 
 
 def check_autoencoder(autoencoder, examples, device):
-    """Describe a few images and their latents; a wrong scale would cost a full training run.
+    """Yield lines about a few images, or moments, and their latents: a wrong scale would cost a full training run.
 
-    Args:
-        autoencoder (VAE | CachedLatents | IdentityAutoencoder): What encodes them.
-        examples (Tensor): Images or moments that it encodes, shape (N, ...), or None.
-        device (torch.device): Where it is.
-
-    Yields:
-        str: Lines for the log, warnings among them.
+    `examples` has the shape (N, ...), or is None if there are none; `device` is that of the autoencoder.
     """
     if examples is None or not autoencoder.is_random:
         return
@@ -40,10 +34,10 @@ def check_round_trip(autoencoder, images):
     psnr = 10 * math.log10(4 / max(mse, 1e-12))  # 4: the square of the range
     contrast = (decoded.std() / images.std().clamp(min=0.05)).item()
     brightness = (decoded.mean() - images.mean()).item()
-    yield (f"Round trip of {len(images)} images through --vae {autoencoder.name}: PSNR {psnr:.1f} dB, "
+    yield (f"Round trip of {len(images)} images through the VAE {autoencoder.name}: PSNR {psnr:.1f} dB, "
            f"pixels {decoded.min():.2f} .. {decoded.max():.2f} (they were {images.min():.2f} .. {images.max():.2f})")
     if psnr < 15 or not 0.8 < contrast < 1.25 or abs(brightness) > 0.25:
-        yield (f"WARNING: --vae {autoencoder.name} does not restore these images: PSNR {psnr:.1f} dB (25 is usual), "
+        yield (f"WARNING: the VAE {autoencoder.name} does not restore these images: PSNR {psnr:.1f} dB (25 is usual), "
                f"{contrast:.2f} times the contrast, brighter by {brightness:+.2f}. Was it trained on images of another "
                "kind, or in another range than [-1, 1]?")
     yield from check_latent_statistics(autoencoder, latents)
@@ -56,12 +50,12 @@ def check_latent_statistics(autoencoder, latents):
     """
     name, scaling = autoencoder.name, autoencoder.latent_scaling
     mean, std = latents.mean().item(), latents.std().item()
-    yield f"Latents of --vae {name}: {tuple(latents.shape[1:])} each, mean {mean:.3f}, std {std:.3f} as scaled"
+    yield f"Latents of the VAE {name}: {tuple(latents.shape[1:])} each, mean {mean:.3f}, std {std:.3f} as scaled"
     if not 0.5 < std < 2:
-        yield (f"WARNING: the latents of --vae {name} have a standard deviation of {std:.3g}, about 1 is expected: is "
-               f"the scaling_factor {_format(scaling.scale)} in its config.json right?")
+        yield (f"WARNING: the latents of the VAE {name} have a standard deviation of {std:.3g}, about 1 is expected: "
+               f"is the scaling_factor {_format(scaling.scale)} in its config.json right?")
     if abs(mean) > max(std, 0.5):
-        yield (f"WARNING: the latents of --vae {name} have a mean of {mean:.3g}, about 0 is expected: is the "
+        yield (f"WARNING: the latents of the VAE {name} have a mean of {mean:.3g}, about 0 is expected: is the "
                f"shift_factor {_format(scaling.shift)} in its config.json right?")
 
 

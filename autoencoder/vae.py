@@ -18,19 +18,11 @@ DECODE_BATCH_SIZE = 16
 
 @dataclass(frozen=True)
 class LatentScaling:
-    """Size of a VAE's latents, and how they are scaled for the DiT: scaled = (latent - shift) * scale.
-
-    Attributes:
-        channels (int): C of the latents.
-        stride (int): Pixels per latent, along each side.
-        scale (float | list[float]): One number, or one per channel.
-        shift (float | list[float]): One number, or one per channel.
-        image_channels (int): Channels of the images.
-    """
+    """Size of a VAE's latents, and how they are scaled for the DiT: scaled = (latent - shift) * scale."""
 
     channels: int
-    stride: int
-    scale: float | list[float]
+    stride: int  # pixels per latent, along each side
+    scale: float | list[float]  # one number, or one per channel
     shift: float | list[float]
     image_channels: int = 3
 
@@ -64,11 +56,7 @@ def _channel_tensor(values, device):
 
 
 class IdentityAutoencoder:
-    """No VAE: the DiT works on pixels in [-1, 1].
-
-    Args:
-        channels (int): Channels of the images.
-    """
+    """No VAE: the DiT works on pixels in [-1, 1]."""
 
     name = "none"
     stride = 1
@@ -106,12 +94,7 @@ class _ScaledAutoencoder:
 
 
 class VAE(_ScaledAutoencoder):
-    """A frozen diffusers `AutoencoderKL`.
-
-    Args:
-        name (str): Its name, as --vae has it.
-        vae (AutoencoderKL): The network.
-    """
+    """A frozen diffusers `AutoencoderKL`; its name is what `load_autoencoder` takes."""
 
     def __init__(self, name, vae):
         super().__init__(name, _read_latent_scaling(vae.config))
@@ -124,14 +107,7 @@ class VAE(_ScaledAutoencoder):
 
     @torch.no_grad()
     def moments(self, images):
-        """Encode images to the moments of their posterior.
-
-        Args:
-            images (Tensor): Images in [-1, 1], shape (N, C, H, W).
-
-        Returns:
-            Tensor: Mean, then log_var, shape (N, 2C, H / stride, W / stride).
-        """
+        """Encode images in [-1, 1], shape (N, C, H, W): mean, then log_var, shape (N, 2C, H / stride, W / stride)."""
         posterior = self.vae.encode(images).latent_dist
         return torch.cat([posterior.mean, posterior.logvar], dim=1)
 
@@ -141,28 +117,16 @@ class VAE(_ScaledAutoencoder):
 
     @torch.no_grad()
     def decode(self, latents):
-        """Decode scaled latents.
-
-        In parts: at 512 pixels one activation of the decoder takes 0.3 GB per image.
-
-        Args:
-            latents (Tensor): Scaled latents, shape (N, C, h, w).
-
-        Returns:
-            Tensor: Images, about in [-1, 1], shape (N, 3, h * stride, w * stride).
-        """
+        """Decode scaled latents, shape (N, C, h, w), to (N, 3, h * stride, w * stride), about in [-1, 1]."""
+        # In parts: at 512 pixels one activation of the decoder takes 0.3 GB per image.
         parts = self.latent_scaling.unscale(latents).split(DECODE_BATCH_SIZE)
         return torch.cat([self.vae.decode(part).sample for part in parts])
 
 
 class CachedLatents(_ScaledAutoencoder):
-    """The autoencoder of a latent cache: encoding draws from moments that a VAE computed earlier.
+    """The autoencoder of a latent cache: encoding draws from moments that a VAE, whose name it has, computed earlier.
 
-    Args:
-        name (str): Name of that VAE.
-        latent_scaling (LatentScaling): Of its latents.
-        encoder_sha256 (str): Hash of its encoder.
-        vae (VAE): What decodes, or None if nothing is decoded.
+    `vae` is what decodes, or None if nothing is decoded.
     """
 
     def __init__(self, name, latent_scaling, encoder_sha256, vae=None):
@@ -198,16 +162,13 @@ def latent_size(autoencoder, image_size):
 
 
 def load_autoencoder(vae, channels=3, device="cpu"):
-    """Load the autoencoder that --vae names.
+    """Load a VAE, or the `IdentityAutoencoder`.
 
     Args:
         vae (str): "ema" or "mse" (the paper's), a directory written by diffusers' `save_pretrained`, another name on
             the Hugging Face hub, with a folder in it if needed ("OWNER/MODEL/vae"), or "none" for pixels.
         channels (int): Channels of the images.
         device (torch.device): Where the weights are needed.
-
-    Returns:
-        VAE | IdentityAutoencoder: The autoencoder.
 
     Raises:
         ArgumentError: If it cannot be loaded, or takes images of other channels.
@@ -228,17 +189,16 @@ def load_autoencoder(vae, channels=3, device="cpu"):
         if is_local:
             advice = "The folder must hold config.json and diffusion_pytorch_model.safetensors of an AutoencoderKL"
         else:
-            advice = (f"Without a network, fetch https://huggingface.co/{repository} elsewhere and pass its directory, "
-                      "as in --vae /path/to/sd-vae-ft-ema")
+            advice = f"Without a network, fetch https://huggingface.co/{repository} elsewhere and pass its directory"
         raise ArgumentError(f"cannot be loaded ({_first_line(error)}). {advice}", vae=vae) from None
     if autoencoder.image_channels != channels:
         raise ArgumentError(f"it takes images of {autoencoder.image_channels} channels, this data has {channels}. "
-                            "--vae none works on the pixels", vae=vae)
+                            "The name none stands for working on the pixels", vae=vae)
     return autoencoder
 
 
 def load_cached_latents(cache, vae=None, image_size=None, device="cpu", needs_decoder=False):
-    """Build the autoencoder of a latent cache, after checking that the cache is what the user asked for.
+    """Build the `CachedLatents` of a latent cache, after checking that the cache is what the user asked for.
 
     Args:
         cache (LatentCache): The cache.
@@ -247,9 +207,6 @@ def load_cached_latents(cache, vae=None, image_size=None, device="cpu", needs_de
         device (torch.device): Where the decoder is needed.
         needs_decoder (bool): Whether to load the VAE, to decode with.
 
-    Returns:
-        CachedLatents: The autoencoder.
-
     Raises:
         ArgumentError: If the cache was made with another VAE or for another size, or the VAE cannot be loaded.
     """
@@ -257,17 +214,15 @@ def load_cached_latents(cache, vae=None, image_size=None, device="cpu", needs_de
     if image_size not in (None, cache.image_size):
         raise ArgumentError(f"the cache {cache.folder} is of images of {cache.image_size} pixels",
                             image_size=image_size)
-    name = vae or cache.autoencoder_name
+    name, made_with = vae or cache.autoencoder_name, f"the cache {cache.folder} was made with {cache.autoencoder_name}"
     # A name on the hub stands for the same weights as when the cache was made; a directory may hold others.
     if not needs_decoder and name == cache.autoencoder_name and not (vae and os.path.isdir(name)):
         return CachedLatents(name, latent_scaling, encoder_sha256)
     try:
         autoencoder = load_autoencoder(name, cache.channels, device if needs_decoder else "cpu")
     except UserError as error:
-        remedy = "" if vae else ". If it was moved, pass its new place; without --sample-every it is not needed"
-        raise ArgumentError(f"{error.args[0]}. The cache {cache.folder} was made with {cache.autoencoder_name}{remedy}",
-                            vae=name) from None
-    made_with = f"the cache {cache.folder} was made with {cache.autoencoder_name}"
+        remedy = "" if vae else ". If it was moved, pass its new place; it is only needed to decode samples"
+        raise ArgumentError(f"{error.args[0]} ({made_with}){remedy}", vae=name) from None
     if not autoencoder.is_random:
         raise ArgumentError(made_with, vae=name)
     if autoencoder.encoder_sha256 != encoder_sha256:

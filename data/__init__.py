@@ -16,9 +16,6 @@ def build_dataset(data_path, image_size, max_bad_images=0, num_classes=None, col
         num_classes (int): Number of classes of the fractals. Default: as in `BUILTIN_DATASETS`.
         collective (bool): Whether all ranks make this call together. If so, only rank 0 lists the folder.
 
-    Returns:
-        LabeledImageDataset: The data set.
-
     Raises:
         ArgumentError: For a folder that is not a data set, and for digits of another size than theirs.
     """

@@ -7,17 +7,11 @@ from common.errors import ArgumentError, UserError
 
 @dataclass
 class CorruptImage:
-    """An image file that cannot be read. Worker processes return it as a value instead of raising.
-
-    Attributes:
-        path (str): The file.
-        reason (str): One line.
-        is_damaged (bool): False if the machine is at fault (no permission, a failing disk, no memory). Such an image
-            may be readable the next time, so it is never skipped.
-    """
+    """An image file that cannot be read. Worker processes return it as a value instead of raising."""
 
     path: str
-    reason: str
+    reason: str  # one line
+    # False if the machine is at fault (no permission, a failing disk): readable the next time, so never skipped.
     is_damaged: bool = True
 
 
@@ -34,11 +28,7 @@ class CorruptImageLog:
         self.max_bad_images, self.path, self.warn = max_bad_images, path, warn
 
     def add(self, images):
-        """Count the `CorruptImage`s of a batch.
-
-        Raises:
-            UserError: If one is too many, or is not damaged but unreadable.
-        """
+        """Count the `CorruptImage`s of a batch; raises a `UserError` if one is too many, or unreadable."""
         for image in images:
             raise_if_unreadable(image)
             known_paths = self._read_paths()
@@ -50,7 +40,7 @@ class CorruptImageLog:
             with open(self.path, "ab") as file:  # one appending write: lines of several processes do not mix
                 file.write(f"{image.path}\t{image.reason}\n".encode(errors="surrogateescape"))
             self.warn(f"WARNING: skipped the image {image.path} ({image.reason}), "
-                      f"{count} of {self.max_bad_images} that --max-bad-images allows")
+                      f"{count} of {self.max_bad_images} corrupt ones that are allowed")
 
     def _read_paths(self):
         if not os.path.exists(self.path):

@@ -11,9 +11,9 @@ class Batch(NamedTuple):
     """What a data set returns for a list of (index, flip).
 
     Attributes:
-        images (Tensor): Images in [-1, 1], shape (n, C, H, W), or what the autoencoder of the data encodes. None if
-            too many images are corrupt.
-        cond (dict[str, Tensor]): The condition, {"y": class labels}, shape (n,), int64; keyword arguments of the model.
+        images (Tensor): Images in [-1, 1], shape (n, C, H, W), or what the autoencoder encodes; None if too many are
+            corrupt.
+        cond (dict[str, Tensor]): Keyword arguments of the model: {"y": class labels}, shape (n,), int64.
         corrupt (list[CorruptImage]): The corrupt images that were replaced.
     """
 
@@ -61,11 +61,7 @@ class LabeledImageDataset(Dataset):
         return Batch(torch.stack(images), {"y": torch.tensor(labels)}, list(corrupt.values()))
 
     def examples(self, count):
-        """Read up to `count` images, evenly spaced over the data set.
-
-        Returns:
-            Tensor | None: Those that can be read, shape (n, C, H, W); None if there are none.
-        """
+        """Read up to `count` evenly spaced images: those that can be read, shape (n, C, H, W), or None."""
         images = [self.read(index) for index in evenly_spaced_indices(len(self), count)]
         images = [image for image in images if not isinstance(image, CorruptImage)]
         return torch.stack(images) if images else None

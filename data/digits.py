@@ -7,11 +7,7 @@ from data.dataset import LabeledImageDataset
 
 
 class DigitsDataset(LabeledImageDataset):
-    """1,797 grayscale images of 8x8 pixels in ten classes, in the order of scikit-learn.
-
-    Args:
-        split (str): "train", four of five images, or "held-out", every fifth.
-    """
+    """1,797 grayscale images of 8x8 pixels in ten classes; every fifth one is in the split "held-out"."""
 
     channels = 1
     flips = False  # a mirrored 2 is not a 2

@@ -6,6 +6,7 @@ the chaos game with slightly changed parameters. Maps are drawn by their singula
 ("Improving Fractal Pre-training", 2022, arXiv 2110.03091), so that most are kept.
 """
 import functools
+import itertools
 from typing import NamedTuple
 
 import numpy as np
@@ -27,12 +28,9 @@ SYSTEM, TRIAL, IMAGE = range(3)
 
 
 class FractalsDataset(LabeledImageDataset):
-    """Fractals: an image is a function of (class, index) alone, not of the process, the order or the epoch.
+    """Fractals: an image is a function of (class, index) alone, so class 17 is the same with 20 classes and with 1000.
 
-    Args:
-        image_size (int): Pixels a side.
-        num_classes (int): Number of classes; class 17 is the same with 20 classes and with 1000.
-        split (str): "train", 1,000 images per class, or "held-out", 100 others.
+    The split "train" has 1,000 images per class, "held-out" 100 others.
     """
 
     channels = 3
@@ -52,18 +50,11 @@ class FractalsDataset(LabeledImageDataset):
 
 
 class IteratedFunctionSystem(NamedTuple):
-    """A class: its maps and their colors.
+    """A class: its maps and their colors."""
 
-    Attributes:
-        maps (ndarray): K affine maps of the plane, [[a, b, e], [c, d, f]], shape (2, 3, K).
-        choices (ndarray): The map that each value of a random byte applies, shape (256,).
-        palette (ndarray): The color in [0, 1] of a point that went through one map last and another before it, shape
-            (3, K * K).
-    """
-
-    maps: np.ndarray
-    choices: np.ndarray
-    palette: np.ndarray
+    maps: np.ndarray  # K affine maps of the plane, [[a, b, e], [c, d, f]], shape (2, 3, K)
+    choices: np.ndarray  # the map that each value of a random byte applies, shape (256,)
+    palette: np.ndarray  # color in [0, 1] of a point, by the last map and the one before it, shape (3, K * K)
 
 
 def draw(label, index, size):
@@ -88,10 +79,9 @@ def draw(label, index, size):
 @functools.cache
 def get_system(label):
     """Return the `IteratedFunctionSystem` of a class: the first random one with enough coverage."""
-    attempt = 0
-    while not has_good_coverage(system := random_system(label, attempt), label, attempt):
-        attempt += 1
-    return system
+    for attempt in itertools.count():
+        if has_good_coverage(system := random_system(label, attempt), label, attempt):
+            return system
 
 
 def random_system(label, attempt):
@@ -135,16 +125,10 @@ def has_good_coverage(system, label, attempt, size=32, chains=128, steps=16):
 
 
 def chaos_game(system, words, chains, steps):
-    """Apply random maps in sequence to many points at once.
+    """Move `chains` points at once by random maps, `steps` times after the burn-in.
 
-    Args:
-        system (IteratedFunctionSystem): The maps.
-        words (ndarray): At least chains * (BURN_IN_STEPS + steps) / 8 random 64-bit words.
-        chains (int): Number of points that are moved at once.
-        steps (int): Number of maps applied to each after the burn-in.
-
-    Returns:
-        tuple[ndarray, ndarray]: Points of the fractal, shape (2, chains * steps), and the palette index of each.
+    Takes chains * (BURN_IN_STEPS + steps) / 8 random 64-bit words. Returns points of the fractal, shape
+    (2, chains * steps), and the palette index of each.
     """
     maps, count = system.maps, system.maps.shape[2]
     random_bytes = words.astype("<u8").view(np.uint8)[:chains * (BURN_IN_STEPS + steps)]
@@ -173,10 +157,7 @@ def to_pixel_indices(points, size):
 
 
 def random_words(count, use, label, index):
-    """Return `count` random 64-bit words, a function of (use, label, index).
-
-    They are raw words of Philox (Salmon et al., 2011), which numpy keeps stable; a `Generator` may change.
-    """
+    """Return random 64-bit words of (use, label, index): raw ones of Philox (Salmon et al., 2011), stable in numpy."""
     return np.random.Philox(key=use, counter=(label << 128) + (index << 64)).random_raw(count)
 
 

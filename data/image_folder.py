@@ -49,12 +49,6 @@ class ImageFolderDataset(LabeledImageDataset):
 def list_image_folder(data_path):
     """List the images of a folder: the classes, files and order of torchvision's `ImageFolder`.
 
-    Args:
-        data_path (str): The folder of class folders.
-
-    Returns:
-        ImageListing: Its classes and files.
-
     Raises:
         ArgumentError: If there is no such folder, no class, or a class without images.
     """

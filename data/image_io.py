@@ -5,6 +5,7 @@ import warnings
 import numpy as np
 import torch
 from PIL import ExifTags, Image
+from PIL.Image import Transpose
 from PIL.PngImagePlugin import PngInfo
 from torchvision.utils import make_grid
 
@@ -19,13 +20,8 @@ MIN_TILE_PIXELS = 64  # tiles of smaller images are enlarged in a grid
 Image.MAX_IMAGE_PIXELS = 1 << 28
 # The transposition that undoes each value of EXIF's orientation tag.
 EXIF_TRANSPOSES = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
+    2: Transpose.FLIP_LEFT_RIGHT, 3: Transpose.ROTATE_180, 4: Transpose.FLIP_TOP_BOTTOM, 5: Transpose.TRANSPOSE,
+    6: Transpose.ROTATE_270, 7: Transpose.TRANSVERSE, 8: Transpose.ROTATE_90,
 }
 MAX_ASPECT_RATIO = 16
 
@@ -36,13 +32,11 @@ def to_uint8(images):
     """Convert images to bytes by the rule of published sample sets: 127.5 x + 128, truncated.
 
     Args:
-        images (Tensor): Images in [-1, 1], shape (N, C, H, W); one channel is repeated to three.
+        images (Tensor): Images in [-1, 1], shape (N, C, H, W); one channel is repeated to three. A non-finite value,
+            which would come out black, is a `UserError`.
 
     Returns:
         Tensor: Pixels, shape (N, H, W, 3), uint8.
-
-    Raises:
-        UserError: If a value is non-finite; it would come out black.
     """
     if not torch.isfinite(images).all():
         raise UserError("the model makes images that are not finite. Use an earlier checkpoint")
@@ -58,16 +52,9 @@ def make_image_grid(images, columns):
 
 
 def save_image_grid(images, columns, path, metadata=None):
-    """Write images as one picture.
+    """Write images in [-1, 1], shape (N, C, H, W), as one picture; its extension is the format.
 
-    Args:
-        images (Tensor): Images in [-1, 1], shape (N, C, H, W).
-        columns (int): Number of images in a row.
-        path (str): File to write; its extension is the format.
-        metadata (dict): Plain values to keep in a PNG, as its text "DiT".
-
-    Raises:
-        UserError: If the file cannot be written.
+    Plain values of `metadata` (dict) are kept in a PNG, as its text "DiT".
     """
     picture, info = to_pil(make_image_grid(images, columns)), PngInfo()
     if metadata:
@@ -86,14 +73,10 @@ def to_pil(grid):
 # ---------------------------------------------------------------- files to pixels
 
 def read_image(path, size):
-    """Read an image file as RGB, upright, center-cropped.
-
-    Args:
-        path (str): The file.
-        size (int): Pixels a side. None: as large as it is.
+    """Read an image file as RGB, upright, center-cropped to `size` pixels a side (None: as large as it is).
 
     Returns:
-        ndarray | CorruptImage: Pixels, shape (size, size, 3), uint8, or what is wrong with the file.
+        ndarray | CorruptImage: Pixels, shape (H, W, 3), uint8, or what is wrong with the file.
     """
     try:
         with warnings.catch_warnings():
@@ -120,8 +103,7 @@ def apply_exif_orientation(image):
 def to_rgb(image):
     """Convert a PIL image of any mode to RGB: gray is repeated, 16 bits become 8, alpha is dropped as in torchvision.
 
-    Raises:
-        ValueError: For 32-bit and floating-point pixels, which have no agreed range.
+    32-bit and floating-point pixels, which have no agreed range, are a ValueError.
     """
     if image.mode.startswith("I"):  # 16 bits; Pillow would clip above 255
         values = np.asarray(image)

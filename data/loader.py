@@ -6,7 +6,7 @@ import warnings
 
 from torch.utils.data import DataLoader
 
-from common.errors import UserError
+from common.errors import ArgumentError
 from common.signals import DeferredSignalHandler, ignore_stop_signals_in_worker
 
 # The number of workers is a flag; with fewer cores they wait for each other, which does no harm.
@@ -17,16 +17,14 @@ class PrefetchLoader:
     """The batches that a `StepBatchSampler` lists, loaded ahead: pairs of images and condition, on the device.
 
     A fault is known two steps before the batch that it concerns is missing: time for all ranks to learn of it
-    (`AsyncFlagReducer`) and to stop after the same step. Until then it is kept in `fault`; it is raised where the
-    batches end.
+    (`AsyncFlagReducer`) and to stop after the same step. It is kept in `fault`, and raised where the batches end.
 
     Args:
         dataset (Dataset): A data set that returns `Batch`es.
-        batches (Sampler): Lists of (index, flip).
+        batches (StepBatchSampler): Lists of (index, flip).
         num_workers (int): Number of worker processes; 0 loads in this process.
         device (torch.device): Where the batches are needed.
-        on_corrupt (callable): Called with the `CorruptImage`s of a batch that has any; it must raise if the batch
-            could not be filled.
+        on_corrupt (callable): Called with a batch's `CorruptImage`s; must raise if the batch could not be filled.
     """
 
     NUM_AHEAD = 2
@@ -64,7 +62,8 @@ class PrefetchLoader:
         except StopIteration:
             self.source = None
         except Exception as error:
-            self.source, self.fault = None, (self.num_workers and describe_worker_death(error)) or error
+            worker_death = describe_worker_death(error, self.num_workers) if self.num_workers else None
+            self.source, self.fault = None, worker_death or error
 
     def _to_device(self, tensor):
         return tensor.to(self.device, non_blocking=self.is_pinned)
@@ -75,12 +74,13 @@ class PrefetchLoader:
             raise self.fault
 
 
-def describe_worker_death(error):
-    """Return the `UserError` for an error that follows from the death of a worker, None for any other error."""
+def describe_worker_death(error, num_workers=None):
+    """Return the `ArgumentError` for an error that follows from the death of a worker, None for any other error."""
     is_reported = isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker (pid")
     if is_reported or isinstance(error, (ConnectionError, EOFError)):  # the latter if it died while it was sending
-        return UserError(f"a process that loads data died: {str(error).rstrip('. ')}. If memory is short, lower "
-                         "--num-workers")
+        reason = str(error).rstrip(". ") or type(error).__name__
+        return ArgumentError(f"a process that loads data died ({reason}). If memory is short, use fewer",
+                             num_workers=num_workers)
     return None
 
 

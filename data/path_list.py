@@ -9,9 +9,6 @@ class PathList(Sequence):
 
     A list of a million strings takes ten times as much, and again in every worker process, since reading a string
     writes its reference count.
-
-    Args:
-        paths (Iterable[str]): Paths to begin with.
     """
 
     def __init__(self, paths=()):

@@ -8,11 +8,7 @@ from common.seeding import DATA_ORDER, FLIP, seeded_generator
 
 
 def local_batch_slice(global_batch_size, grad_accum_steps):
-    """Return the slice of the global batch that this rank computes, in `grad_accum_steps` microbatches.
-
-    Raises:
-        ArgumentError: If the global batch cannot be divided into equal microbatches.
-    """
+    """Return the slice of the global batch that this rank computes, in `grad_accum_steps` equal microbatches."""
     world_size = distributed.world_size()
     if global_batch_size % (world_size * grad_accum_steps):
         raise ArgumentError(f"the batch cannot be divided among {world_size} ranks with {grad_accum_steps} "

@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import torch
 
-from common.errors import UserError
+from common.errors import ArgumentError, UserError
 from common.files import list_npz_arrays, read_npz_array, sha256_file
 from data import build_dataset
 from data.builtin import BUILTIN_DATASETS, parse_builtin_name
@@ -128,8 +128,8 @@ class FolderImages(ImageSource):
         for name, image in zip(names, images):
             if image.shape[:2] != self.size:
                 (height, width), (first_height, first_width) = image.shape[:2], self.size
-                raise UserError(f"{os.path.join(self.path, name)} has {width} x {height} pixels, others have "
-                                f"{first_width} x {first_height}. Pass --image-size")
+                raise ArgumentError(f"{os.path.join(self.path, name)} has {width} x {height} pixels, others have "
+                                    f"{first_width} x {first_height}. Pass the size to crop them to", image_size=None)
         return torch.from_numpy(np.stack(images))
 
     def metadata(self):

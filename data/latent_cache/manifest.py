@@ -1,4 +1,5 @@
 """The manifest of a latent cache, and the layout of its files, which follows from it."""
+import hashlib
 import io
 import json
 import os
@@ -21,26 +22,18 @@ DTYPES = {
     "fp32": (torch.float32, np.dtype("<f4")),
 }
 MAX_FILE_BYTES = 4 << 30  # ImageNet at 256 pixels takes ten such files
-# Fields on which two runs must agree to fill the same cache, and the flags that decide them.
-IDENTITY = dict(format=None, vae_sha256="--vae", space="--vae", image_size="--image-size", crop=None,
-                orientations="--flip", dtype="--dtype", precision="--precision", count=None, classes=None,
-                listing_sha256=None, rows_per_file=None)
+# Fields on which two runs must agree to fill the same cache, and the parameters that decide them.
+IDENTITY = dict(format=None, vae_sha256="vae", space="vae", image_size="image_size", crop=None, orientations="flip",
+                dtype="dtype", precision="precision", count="data_path", classes="data_path",
+                listing_sha256="data_path", rows_per_file=None)
+HASH_BLOCK = 1 << 14  # number of paths that are held at once while they are hashed
 
 
 def new_manifest(dataset, data_path, autoencoder, image_size, flips, dtype, precision):
     """Build the manifest of a cache before anything is encoded.
 
-    Args:
-        dataset (LabeledImageDataset): The images.
-        data_path (str): Where they are.
-        autoencoder (VAE): What encodes them.
-        image_size (int): Pixels a side.
-        flips (bool): Whether mirror images are stored too.
-        dtype (str): Key of `DTYPES`, of the stored moments.
-        precision (str): Precision of the encoder.
-
-    Returns:
-        dict: Plain values.
+    `flips` is whether mirror images are stored too, `dtype` the key of `DTYPES` of the stored moments, `precision` that
+    of the encoder.
     """
     orientations = 2 if flips else 1
     latent_size = image_size // autoencoder.stride
@@ -51,7 +44,19 @@ def new_manifest(dataset, data_path, autoencoder, image_size, flips, dtype, prec
         dtype=dtype, precision=precision, count=len(dataset.labels), classes=dataset.class_names, data_path=data_path,
         versions={name: metadata.version(name) for name in ("torch", "diffusers", "pillow")},
         rows_per_file=count_rows_per_file(orientations, autoencoder.channels, latent_size, dtype),
-        listing_sha256=sha256_json([np.asarray(dataset.labels).tolist(), list(dataset.paths)]))
+        listing_sha256=sha256_listing(dataset.labels, dataset.paths))
+
+
+def sha256_listing(labels, paths):
+    """Return the SHA-256 of the JSON text [labels, paths], without holding the text or all paths in memory."""
+    digest = hashlib.sha256()
+    for opening, values in (("[[", labels), ("], [", paths)):
+        digest.update(opening.encode())
+        for start in range(0, len(values), HASH_BLOCK):
+            block = [values[index] for index in range(start, min(start + HASH_BLOCK, len(values)))]
+            digest.update(((", " if start else "") + json.dumps(block, default=int)[1:-1]).encode())
+    digest.update(b"]]")
+    return digest.hexdigest()
 
 
 def count_rows_per_file(orientations, channels, latent_size, dtype):
@@ -61,9 +66,9 @@ def count_rows_per_file(orientations, channels, latent_size, dtype):
 
 def cache_bytes(count, orientations, channels, latent_size, dtype):
     """Return the bytes on disk of the moments and labels of `count` images; the other files are small."""
-    rows_per_file = count_rows_per_file(orientations, channels, latent_size, dtype)
     layout = Layout(dict(count=count, orientations=orientations, space=dict(channels=channels),
-                         latent_size=latent_size, dtype=dtype, rows_per_file=rows_per_file))
+                         latent_size=latent_size, dtype=dtype,
+                         rows_per_file=count_rows_per_file(orientations, channels, latent_size, dtype)))
     return sum(layout.sizes) + len(npy_header((count,), np.dtype("<i8"))) + 8 * count
 
 
@@ -71,12 +76,8 @@ class Layout:
     """The moments files of a cache, and where in them an image lies.
 
     Attributes:
-        count (int): Number of images.
         row_shape (tuple): Shape of an image's moments, (orientations, 2C, h, w).
-        rows (list[int]): Number of images in each file.
-        names (list[str]): Names of the files.
-        headers (list[bytes]): The .npy header of each file.
-        sizes (list[int]): Bytes of each file.
+        rows, names, headers, sizes (list): Of each file: number of images, name, .npy header, bytes.
     """
 
     def __init__(self, manifest):
@@ -112,12 +113,14 @@ def npy_header(shape, dtype):
     return file.getvalue()
 
 
-def read_manifest(features_path):
-    """Read the manifest of a cache and check that it is intact and plausible.
+def begins_with(path, header):
+    """Return whether a file begins with the bytes of a header."""
+    with open(path, "rb") as file:
+        return file.read(len(header)) == header
 
-    Raises:
-        UserError: If there is none, or it is damaged.
-    """
+
+def read_manifest(features_path):
+    """Read the manifest of a cache; raises a `UserError` if there is none, or it is damaged."""
     path = os.path.join(features_path, "manifest.json")
     if not os.path.isfile(path):
         problem = "it holds no manifest.json" if os.path.isdir(features_path) else "there is no such folder"

@@ -10,7 +10,7 @@ from torch.utils.data import Dataset
 from common.errors import ArgumentError, UserError
 from common.files import format_bytes, sha256_file
 from data.dataset import Batch, evenly_spaced_indices
-from data.latent_cache.manifest import ENCODED, Layout, read_manifest
+from data.latent_cache.manifest import ENCODED, Layout, begins_with, read_manifest
 
 BLOCK_BYTES = 64 << 20  # read at once when the cache is copied to a device
 
@@ -19,23 +19,14 @@ class LatentCache(Dataset):
     """A complete cache as training data: batches of (index, flip) -> moments (n, 2C, h, w) and labels.
 
     A corrupt image is replaced by the next good one, as in `LabeledImageDataset`, so that training sees the same
-    images. `autoencoder.load_cached_latents` draws latents from the moments.
+    images. `autoencoder.load_cached_latents` draws latents from the moments. An incomplete or damaged cache is a
+    `UserError`.
 
-    Args:
-        features_path (str): The folder of the cache.
-
-    Attributes:
-        channels (int): Channels of the images.
-        flips (bool): Whether mirror images are stored.
-        class_names (list[str]): Names of the classes, by label.
-        labels (ndarray): Class label of each image, shape (N,), int64.
+    Attributes (in addition to those of `LabeledImageDataset`):
         image_size (int): Pixels a side of the images.
-        autoencoder_name (str): The VAE that encoded them, as --vae named it.
+        autoencoder_name (str): The VAE that encoded them, as the user named it.
         encoder_sha256 (str): Hash of the weights of its encoder.
         latent_scaling (dict): Fields of its `LatentScaling`.
-
-    Raises:
-        UserError: If the cache is incomplete or damaged.
     """
 
     on_device = False
@@ -72,19 +63,14 @@ class LatentCache(Dataset):
 
     def _check_files(self):
         """Check sizes and headers: moments of another shape would be read as noise."""
-        layout, expected_sizes = self.layout, dict(zip(self.layout.names, self.layout.sizes))
-        for name in [*layout.names, "labels.npy", "paths.txt"]:
+        for name in [*self.layout.names, "labels.npy", "paths.txt"]:
+            problem = _check_size(os.path.join(self.folder, name), self.manifest["files"][name]["bytes"])
+            if problem:
+                raise self._error(f"{name} {problem}")
+        for name, size, header in zip(self.layout.names, self.layout.sizes, self.layout.headers):
             path = os.path.join(self.folder, name)
-            size = os.path.getsize(path) if os.path.isfile(path) else None
-            stored_size = self.manifest["files"].get(name, {}).get("bytes")
-            if size is None:
-                raise self._error(f"{name} is missing")
-            if size != stored_size or stored_size != expected_sizes.get(name, stored_size):
-                raise self._error(f"{name} has {size} bytes, it should have {stored_size}")
-        for name, header in zip(layout.names, layout.headers):
-            with open(os.path.join(self.folder, name), "rb") as file:
-                if file.read(len(header)) != header:
-                    raise self._error(f"{name} has another header than the manifest describes")
+            if os.path.getsize(path) != size or not begins_with(path, header):
+                raise self._error(f"{name} has another header or size than the manifest describes")
 
     def _error(self, problem):
         return ArgumentError(f"{problem}. Copy the cache again, or encode it again", features_path=self.folder)
@@ -119,13 +105,7 @@ class LatentCache(Dataset):
                      {"y": torch.from_numpy(self.labels[indices])}, [])
 
     def to_device(self, device):
-        """Copy all moments to a device.
-
-        Args:
-            device (torch.device): The device.
-
-        Returns:
-            DeviceLatents: The same data set, read from there.
+        """Copy all moments to a device and return the same data set, read from there.
 
         Raises:
             ArgumentError: If they do not fit into its memory.
@@ -140,10 +120,9 @@ class LatentCache(Dataset):
             raise ArgumentError(f"{self.folder} takes {format_bytes(needed)}, which {device} cannot allocate in one "
                                 f"block ({str(error).splitlines()[0]}). Leave the flag out",
                                 cache_on_device=True) from None
-        rows_per_block = max(1, BLOCK_BYTES // self.layout.row_bytes)
-        for block_start in range(0, len(self), rows_per_block):
-            block_end = min(block_start + rows_per_block, len(self))
-            for start, end in self.layout.split_by_file(block_start, block_end):
+        block = max(1, BLOCK_BYTES // self.layout.row_bytes)
+        for block_start in range(0, len(self), block):
+            for start, end in self.layout.split_by_file(block_start, min(block_start + block, len(self))):
                 number, offset = self.layout.locate(start)
                 rows = np.empty((end - start, *self.layout.row_shape), self.layout.dtype)
                 self.open_files()[number].read_into(rows, offset)
@@ -216,11 +195,8 @@ def incomplete_cache_error(features_path, manifest):
 
 def replace_corrupt_indices(corrupt, count):
     """Return {corrupt index: the next good one, in the order of the data set}."""
-    substitutes = {}
-    for index in corrupt:
-        following = (other % count for other in range(index + 1, index + count))
-        substitutes[index] = next(other for other in following if other not in corrupt)
-    return substitutes
+    return {index: next(other % count for other in range(index + 1, index + count) if other % count not in corrupt)
+            for index in corrupt}
 
 
 def _free_memory(device):
@@ -230,33 +206,29 @@ def _free_memory(device):
 
 
 def verify(features_path, rank=0, world_size=1, on_block=None):
-    """Read the files of a complete cache and compare them with their checksums.
+    """Describe each file of a complete cache that does not have its checksum.
 
-    Args:
-        features_path (str): The folder of the cache.
-        rank (int): Of `world_size` callers that share the files, this one's number.
-        world_size (int): Number of callers.
-        on_block (callable): Called with the number of bytes of each block read.
-
-    Returns:
-        list[str]: A description of each file that is not as it was written.
+    `world_size` callers share the files; `on_block` is called with the number of bytes of each block read.
     """
     manifest = read_manifest(features_path)
     if not manifest["complete"]:
         raise incomplete_cache_error(features_path, manifest)
-    problems = []
-    for name in sorted(manifest["files"])[rank::world_size]:
-        problem = _check_file(os.path.join(features_path, name), manifest["files"][name], on_block)
-        if problem:
-            problems.append(f"{name} {problem}")
-    return problems
+    names = sorted(manifest["files"])[rank::world_size]
+    problems = [_check_file(os.path.join(features_path, name), manifest["files"][name], on_block) for name in names]
+    return [f"{name} {problem}" for name, problem in zip(names, problems) if problem]
+
+
+def _check_size(path, size):
+    if not os.path.isfile(path):
+        return "is missing"
+    if os.path.getsize(path) != size:
+        return f"has {os.path.getsize(path)} bytes, it should have {size}"
+    return None
 
 
 def _check_file(path, stored, on_block):
-    if not os.path.isfile(path):
-        return "is missing"
-    if os.path.getsize(path) != stored["bytes"]:
-        return f"has {os.path.getsize(path)} bytes, it should have {stored['bytes']}"
+    if problem := _check_size(path, stored["bytes"]):
+        return problem
     try:
         actual_sha256 = sha256_file(path, on_block=on_block)
     except OSError as error:  # of a failing disk

@@ -16,6 +16,7 @@ from data.latent_cache.manifest import (
     IDENTITY,
     MISSING,
     Layout,
+    begins_with,
     npy_header,
     read_manifest,
     write_manifest,
@@ -30,10 +31,6 @@ class LatentCacheWriter:
 
     Files are written with pwrite, not through memory maps: a full disk then raises an error, where a map of a sparse
     file would end the process by SIGBUS.
-
-    Args:
-        features_path (str): The folder of the cache.
-        manifest (dict): What `new_manifest` returns.
     """
 
     def __init__(self, features_path, manifest):
@@ -45,11 +42,7 @@ class LatentCacheWriter:
         return ArgumentError(problem, features_path=self.folder)
 
     def is_complete(self):
-        """Return whether nothing is left to do.
-
-        Raises:
-            UserError: If the folder holds something else, another cache, or a damaged one.
-        """
+        """Return whether nothing is left to do; raises a `UserError` if the folder holds anything but this cache."""
         if not os.path.exists(os.path.join(self.folder, "manifest.json")):
             names = os.listdir(self.folder) if os.path.isdir(self.folder) else []
             if any(name != LOCK and not name.startswith("manifest.json.") for name in names):
@@ -57,8 +50,7 @@ class LatentCacheWriter:
                                   "folder, or empty this one")
             return False
         existing = read_manifest(self.folder)
-        if differences := describe_differences(existing, self.manifest):
-            raise self._error(f"the folder holds another cache: {differences}. Name another folder, or remove this one")
+        raise_if_different(self.folder, existing, self.manifest)
         if existing["complete"]:
             LatentCache(self.folder)  # raises if it is damaged
         return existing["complete"]
@@ -91,18 +83,14 @@ class LatentCacheWriter:
         return [os.path.join(self.folder, name) for name in self.layout.names]
 
     def prepare(self, dataset):
-        """Create the files, or check those that an earlier run left. Called by one process, within `locked`.
-
-        Raises:
-            UserError: If the disk cannot hold them, or an existing file was changed.
-        """
+        """Create the files, or check those that an earlier run left. Called by one process, within `locked`."""
         paths = b"".join(os.fsencode(_check_one_line(path)) + b"\n" for path in dataset.paths)
         try:
             os.makedirs(self.folder, exist_ok=True)
             free, needed = shutil.disk_usage(self.folder).free, self.count_bytes_left()
             if free < needed:
-                raise self._error(f"{format_bytes(needed)} are needed, the disk has {format_bytes(free)} free. "
-                                  "--no-flip halves the size, and so does --dtype fp16 instead of fp32")
+                raise self._error(f"{format_bytes(needed)} are needed, the disk has {format_bytes(free)} free. Leave "
+                                  "out mirror images, or use fp16 instead of fp32: each halves the size")
             write_manifest(self.folder, self.manifest)
             with atomic_write(os.path.join(self.folder, "labels.npy")) as file:
                 np.save(file, np.array(dataset.labels, dtype=np.int64))
@@ -128,7 +116,7 @@ class LatentCacheWriter:
                     (self.progress_path, self.progress_header, progress_size)]
         for path, header, size in expected:
             is_file = os.path.isfile(path) and not os.path.islink(path)  # nothing is written through a link
-            if not (is_file and os.path.getsize(path) == size and _begins_with(path, header)):
+            if not (is_file and os.path.getsize(path) == size and begins_with(path, header)):
                 raise UserError(f"{path} is missing or was changed. Remove the folder {self.folder} and start again")
 
     def progress(self):
@@ -146,15 +134,12 @@ class LatentCacheWriter:
         return int((self.progress() == CORRUPT).sum())
 
     def write(self, start, moments, is_corrupt):
-        """Write the moments of consecutive images.
+        """Write the moments of the images start .. start + n - 1.
 
         Args:
             start (int): Index of the first image.
             moments (Tensor): Moments on the CPU, shape (n, orientations, 2C, h, w), floating point.
             is_corrupt (list[bool]): Which images have no moments; theirs are zeros.
-
-        Raises:
-            UserError: If the disk does not take them, or the dtype cannot hold them.
         """
         end = start + len(moments)
         rows = self._to_bytes(moments, f"the images {start} .. {end - 1}")
@@ -173,23 +158,15 @@ class LatentCacheWriter:
         """Convert moments to bytes of the stored dtype, shape (n, B); raises if a value is or becomes non-finite."""
         stored = moments.to(self.layout.torch_dtype)
         if not torch.isfinite(moments).all():
-            raise ArgumentError(f"the latents of {name} are non-finite. Try --precision fp32", vae=self.manifest["vae"])
+            raise ArgumentError(f"the latents of {name} are non-finite. Try fp32", vae=self.manifest["vae"],
+                                precision=self.manifest["precision"])
         if not torch.isfinite(stored).all():
             raise ArgumentError(f"cannot hold the latents of {name}, up to {moments.abs().max():.3g}. Use bf16 or fp32",
                                 dtype=self.manifest["dtype"])
         return stored.contiguous().view(torch.uint8).numpy().reshape(len(moments), -1)
 
     def finish(self, dataset, checksums, max_bad_images=0):
-        """Mark the cache as complete. Called by one process.
-
-        Args:
-            dataset (LabeledImageDataset): The images.
-            checksums (dict[str, str]): SHA-256 of each file in `file_names()`.
-            max_bad_images (int): Number of images that may be corrupt.
-
-        Raises:
-            UserError: If more are.
-        """
+        """Mark the cache as complete; `checksums` is {name: SHA-256} of `file_names()`. Called by one process."""
         self._check_files()
         corrupt = np.flatnonzero(self.progress() == CORRUPT)
         if len(corrupt) == self.layout.count:
@@ -213,34 +190,27 @@ class LatentCacheWriter:
         return [*self.layout.names, "labels.npy", "paths.txt"]
 
 
-def describe_differences(existing, wanted):
-    """Describe in what two manifests differ, with both values; "" if they do not."""
+def raise_if_different(folder, existing, wanted):
+    """Raise an `ArgumentError` with the stored and the wanted values unless two manifests are of the same cache."""
     names = [name for name in IDENTITY if existing.get(name) != wanted[name]]
-    if {"count", "classes", "listing_sha256"} & set(names):
-        return ("it was begun with other images, classes or another order "
-                f"({existing['count']} images there, {wanted['count']} in {wanted['data_path']})")
-    differences = []
-    for name in names:
-        if name == "vae_sha256":
-            differences.append(f"its VAE is {existing['vae']} (weights {existing[name][:12]}), "
-                               f"--vae is {wanted['vae']} ({wanted[name][:12]})")
-        elif name == "space":
-            differences += [f"{key} of its VAE is {existing[name].get(key)}, of --vae {value}"
-                            for key, value in wanted[name].items() if existing[name].get(key) != value]
-        elif name != "rows_per_file" or not differences:  # which follows from the others
-            differences.append(f"{IDENTITY[name] or name} is {existing.get(name)} there, {wanted[name]} here")
-    return "; ".join(differences)
+    if not names:
+        return
+    values = wanted | dict(flip=wanted["orientations"] == 2)
+    parameters = {IDENTITY[name]: values[IDENTITY[name]] for name in names if IDENTITY[name]}
+    if "data_path" in parameters:
+        stored = [f"{existing['count']} other images, or other classes, or in another order"]
+    elif "vae_sha256" in names:
+        stored = [f"the VAE {existing['vae']} (weights {existing['vae_sha256'][:12]}, not {wanted['vae_sha256'][:12]})"]
+    else:
+        stored = [f"{name} {existing.get(name)}" for name in names if name != "rows_per_file"]  # follows from others
+    raise ArgumentError(f"the folder holds another cache, of {', '.join(stored) or 'other file sizes'}. Name another "
+                        "folder, or remove this one", features_path=folder, **parameters)
 
 
 def _create_sparse_npy(path, shape, dtype):
     if os.path.lexists(path):
         os.remove(path)  # a link would be written through
     np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape).flush()
-
-
-def _begins_with(path, header):
-    with open(path, "rb") as file:
-        return file.read(len(header)) == header
 
 
 def _write_at(path, offset, data, sync=True):
