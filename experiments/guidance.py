@@ -2,48 +2,40 @@
 
 The networks are those of `block_types` with adaLN-Zero. Images with one channel leave no choice of channels.
 """
-from common.errors import run_command
-from evaluation.plots import new_figure
-from experiments.figures import add_legend, distance_label, draw_lines
-from experiments.runner import run_study
-from experiments.statistics import argmin_mean, cross_validated_best, format_mean_std, mean_std, verdict_lower
-from experiments.study import Study
+from experiments.statistics import (
+    argmin_mean,
+    cross_validated_best,
+    format_mean_std,
+    format_percent,
+    mean_std,
+    verdict_lower,
+)
+from experiments.study import Study, main
 
 
-def rows(preset, data):
+def rows(preset):
     """All guidance scales: everywhere, for all channels but one, in intervals of timesteps."""
-    settings = [("all timesteps", scale, {}) for scale in preset.guidance_scales]
-    if data.channels > 1:
-        settings += [(f"{data.channels - 1} of {data.channels} channels", scale, dict(cfg_channels=data.channels - 1))
-                     for scale in preset.guidance_scales]
-    settings += [(f"timesteps {low} to {high}", scale, dict(cfg_interval=(low, high)))
-                 for low, high in preset.intervals for scale in preset.interval_scales]
+    settings = [("all timesteps", preset.guidance_scales, {})]
+    if preset.channels > 1:
+        guided = preset.channels - 1
+        settings.append((f"{guided} of {preset.channels} channels", preset.guidance_scales, dict(cfg_channels=guided)))
+    settings += [(f"timesteps {low} to {high}", preset.interval_scales, dict(cfg_interval=(low, high)))
+                 for low, high in preset.intervals]
     return [(dict(guided=title, scale=scale), {}, dict(cfg_scale=float(scale)) | options if scale > 1 else {})
-            for title, scale, options in settings]
+            for title, scales, options in settings for scale in scales]
 
 
-COLUMNS = {
-    "guided": lambda row: row["guided"],
-    "scale": lambda row: f"{row['scale']:g}",
-    "distance ({samples} samples)": lambda row: format_mean_std(row["distance"]),
-    "agreement with the class": lambda row: f"{mean_std(row['agreement'])[0]:.1%}",
-    "precision": lambda row: format_mean_std(row["precision"]),
-    "recall": lambda row: format_mean_std(row["recall"])}
-
-
-def draw(results):
+def panels(results):
     """Draw distance, class agreement, and precision against recall, a line for each kind of guidance."""
-    figure, axes = new_figure(3, width=4.0, height=3.6)
     distance, agreement, recall = {}, {}, {}
     for row in results["rows"]:
         distance.setdefault(row["guided"], {})[row["scale"]] = row["distance"]
         agreement.setdefault(row["guided"], {})[row["scale"]] = [100 * value for value in row["agreement"]]
         recall.setdefault(row["guided"], {})[mean_std(row["recall"])[0]] = row["precision"]
-    draw_lines(axes[0], distance, "guidance scale", distance_label(results), "y")
-    draw_lines(axes[1], agreement, "guidance scale", "taken for their class by the classifier, %")
-    draw_lines(axes[2], recall, "recall", "precision")
-    add_legend(axes[0], f"{results['network']}, {len(results['seeds'])} seeds")
-    return figure
+    return [dict(lines=distance, xlabel="guidance scale", log="y",
+                 legend=f"{results['network']}, {len(results['seeds'])} seeds"),
+            dict(lines=agreement, xlabel="guidance scale", ylabel="taken for their class by the classifier, %"),
+            dict(lines=recall, xlabel="recall", ylabel="precision")]
 
 
 def claims(results):
@@ -61,9 +53,8 @@ def claims(results):
     yield ("too much of it raises the distance again", "scales near 1.5 are used for FID, 4 for pictures",
            f"{format_mean_std(most['distance'])} at {strongest:g}" if rises else f"no rise seen up to {strongest:g}",
            verdict_lower(distance, most["distance"]) if rises else "not clear")
-    agreement = [mean_std(row["agreement"])[0] for row in (none, most)]
     yield ("more samples show the class that was asked for", "why guidance is there; no number of this kind",
-           f"{agreement[0]:.1%} without, {agreement[1]:.1%} at {strongest:g}",
+           f"{format_percent(none['agreement'])} without, {format_percent(most['agreement'])} at {strongest:g}",
            verdict_lower(none["agreement"], most["agreement"]))
     if within := {key: row["distance"] for key, row in rows.items() if key[0].startswith("timesteps")}:
         (title, scale), chosen = argmin_mean(within), cross_validated_best(within)
@@ -72,9 +63,16 @@ def claims(results):
                f"{scale:g} by all), {format_mean_std(distance)} in all", verdict_lower(chosen, distance))
 
 
-STUDY = Study("guidance", "Distance and class agreement over the guidance scale", rows, COLUMNS, draw, claims,
-              metrics=("distance", "agreement", "precision", "recall"),
-              sampled="Samples guided as the table says, by {}")
+STUDY = Study(
+    name="guidance", title="Distance and class agreement over the guidance scale", rows=rows, panels=panels,
+    claims=claims,
+    columns={"guided": lambda row: row["guided"],
+             "scale": lambda row: f"{row['scale']:g}",
+             "distance ({samples} samples)": lambda row: format_mean_std(row["distance"]),
+             "agreement with the class": lambda row: format_percent(row["agreement"]),
+             "precision": lambda row: format_mean_std(row["precision"]),
+             "recall": lambda row: format_mean_std(row["recall"])},
+    metrics=("distance", "agreement", "precision", "recall"), sampled="Samples guided as the table says, by {}")
 
 if __name__ == "__main__":
-    run_command(lambda: run_study(STUDY))
+    main(STUDY)

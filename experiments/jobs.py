@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from common.errors import EXIT_RESTARTABLE, Stopped, UserError
@@ -22,30 +23,25 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """A command that is done when its record FOLDER/NAME.json answers the same request.
+    """A command that is done when its record FOLDER/NAME.json answers the same request."""
 
-    Attributes:
-        folder (str): Where the work is kept; one study at a time runs tasks in it.
-        name (str): Path of the task's files below `folder`, without an ending.
-        request (dict): What the result depends on, plain values.
-        argv (tuple): The command after the interpreter.
-        output (str): The file that the command makes, if it does not write the record itself.
-        cost (float): Estimated work in any unit; the most expensive task starts first.
-        classifier (Task): The classifier in whose features the result is measured, or None. Results of different
-            classifiers are not comparable, so that with a new one the task is not done.
-    """
-
-    folder: str
-    name: str
-    request: dict
-    argv: tuple = ()
-    output: str = None
-    cost: float = 0
+    folder: str  # where the work is kept; one study at a time runs tasks in it
+    name: str  # path of the task's files below the folder, without an ending: .json, .log, .seconds
+    request: dict  # what the result depends on, plain values
+    argv: tuple = ()  # the command after the interpreter
+    output: str = None  # the file that the command makes, if that is the result; the record has its checksum
+    # Otherwise, () -> what the record holds, None if the result is missing; without it the command writes the record.
+    collect: Callable = None
+    cost: float = 0  # estimated work in any unit; the most expensive task starts first
+    disk_bytes: int = 0  # size of what the command keeps
+    needs: "Task" = None  # the task whose result this one uses
+    # The classifier in whose features the result is measured, if any: with a new one the task is not done.
     classifier: "Task" = None
+    parts: tuple = ()  # tasks that the command does, instead of having a result of its own
 
     @property
     def path(self):
-        """Path of the task's files without an ending: .json, .log, .seconds."""
+        """Path of the task's files without an ending."""
         return os.path.join(self.folder, self.name)
 
     def full_request(self):
@@ -60,23 +56,15 @@ class Task:
 
     def is_done(self):
         """Return whether there is nothing left to do."""
+        if self.parts:
+            return all(part.is_done() for part in self.parts)
         return bool(self.record()) and (not self.output or os.path.exists(self.output))
-
-    def command(self):
-        """Return the command line after the interpreter."""
-        return [str(argument) for argument in self.argv]
-
-    def collect(self):
-        """Return what the record holds after a successful run; None: the command wrote it, or must run again."""
-        return dict(sha256=sha256_file(self.output)) if self.output and os.path.exists(self.output) else None
 
     def seconds(self):
         """Return the time of all starts of the command, whichever study needed it first."""
-        try:
-            with open(self.path + ".seconds") as file:
-                return float(file.read())
-        except (OSError, ValueError):
-            return 0.0
+        with contextlib.suppress(OSError), open(self.path + ".seconds") as file:
+            return round(sum(map(float, file.read().split())), 1)
+        return 0.0
 
 
 class RunningTask:
@@ -85,22 +73,19 @@ class RunningTask:
     def __init__(self, task, threads, lock):
         self.task, self.start, self.log = task, time.monotonic(), task.path + ".log"
         os.makedirs(os.path.dirname(task.path), exist_ok=True)
-        self.command = [sys.executable, *task.command()]
+        self.command = [sys.executable, *map(str, task.argv)]
         self.process = start_process(self.command, self.log, threads, lock)
 
-    def count_seconds(self):
-        """Add the time of this start to the task's and return the sum."""
-        seconds = round(self.task.seconds() + time.monotonic() - self.start, 1)
-        with open(self.task.path + ".seconds", "w") as file:
-            file.write(f"{seconds}")
-        return seconds
+    def wait(self):
+        """Wait for the end of the process, note how long it ran, and return its exit status."""
+        status = self.process.wait()
+        with open(self.task.path + ".seconds", "a") as file:
+            file.write(f"\n{time.monotonic() - self.start:.1f}")
+        return status
 
-    def has_ended(self):
-        """Return whether the task is done. Raises `Stopped` if it was stopped by a signal, `UserError` if it failed."""
-        status = self.process.poll()
-        if status is None:
-            return False
-        task, seconds = self.task, self.count_seconds()
+    def finish(self):
+        """Write the record of an ended process. Raises `Stopped` if a signal ended it, `UserError` if it failed."""
+        status, task = self.wait(), self.task
         if status == EXIT_RESTARTABLE:
             raise Stopped
         if status:
@@ -108,11 +93,13 @@ class RunningTask:
                 tail = "\n".join(file.read().splitlines()[-5:])
             raise UserError(f"{task.name} failed with exit status {status}: {shlex.join(self.command)}\n{tail}\n"
                             f"(full log: {self.log})")
-        if (values := task.collect()) is not None:
-            write_record(task.path + ".json", dict(asked=task.full_request(), seconds=seconds) | values)
+        values = task.collect() if task.collect else None
+        if task.output and os.path.exists(task.output):
+            values = dict(sha256=sha256_file(task.output))
+        if values is not None:
+            write_record(task.path + ".json", dict(asked=task.full_request(), seconds=task.seconds()) | values)
         if not task.is_done():
             raise UserError(f"{task.name} ended without its result; see {self.log}")
-        return True
 
 
 def start_process(command, log, threads, lock):
@@ -125,33 +112,28 @@ def start_process(command, log, threads, lock):
                                 preexec_fn=_stop_with_parent)
 
 
-_PR_SET_PDEATHSIG = 1
 _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
 def _stop_with_parent():
     """In a new process: ask the kernel for SIGTERM when the parent is killed (Linux only)."""
     if _LIBC:
-        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        pr_set_pdeathsig = 1
+        _LIBC.prctl(pr_set_pdeathsig, signal.SIGTERM)
 
 
-@contextlib.contextmanager
-def exclusive_lock(folder, check, log):
-    """Wait until no other study works in a folder, calling `check`, and hold its lock file in the block.
+def _acquire(lock, check, log):
+    """Wait for the lock of a folder, calling `check`.
 
-    Child processes inherit the lock: after a kill, the next study waits for what the killed one left running.
+    Child processes inherit it: after a kill, the next study waits for what the killed one left running.
     """
-    os.makedirs(folder, exist_ok=True)
-    with open(os.path.join(folder, "lock"), "a") as lock:
-        for attempt in itertools.count():
-            with contextlib.suppress(BlockingIOError):
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            if attempt == 0:
-                log(f"another study, or a process of a killed one, works in {folder}: waiting for it")
-            check()
-            time.sleep(0.2)
-        yield lock
+    for attempt in itertools.count():
+        with contextlib.suppress(BlockingIOError):
+            return fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if attempt == 0:
+            log(f"another study, or a process of a killed one, works in {os.path.dirname(lock.name)}: waiting for it")
+        check()
+        time.sleep(0.2)
 
 
 def run_tasks(tasks, workers, threads=1, deadline=None, log=print):
@@ -170,33 +152,28 @@ def run_tasks(tasks, workers, threads=1, deadline=None, log=print):
     """
     if all(task.is_done() for task in tasks):
         return
-    running = []
-    with StopSignals() as signals:
+    os.makedirs(tasks[0].folder, exist_ok=True)
+    with StopSignals() as signals, open(os.path.join(tasks[0].folder, "lock"), "a") as lock:
         def check():
             if signals.received or (deadline is not None and time.monotonic() > deadline):
                 raise Stopped
 
-        with exclusive_lock(tasks[0].folder, check, log) as lock:
-            waiting = sorted((task for task in tasks if not task.is_done()), key=lambda task: -task.cost)
-            count = len(waiting)
-            try:
-                while waiting or running:
-                    check()
-                    while waiting and len(running) < workers:
-                        running.append(RunningTask(waiting.pop(0), threads, lock))
-                    time.sleep(0.05)
-                    for job in [job for job in running if job.has_ended()]:
-                        running.remove(job)
-                        log(f"[{count - len(waiting) - len(running)}/{count}] {job.task.name}: "
-                            f"{time.monotonic() - job.start:.0f} s")
-            finally:
-                _stop_all(running)
-
-
-def _stop_all(jobs):
-    alive = [job for job in jobs if job.process.poll() is None]
-    for job in alive:  # all at once, so that each has as long to save as the others
-        job.process.terminate()
-    for job in alive:
-        job.process.wait()
-        job.count_seconds()
+        _acquire(lock, check, log)
+        running, waiting = [], sorted((task for task in tasks if not task.is_done()), key=lambda task: -task.cost)
+        count = len(waiting)
+        try:
+            while waiting or running:
+                check()
+                while waiting and len(running) < workers:
+                    running.append(RunningTask(waiting.pop(0), threads, lock))
+                time.sleep(0.05)
+                for job in [job for job in running if job.process.poll() is not None]:
+                    running.remove(job)
+                    job.finish()
+                    log(f"[{count - len(waiting) - len(running)}/{count}] {job.task.name}: "
+                        f"{time.monotonic() - job.start:.0f} s")
+        finally:
+            for job in running:  # all at once, so that each has as long to save as the others
+                job.process.terminate()
+            for job in running:
+                job.wait()

@@ -1,44 +1,24 @@
 """How large the studies are: data, networks, training length, number of samples."""
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import models
 
 
 @dataclass(frozen=True)
-class StudyData:
-    """A built-in data set, and the feature space in which its samples are compared with the validation images.
+class Preset:
+    """How large the studies are; by default, for two CPU cores. All networks are trained alike, as the paper's are."""
 
-    Attributes:
-        name (str): Value of --data-path.
-        num_workers (int): Processes that load images.
-        features (str): Value of evaluate.py's --features; "classifier" stands for one that the studies train first.
-    """
-
-    name: str
-    image_size: int
-    channels: int
-    num_classes: int
-    num_workers: int
-    features: str
-
-    @property
-    def flags(self):
-        """Flags of the commands that read these images."""
-        return "--data-path", self.name, "--image-size", self.image_size, "--num-classes", self.num_classes
-
-
-STUDY_DATA = {"digits": StudyData("digits", 8, 1, 10, num_workers=0, features="pixels"),
-              "fractals": StudyData("fractals", 32, 3, 100, num_workers=8, features="classifier")}
-
-
-@dataclass(frozen=True)
-class StudyPreset:
-    """How large the studies are. All networks of a preset are trained alike, as the paper's are."""
-
-    name: str
-    sizes: dict  # {name: (depth, hidden size, heads)}, the smallest first
-    patches: tuple  # the largest first; `scaling` trains all sizes x patches
-    network: tuple  # (size, patch) of the studies of a single network
+    name: str = "miniature"
+    data: str = "digits"  # value of --data-path
+    image_size: int = 8
+    channels: int = 1
+    num_classes: int = 10
+    num_workers: int = 0  # processes that load images
+    features: str = "pixels"  # as evaluate.py takes them; "classifier": those of one that the studies train first
+    sizes: dict = field(default_factory=lambda: {  # {name: (depth, hidden size, heads)}, the smallest first
+        "2x32": (2, 32, 2), "3x48": (3, 48, 3), "4x64": (4, 64, 4), "5x80": (5, 80, 5)})
+    patches: tuple = (4, 2, 1)  # the largest first; `scaling` trains all sizes x patches
+    network: tuple = ("4x64", 2)  # (size, patch) of the studies of a single network
     seeds: tuple = (0, 1, 2)
     grid_seeds: tuple = (0,)  # seeds of `scaling` and `sampling_steps`
     steps: int = 1500
@@ -68,24 +48,20 @@ class StudyPreset:
         return sorted({max(1, round(share * self.steps)) for share in self.snapshots})
 
 
-MINIATURE = StudyPreset("miniature", {"2x32": (2, 32, 2), "3x48": (3, 48, 3), "4x64": (4, 64, 4), "5x80": (5, 80, 5)},
-                        patches=(4, 2, 1), network=("4x64", 2))
-PRESETS = {
-    ("digits", "miniature"): MINIATURE,
-    # For tests: every study in seconds.
-    ("digits", "toy"): replace(
-        MINIATURE, name="toy", sizes={"1x16": (1, 16, 2), "2x16": (2, 16, 2)}, patches=(4,), network=("1x16", 4),
-        seeds=(0, 1), steps=4, lr=0.02, batch_size=8, curve_every=2, curve_samples=8, curve_sampling="ddim2",
-        samples=12, sampling="ddim2", sample_batch=8, step_counts=(2, 3), step_patches=(4,), step_samples=6,
+# With 32 x 32 pixels these patches make the paper's 16, 64 and 256 tokens.
+FRACTALS = Preset(
+    data="fractals", image_size=32, channels=3, num_classes=100, num_workers=8, features="classifier",
+    patches=(8, 4, 2), step_patches=(8, 4), steps=10_000, batch_size=128, lr=1e-3, ema_decay=0.999, curve_every=2500,
+    curve_samples=2000, samples=5000, step_samples=2000, sample_batch=500, fast=True)
+PRESETS = {(preset.data, preset.name): preset for preset in (
+    Preset(),
+    Preset(  # for tests: every study in seconds
+        name="toy", sizes={"1x16": (1, 16, 2), "2x16": (2, 16, 2)}, patches=(4,), network=("1x16", 4), seeds=(0, 1),
+        steps=4, lr=0.02, batch_size=8, curve_every=2, curve_samples=8, curve_sampling="ddim2", samples=12,
+        sampling="ddim2", sample_batch=8, step_counts=(2, 3), step_patches=(4,), step_samples=6,
         guidance_scales=(1, 2), interval_scales=(2,), intervals=((500, 999),), decays=(0, 0.5, 0.9),
         variance_steps=(2, 3)),
-    # With 32 x 32 pixels these patches make the paper's 16, 64 and 256 tokens.
-    ("fractals", "miniature"): replace(
-        MINIATURE, patches=(8, 4, 2), step_patches=(8, 4), steps=10_000, batch_size=128, lr=1e-3, ema_decay=0.999,
-        curve_every=2500, curve_samples=2000, samples=5000, step_samples=2000, sample_batch=500, fast=True),
-    ("fractals", "paper"): replace(
-        MINIATURE, name="paper", sizes={name: models.SIZES[name] for name in ("S", "B", "L", "XL")}, patches=(8, 4, 2),
-        network=("XL", 2), steps=20_000, batch_size=256, lr=1e-4, ema_decay=0.9995, curve_every=2500,
-        curve_samples=2000, samples=5000, sample_batch=500, step_patches=(8, 4, 2), step_samples=2000,
-        decays=(0, 0.99, 0.999, 0.9995, 0.9999), fast=True),
-}
+    FRACTALS,
+    replace(FRACTALS, name="paper", sizes={name: models.SIZES[name] for name in ("S", "B", "L", "XL")},
+            network=("XL", 2), steps=20_000, batch_size=256, lr=1e-4, ema_decay=0.9995, step_patches=(8, 4, 2),
+            decays=(0, 0.99, 0.999, 0.9995, 0.9999)))}

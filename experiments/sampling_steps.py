@@ -1,38 +1,26 @@
 """Figure 10: compute of sampling does not make up for compute of the network. The networks are those of `scaling`."""
 import itertools
 
-from common.errors import run_command
-from evaluation.plots import new_figure
-from experiments.figures import add_legend, distance_label, draw_lines
-from experiments.runner import run_study
 from experiments.statistics import mean_std, verdict_of_share
-from experiments.study import Study
+from experiments.study import Study, main
 
 
-def rows(preset, data):
+def rows(preset):
     """Networks of all sizes in all numbers of sampling steps."""
     sampling = {steps: dict(samples=preset.step_samples, steps=steps) for steps in preset.step_counts}
     networks = [dict(size=size, patch=patch) for size, patch in itertools.product(preset.sizes, preset.step_patches)]
     return [(network, network, sampling) for network in networks]
 
 
-COLUMNS = {"network": lambda row: f"{row['size']}/{row['patch']}",
-           "multiply-adds": lambda row: f"{row['multiply_adds'] / 1e6:.2f} M"}
-
-
-def draw(results):
+def panels(results):
     """Draw the distance against the compute of sampling, a panel for each patch size."""
-    patches = list(dict.fromkeys(row["patch"] for row in results["rows"]))
-    figure, axes = new_figure(len(patches), width=4.4, height=3.6)
     counts = ", ".join(str(steps) for steps, _ in results["rows"][0]["distance"])
-    for axis, patch in zip(axes, patches):
+    for patch in dict.fromkeys(row["patch"] for row in results["rows"]):
         lines = {f"{row['size']}/{patch}": {steps * row["multiply_adds"] / 1e9: values
                                             for steps, values in row["distance"]}
                  for row in results["rows"] if row["patch"] == patch}
-        draw_lines(axis, lines, f"multiply-adds of sampling an image, 10⁹\n({counts} steps)", distance_label(results),
-                   "xy")
-        add_legend(axis)
-    return figure
+        yield dict(lines=lines, xlabel=f"multiply-adds of sampling an image, 10⁹\n({counts} steps)", log="xy",
+                   legend="")
 
 
 def claims(results):
@@ -52,9 +40,12 @@ def claims(results):
                f"so in {sum(wins)} of {len(wins)} pairs of the same patch size", verdict_of_share(wins))
 
 
-STUDY = Study("sampling_steps", "Distance against the compute of sampling", rows, COLUMNS, draw, claims,
-              "{} steps".format, seeds="grid_seeds",
-              sampled="Samples without guidance, by DDPM in the steps of the table")
+STUDY = Study(
+    name="sampling_steps", title="Distance against the compute of sampling", rows=rows, panels=panels, claims=claims,
+    columns={"network": lambda row: f"{row['size']}/{row['patch']}",
+             "multiply-adds": lambda row: f"{row['multiply_adds'] / 1e6:.2f} M"},
+    x_heading="{} steps".format, seeds="grid_seeds",
+    sampled="Samples without guidance, by DDPM in the steps of the table")
 
 if __name__ == "__main__":
-    run_command(lambda: run_study(STUDY))
+    main(STUDY)

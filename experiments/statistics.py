@@ -7,14 +7,19 @@ STUDENT_95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23)
 
 
 def mean_std(values):
-    """Return mean and standard deviation (n - 1); the deviation of a single value is None."""
-    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
+    """Return mean and standard deviation (n - 1), which is 0 for a single value."""
+    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0
 
 
 def format_mean_std(values):
-    """Return "mean ± standard deviation"."""
+    """Return "mean ± standard deviation", or a single value."""
     mean, std = mean_std(values)
-    return f"{mean:.2f}" + ("" if std is None else f" ± {std:.2f}")
+    return f"{mean:.2f}" + (f" ± {std:.2f}" if len(values) > 1 else "")
+
+
+def format_percent(values):
+    """Return the mean of fractions as a percentage."""
+    return f"{statistics.fmean(values):.1%}"
 
 
 def verdict_lower(low, high):
@@ -25,11 +30,9 @@ def verdict_lower(low, high):
         by Student's t, because the seeds are few.
     """
     differences = [b - a for a, b in zip(low, high, strict=True)]
-    if len(differences) < 2:
-        return "not clear"
     mean, std = mean_std(differences)
     t = STUDENT_95[min(len(differences) - 1, len(STUDENT_95)) - 1]
-    if abs(mean) <= t * std / math.sqrt(len(differences)):
+    if len(differences) < 2 or abs(mean) <= t * std / math.sqrt(len(differences)):
         return "not clear"
     return "yes" if mean > 0 else "no"
 
@@ -52,19 +55,6 @@ def cross_validated_best(settings):
     return [settings[argmin_mean(without(seed))][seed] for seed in range(count)]
 
 
-def verdict_same_sign(differences):
-    """Return "yes" if there are several and all are positive, "no" if all are negative, else "not clear"."""
-    if len(differences) < 2 or not (min(differences) > 0 or max(differences) < 0):
-        return "not clear"
-    return "yes" if differences[0] > 0 else "no"
-
-
-def verdict_of_all(verdicts):
-    """Return the verdict of several comparisons that agree, else "not clear"."""
-    distinct = set(verdicts)
-    return distinct.pop() if len(distinct) == 1 else "not clear"
-
-
 def verdict_of_share(comparisons):
     """Return "yes" if all of many comparisons hold, "no" if at most half of them do, else "not clear"."""
     return "yes" if all(comparisons) else "no" if sum(comparisons) <= len(comparisons) / 2 else "not clear"
@@ -72,9 +62,7 @@ def verdict_of_share(comparisons):
 
 def correlation_interval(r, count):
     """Return the 95% interval of a correlation r of `count` pairs, by Fisher's transformation."""
-    if count < 4:
+    if count < 4 or abs(r) >= 1:
         return -1.0, 1.0
-    if abs(r) >= 1:
-        return r, r
     center, width = math.atanh(r), 1.96 / math.sqrt(count - 3)
     return math.tanh(center - width), math.tanh(center + width)

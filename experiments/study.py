@@ -1,86 +1,307 @@
-"""A study: which networks it samples and how, and how its results are shown and judged."""
+"""A study: the trainings and scores it needs, its command line, and the results that it stores."""
+import argparse
+import functools
+import glob
+import itertools
+import os
+import shlex
+import sys
+import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from experiments.job_types import network_cost
-from experiments.statistics import format_mean_std
+import torch
+
+from common.cli import HelpFormatter, parse_args, positive_float, positive_int
+from common.errors import ArgumentError, Stopped, run_command
+from common.flops import count_multiply_adds, count_parameters
+from common.provenance import collect_environment
+from evaluation.periodic import read_score_table
+from evaluation.records import try_read, write_record
+from experiments.jobs import Task, run_tasks
+from experiments.presets import PRESETS
+from experiments.report import draw_results, format_table, results_name, summarize_environment, write_page
+from models import DiT_models
+from networks import build_dit
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Study:
-    """A study of the paper, declared by a module of this package.
+    """A study of the paper, declared by a module of this package. `results` is what `StudyTasks.results` returns."""
+
+    name: str  # of its module
+    title: str  # of its picture
+    rows: Callable  # (preset) -> [(fields of a row of the results, arguments of `training`, arguments of `score`)]
+    columns: dict | Callable  # {heading: (row) -> text}, or (results) -> (rows, such a dictionary)
+    panels: Callable  # (results) -> [arguments of `report.draw_panel`]
+    claims: Callable  # (results) -> [(claim, the paper, here, verdict)]
+    # If a row's distance is a function of x, the heading of x in the table. The third element of `rows` is then
+    # {x: arguments of `score`}, and the distance in the results is a list of pairs (x, values of the seeds).
+    x_heading: Callable = None
+    metrics: tuple = ("distance",)  # otherwise, what the results have of a row; "curve" is the distance over training
+    sampled: str = "Samples without guidance, by {}"  # {} is the preset's sampler
+    seeds: str = "seeds"  # field of the preset
+
+
+class StudyTasks:
+    """The tasks of a study. Studies of a preset share trainings and scores; all presets share what measures them.
 
     Attributes:
-        name (str): Name of its module.
-        title (str): Title of its picture.
-        rows (Callable): (preset, data) -> iterable of (fields, training, sampling): what describes a row of the
-            results, arguments of `StudyContext.training` and of `StudyContext.score`; all seeds share them.
-        columns (dict | Callable): {heading: function of a row}, or (results) -> (rows, such a dictionary).
-        draw (Callable): (results) -> matplotlib figure.
-        claims (Callable): (results) -> iterable of (claim, the paper, here, verdict).
-        x_heading (Callable): If a row is a function of x: the heading of x in the table. `sampling` is then
-            {x: arguments}, and the row's distance a list of pairs (x, values of the seeds).
-        metrics (tuple[str]): Otherwise, what is stored of a row; "curve" is the distance over training.
-        sampled (str): How samples are made; {} stands for the preset's sampler.
-        seeds (str): Field of the preset with the seeds.
-        summarize (Callable): (rows of the results) -> further fields of the results.
+        rows (list): (fields of the results, {x: scores of the seeds}) of each row; without an x there is one, None.
     """
 
-    name: str
-    title: str
-    rows: Callable
-    columns: dict | Callable
-    draw: Callable
-    claims: Callable
-    x_heading: Callable = None
-    metrics: tuple = ("distance",)
-    sampled: str = "Samples without guidance, by {}"
-    seeds: str = "seeds"
-    summarize: Callable = lambda rows: {}
+    def __init__(self, study, preset, work_dir):
+        self.study, self.preset, self.seeds = study, preset, getattr(preset, study.seeds)
+        self.shared_dir = os.path.join(os.path.abspath(work_dir), preset.data)
+        self.folder = f"{self.shared_dir}-{preset.name}"
+        self.data_flags = ("--data-path", preset.data, "--image-size", preset.image_size,
+                           "--num-classes", preset.num_classes)
+        self.classifier = None
+        if preset.features == "classifier":
+            self.classifier = self._file_task("classifier", "classifier.pt", "-m", "tools.train_classifier",
+                                              *self.data_flags)
+        self.features = self.classifier.output if self.classifier else preset.features
+        self.reference = self._file_task("reference", "held-out.npz", "evaluate.py", "--make-reference",
+                                         f"{preset.data}-held-out", "--features", self.features)
+        self.rows = [self._build_row(*row) for row in study.rows(preset)]
+        groups = itertools.chain.from_iterable(settings.values() for _, settings in self.rows)
+        # At guidance scale 1 two settings may be the same.
+        scores = {score.name: score for score in itertools.chain.from_iterable(groups)}.values()
+        (self.samples,) = {score.request["samples"] for score in scores}
+        self.baseline = self._task(f"scores/real-images-{self.samples}", dict(real_images=self.samples))
+        self.scores = sorted((*scores, self.baseline), key=lambda score: -score.cost)
+        self.trainings = list({score.needs.name: score.needs for score in scores}.values())
 
-    def scores(self, context):
-        """Yield the fields of each row and its scores: those of the seeds, or {x: those of the seeds}."""
-        def of_seeds(sampling):
-            return [context.score(training, seed=seed, **sampling) for seed, training in trainings.items()]
+    def _task(self, name, request, **fields):
+        return Task(folder=self.folder, name=name, request=request, classifier=self.classifier, **fields)
 
-        for fields, training, sampling in self.rows(context.preset, context.data):
-            trainings = {seed: context.training(seed, **training) for seed in getattr(context.preset, self.seeds)}
-            network = {name: value for name, value in training.items() if name != "decays"}
-            yield (fields | network_cost(context.network(**network)),
-                   {x: of_seeds(sampling[x]) for x in sampling} if self.x_heading else of_seeds(sampling))
+    def _file_task(self, name, file_name, *argv):
+        argv = (*argv, "--output", os.path.join(self.shared_dir, file_name))
+        # The request has paths by their last names: the folder may be moved.
+        words = [os.path.basename(word) if os.path.isabs(word) else word for word in map(str, argv)]
+        return Task(folder=self.shared_dir, name=name, request=dict(arguments=words), argv=argv, output=argv[-1],
+                    classifier=self.classifier)
 
-    def list_scores(self, context):
-        """Return all scores; the trainings follow from them."""
-        groups = [scores.values() if self.x_heading else [scores] for _, scores in self.scores(context)]
-        return [score for group in groups for seeds in group for score in seeds]
+    def _build_row(self, fields, training, sampling):
+        trainings = {seed: self.training(seed, **training) for seed in self.seeds}
+        settings = sampling if self.study.x_heading else {None: sampling}
+        scores = {x: [self.score(task, seed=seed, **options) for seed, task in trainings.items()]
+                  for x, options in settings.items()}
+        return fields | network_cost(**self.network(**training)), scores
 
-    def collect_results(self, context):
-        """Return the results as plain values, once all scores are done."""
-        rows = [fields | self._measured(scores) for fields, scores in self.scores(context)]
-        network = "{}/{}".format(*context.preset.network)
-        return (dict(seeds=getattr(context.preset, self.seeds), network=network, rows=rows) | self.summarize(rows)
-                | context.metadata(self.list_scores(context)))
+    def network(self, size=None, patch=None, conditioning="adaln-zero", decays=()):
+        """Return the arguments of `build_dit` for those of `training`."""
+        depth, hidden_size, num_heads = self.preset.sizes[size or self.preset.network[0]]
+        return dict(input_size=self.preset.image_size, patch_size=patch or self.preset.network[1],
+                    in_channels=self.preset.channels, hidden_size=hidden_size, depth=depth, num_heads=num_heads,
+                    num_classes=self.preset.num_classes, conditioning=conditioning)
 
-    def _measured(self, scores):
-        if self.x_heading:
-            return dict(distance=[[x, [score.value() for score in seeds]] for x, seeds in scores.items()])
-        return {name: _merge_curves(scores) if name == "curve" else [score.value(name) for score in scores]
-                for name in self.metrics}
+    def training(self, seed, size=None, patch=None, conditioning="adaln-zero", decays=()):
+        """Return the training of a network. Default: the preset's network, which several studies share.
 
-    def table(self, results):
-        """Return rows of strings, headings first."""
-        rows, columns = self.columns(results) if callable(self.columns) else (results["rows"], self.columns)
-        all_x = [x for x, _ in rows[0]["distance"]] if self.x_heading else []
-        lines = [[heading.format(**results) for heading in columns] + [self.x_heading(x) for x in all_x]]
-        for row in rows:
-            values = dict(row["distance"]) if self.x_heading else {}
-            lines.append([cell(row) for cell in columns.values()]
-                         + [format_mean_std(values[x]) if x in values else "" for x in all_x])
-        return lines
+        With further `decays` of the EMA the snapshots are kept, and no curve is measured.
+        """
+        preset, size, patch = self.preset, size or self.preset.network[0], patch or self.preset.network[1]
+        network, model = self.network(size, patch, conditioning), f"DiT-{size}/{patch}"
+        flags = [*self.data_flags, "--vae", "none", "--num-workers", preset.num_workers, "--model",
+                 model if model in DiT_models else "DiT-S/2", "--depth", network["depth"],
+                 "--hidden-size", network["hidden_size"], "--num-heads", network["num_heads"], "--patch-size", patch,
+                 *(["--conditioning", conditioning] if conditioning != "adaln-zero" else []),
+                 "--global-batch-size", preset.batch_size, "--lr", preset.lr, "--ema-decay", preset.ema_decay, *decays,
+                 "--global-seed", seed]
+        if decays:
+            name, options = f"ema_decay/{size}-{patch}-seed-{seed}", ["--ckpt-every", preset.snapshot_steps[0]]
+        else:
+            name = f"trainings/{size}-{patch}-{conditioning}-seed-{seed}"
+            options = ["--ckpt-every", preset.curve_every, "--keep-checkpoints", 1, "--eval-every", preset.curve_every,
+                       "--eval-samples", preset.curve_samples, "--eval-sampling-steps", preset.curve_sampling,
+                       "--eval-features", self.features, "--eval-reference", self.reference.output]
+        options += ["--log-every", preset.curve_every, *(["--fast"] if preset.fast else [])]
+        path, kept_steps = os.path.join(self.folder, name), preset.snapshot_steps if decays else [preset.steps]
+        cost = network_cost(**network)
+        # float32: weights, EMAs and Adam's two moments
+        disk_bytes = len(kept_steps) * 4 * (4 + len(decays)) * cost["parameters"]
+        return self._task(name, dict(train=[str(flag) for flag in flags], steps=preset.steps),
+                          argv=("train.py", *flags, *options, "--max-steps", preset.steps, "--resume", "auto",
+                                "--results-dir", path), cost=cost["multiply_adds"] * preset.steps,
+                          collect=functools.partial(collect_curve, path, kept_steps, not decays), disk_bytes=disk_bytes)
+
+    def score(self, training, **sampling):
+        """Return the score of a trained network.
+
+        `sampling`: seed; samples and steps (as --num-sampling-steps) unless they are the preset's; optionally
+        cfg_scale, cfg_channels, cfg_interval, variance ("fixed_small", "fixed_large"), after (training steps), decay.
+        """
+        sampling = dict(samples=self.preset.samples, steps=self.preset.sampling) | sampling
+        passes = int(str(sampling["steps"]).removeprefix("ddim")) * (2 if sampling.get("cfg_scale", 1) > 1 else 1)
+        words = "-".join(f"{key}-{_format_word(value)}" for key, value in sampling.items())
+        return self._task(f"scores/{os.path.basename(training.name)}/{words}",
+                          dict(training=training.request) | sampling, needs=training,
+                          cost=training.cost * passes * sampling["samples"])
+
+    def stages(self, workers):
+        """Yield lists of tasks, each of which needs those before it; `workers` processes share the scores."""
+        if self.classifier:
+            yield [self.classifier]
+        yield [self.reference]
+        yield self.trainings
+        missing = [score for score in self.scores if not score.is_done()]
+        yield [self._score_batch(i, missing[i::workers]) for i in range(min(workers, len(missing)))]
+
+    def _score_batch(self, number, scores):
+        """Write down what to score and return the task that does it."""
+        name = f"scores/{self.study.name}-{number}"
+        path = os.path.join(self.folder, name + ".request.json")
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        requests = [dict(path=score.path, asked=score.full_request(), checkpoint=score.needs and find_checkpoint(
+            score.needs.path, score.request.get("after", self.preset.steps))) for score in scores]
+        write_record(path, dict(
+            images=self.preset.data, features=self.features, reference=self.reference.output,
+            batch=self.preset.sample_batch, fast=self.preset.fast, scores=requests))
+        return self._task(name, {}, argv=("-m", "experiments.score_worker", path), parts=scores)
+
+    def results(self):
+        """Return the results as plain values, once all tasks are done."""
+        preset, real = self.preset, self.baseline.record()
+        tasks = [self.reference, *self.trainings, *self.scores, *([self.classifier] if self.classifier else [])]
+        records = [task.record() for task in tasks]
+        return dict(
+            study=self.study.name, data=preset.data, scale=preset.name, steps=preset.steps,
+            work_minutes=round(sum(record["seconds"] for record in records) / 60, 1),
+            made=collect_environment(device_type()), seeds=self.seeds, network="{}/{}".format(*preset.network),
+            rows=[fields | self._measured(settings) for fields, settings in self.rows], features=preset.features,
+            samples=self.samples, sampling=preset.sampling,
+            training={name: getattr(preset, name) for name in ("steps", "batch_size", "lr", "ema_decay")},
+            curve_samples=preset.curve_samples, curve_sampling=preset.curve_sampling, held_out=real["held_out"],
+            real=dict(images=real["images"], distance=real["scores"]["frechet_distance"]),
+            made_by=sorted({summarize_environment(record["made"]) for record in records if record.get("made")}))
+
+    def _measured(self, settings):
+        if self.study.x_heading:
+            return dict(distance=[[x, read_metric("distance", scores)] for x, scores in settings.items()])
+        return {name: read_metric(name, settings[None]) for name in self.study.metrics}
 
 
-def _merge_curves(scores):
-    """Return [[step, distances of the seeds]] at the steps at which all trainings were measured."""
-    curves = [score.training.record()["curve"] for score in scores]
+def find_checkpoint(path, step):
+    """Return the path of a training's checkpoint after some steps; starts before the first one leave empty runs."""
+    return glob.glob(f"{glob.escape(path)}/*/checkpoints/{step:07d}.pt")[0]
+
+
+def collect_curve(path, kept_steps, has_curve):
+    """Return the distances over the steps of a training, None while the last is missing; remove other checkpoints."""
+    folder = os.path.dirname(find_checkpoint(path, kept_steps[-1]))
+    run_dir, kept = os.path.dirname(folder), {f"{step:07d}.pt" for step in kept_steps}
+    curve = {row["step"]: row["frechet_distance"] for row in read_score_table(f"{run_dir}/evaluations.csv")}
+    if has_curve and kept_steps[-1] not in curve:
+        return None
+    for name in os.listdir(folder):
+        if name.endswith(".pt") and name not in kept:
+            os.remove(os.path.join(folder, name))
+    return dict(curve=curve, made=try_read(f"{run_dir}/evaluations.json").get("samples", {}).get("made", {}))
+
+
+def read_metric(name, scores):
+    """Return a metric of finished scores; "curve": [[step, distances of the seeds]] at the steps that all have."""
+    if name != "curve":
+        return [score.record()["scores"]["frechet_distance" if name == "distance" else name] for score in scores]
+    curves = [score.needs.record()["curve"] for score in scores]
     steps = sorted(int(step) for step in set.intersection(*map(set, curves)))
     return [[step, [curve[str(step)] for curve in curves]] for step in steps]
+
+
+def _format_word(value):
+    if isinstance(value, tuple):
+        return "-".join(map(str, value))
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+@functools.cache
+def network_cost(**network):
+    """Return dict(parameters, multiply_adds) of a network of `build_dit`, the latter of a forward pass of one image."""
+    with torch.device("meta"):
+        model = build_dit(**network)
+    return dict(parameters=count_parameters(model), multiply_adds=int(count_multiply_adds(model)))
+
+
+def device_type():
+    """Return the type of the device that the tasks will use, such as "cuda"."""
+    return torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
+
+
+# ---------------------------------------------------------------- the command line
+
+def build_parser(description):
+    """Build the parser of the flags that all studies have."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=HelpFormatter)
+    data, scales = (sorted(set(names)) for names in zip(*PRESETS))
+    parser.add_argument("--data", choices=data, default="digits", help="digits: two CPU cores; fractals: a GPU")
+    parser.add_argument("--scale", choices=scales, default="miniature",
+                        help="preset of experiments/presets.py; paper: the paper's networks, on the fractals")
+    parser.add_argument("--steps", type=positive_int, help="training steps (default: of the scale)")
+    parser.add_argument("--sizes", nargs="+", metavar="SIZE", help="subset of the networks (default: all of the scale)")
+    parser.add_argument("--minutes", type=positive_float,
+                        help="time limit: exit status 75 with all work saved; the same command continues")
+    parser.add_argument("--workers", type=positive_int, help="processes at once (default: one per core, one on a GPU)")
+    parser.add_argument("--work", default="results/experiments", help="folder of trainings and scores")
+    parser.add_argument("--output", default="docs/experiments", metavar="DIR",
+                        help="folder of JSON and PNG; tables are written to the page DIR.md, if it exists")
+    return parser
+
+
+def select_preset(flags):
+    """Return the preset of --data and --scale, changed by --steps and --sizes."""
+    preset = PRESETS.get((flags.data, flags.scale))
+    if preset is None:
+        names = ", ".join(name for data, name in PRESETS if data == flags.data)
+        raise ArgumentError(f"for --data {flags.data} there are only {names}. Choose one of them.", scale=flags.scale)
+    if flags.steps:
+        every = preset.curve_every
+        if flags.steps > every and flags.steps % every:
+            raise ArgumentError(f"--scale {flags.scale} scores every {every} steps. Use a multiple of that, or fewer.",
+                                steps=flags.steps)
+        preset = replace(preset, name=f"{preset.name}-{flags.steps}-steps", steps=flags.steps,
+                         curve_every=min(every, flags.steps))
+    if flags.sizes:
+        if unknown := [size for size in flags.sizes if size not in preset.sizes]:
+            raise ArgumentError(f"--scale {flags.scale} has {', '.join(preset.sizes)}. Choose of these.", sizes=unknown)
+        sizes = {name: size for name, size in preset.sizes.items() if name in flags.sizes}
+        network = preset.network if preset.network[0] in sizes else (list(sizes)[-1], preset.network[1])
+        preset = replace(preset, name=f"{preset.name}-{'-'.join(sizes)}", sizes=sizes, network=network)
+    return preset
+
+
+def run_study(study):
+    """Run a `Study` as its command line says.
+
+    Raises:
+        Stopped: At the time limit or on a signal, with all work saved.
+        UserError: If the flags do not fit, or a training or a score fails.
+    """
+    flags, _ = parse_args(build_parser(sys.modules[study.rows.__module__].__doc__))
+    is_cpu, log = device_type() == "cpu", functools.partial(print, flush=True)
+    tasks, workers = StudyTasks(study, select_preset(flags), flags.work), flags.workers or 1
+    if is_cpu and not flags.workers:
+        workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    deadline = time.monotonic() + 60 * flags.minutes if flags.minutes else None
+    disk_gb = sum(training.disk_bytes for training in tasks.trainings) / 1e9
+    log(f"{len(tasks.trainings)} trainings, whose checkpoints take {disk_gb:.3g} GB in {tasks.folder}")
+    try:
+        for stage in tasks.stages(workers):
+            run_tasks(stage, workers, 1 if is_cpu else None, deadline, log)
+    except Stopped:
+        log(f"stopped, all work is saved; to continue: python -m experiments.{study.name} {shlex.join(sys.argv[1:])}")
+        raise
+    results = tasks.results()
+    path = os.path.join(flags.output, results_name(results))
+    write_record(path + ".json", results)
+    draw_results(results, flags.output)
+    log("\n".join(" | ".join(row) for row in format_table(study, results)))
+    for claim, _, here, verdict in study.claims(results):
+        log(f"{verdict}: {claim} ({here})")
+    log(f"wrote {path}.json and .png")
+    write_page(flags.output)
+
+
+def main(study):
+    """Run a study as a command."""
+    run_command(functools.partial(run_study, study))

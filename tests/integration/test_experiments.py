@@ -1,5 +1,6 @@
 """The paper's studies: tasks run once, results become tables and pictures, claims have rules."""
 import contextlib
+import copy
 import fcntl
 import importlib
 import itertools
@@ -21,29 +22,27 @@ from autoencoder.vae import IdentityAutoencoder
 from common.checkpoint_io import load_checkpoint
 from common.compute import ComputeConfig
 from common.errors import ArgumentError, Stopped, UserError
+from common.files import sha256_file
 from diffusion import create_diffusion
 from evaluation.records import read_record, write_record
-from experiments import guidance, jobs, scaling, score_worker
-from experiments.job_types import StudyContext, network_cost
+from experiments import block_types, ema_decay, guidance, jobs, scaling, score_worker
 from experiments.jobs import Task, run_tasks
-from experiments.presets import PRESETS, STUDY_DATA
+from experiments.presets import PRESETS
 from experiments.report import STUDIES, fill_page
-from experiments.runner import build_parser, run_study
-from experiments.score_worker import fixed_variance, generate_samples
+from experiments.score_worker import fix_variance, generate_samples
 from experiments.statistics import (
     argmin_mean,
+    correlation_interval,
     cross_validated_best,
     verdict_lower,
-    verdict_of_all,
     verdict_of_share,
-    verdict_same_sign,
 )
+from experiments.study import StudyTasks, build_parser, find_checkpoint, network_cost, run_study
 from helpers import ROOT, wait_for
 from models import DiT, DiT_models
 from networks import build_dit
 
 TOY = PRESETS["digits", "toy"]
-DIGITS = STUDY_DATA["digits"]
 # The paper's table 4: 10^9 multiply-adds, and FID-50K; patches of 8, 4, 2 of each size.
 TABLE_4 = {"S": ((0.36, 153.60), (1.41, 100.41), (6.06, 68.40)), "B": ((1.42, 122.74), (5.56, 68.38), (23.01, 43.47)),
            "L": ((5.01, 118.87), (19.70, 45.64), (80.71, 23.33)),
@@ -67,6 +66,8 @@ class InThisProcess:
 
     def poll(self):
         return 0
+
+    wait = poll
 
 
 @pytest.fixture
@@ -116,21 +117,20 @@ def test_studies_share_trainings_and_fill_the_page(in_this_process, tmp_path):
     assert run("scaling", tmp_path)["rows"] == again["rows"] and started == ["experiments.score_worker"]
 
 
-def train(context, training):
-    for tasks in context.stages("x", [context.score(training, seed=0)])[:2]:
-        run_tasks(tasks, 1, log=lambda line: None)
+def train(study, training):
+    for task in (study.reference, training):
+        run_tasks([task], 1, log=lambda line: None)
 
 
 def test_a_longer_training_continues_a_shorter_one(in_this_process, tmp_path):
     """With another learning rate it is another training, and refuses the checkpoint."""
     for steps in (2, 4):
-        context = StudyContext(DIGITS, replace(TOY, steps=steps), tmp_path)
-        training = context.training(0)
-        train(context, training)
-    record = training.record()
-    assert list(record["curve"]) == ["2", "4"] and record["checkpoint"].endswith("0000004.pt")
+        study = StudyTasks(block_types.STUDY, replace(TOY, steps=steps), tmp_path)
+        training = study.training(0)
+        train(study, training)
+    assert list(training.record()["curve"]) == ["2", "4"] and os.path.exists(find_checkpoint(training.path, 4))
     assert "at step 2" in Path(training.path + ".log").read_text()
-    other = StudyContext(DIGITS, replace(TOY, lr=1.0), tmp_path).training(0)
+    other = StudyTasks(block_types.STUDY, replace(TOY, lr=1.0), tmp_path).training(0)
     assert not other.is_done()
     with pytest.raises(UserError, match="lr"):
         run_tasks([other], 1, log=lambda line: None)
@@ -140,13 +140,13 @@ def test_averages_of_one_training_are_those_of_several(in_this_process, tmp_path
     """One run with several decays has, bit for bit, the EMA of a run with each; 0 is the weights themselves."""
     weights = {}
     for decays in ((), (0.0, 0.9)):
-        context = StudyContext(DIGITS, replace(TOY, ema_decay=0.5 if decays else 0.9), tmp_path)
-        context.folder += f"-{len(decays)}"
-        training = context.training(3, decays=decays)
-        train(context, training)
-        stored = load_checkpoint(training.checkpoint())
+        study = StudyTasks(block_types.STUDY, replace(TOY, ema_decay=0.5 if decays else 0.9), tmp_path / str(decays))
+        training = study.training(3, decays=decays)
+        train(study, training)
+        checkpoint = find_checkpoint(training.path, 4)
+        stored = load_checkpoint(checkpoint)
         weights |= {"model": stored["model"], "0.9": stored["ema"]} if not decays else {"several": stored["extra_emas"]}
-    assert sorted(os.listdir(os.path.dirname(training.checkpoint()))) == ["0000001.pt", "0000004.pt"]
+    assert sorted(os.listdir(os.path.dirname(checkpoint))) == ["0000001.pt", "0000004.pt"]
     for name, key in (("model", "0"), ("0.9", "0.9")):
         assert all(torch.equal(weights["several"][key][weight], value) for weight, value in weights[name].items())
 
@@ -212,7 +212,7 @@ def test_a_study_waits_for_another_until_its_deadline(tmp_path):
 def test_a_failed_task_is_reported_with_its_last_lines(tmp_path, monkeypatch):
     def fail(command, log, threads, lock):
         Path(log).write_text("the reason\n")
-        return SimpleNamespace(poll=lambda: 2)
+        return SimpleNamespace(poll=lambda: 2, wait=lambda: 2)
 
     monkeypatch.setattr(jobs, "start_process", fail)
     with pytest.raises(UserError, match=r"(?s)^x failed .*the reason.*x\.log"):
@@ -239,9 +239,11 @@ def test_fixed_variances_are_those_of_the_process():
     learned = sample(model)
     for name, small in (("fixed_small", True), ("fixed_large", False)):
         plain = sample(lambda x, t, y: model(x, t, y)[:, :1], learn_sigma=False, sigma_small=small)
-        with fixed_variance(model, name):
-            fixed = sample(model)
+        changed = copy.deepcopy(model)
+        fix_variance(changed, name)
+        fixed = sample(changed)
         assert torch.allclose(fixed, plain, atol=1e-5) and not torch.allclose(fixed, learned, atol=1e-3)
+    fix_variance(model, "learned")
     assert torch.equal(sample(model), learned)
 
 
@@ -249,9 +251,9 @@ def test_fixed_variances_are_those_of_the_process():
 def test_a_variance_is_fixed_in_every_precision(tmp_path, monkeypatch, precision):
     """In bf16 a copy of the network is sampled."""
     monkeypatch.setattr(score_worker, "fastest_config", lambda device: ComputeConfig(precision))
-    loaded = SimpleNamespace(model=small_network(std=0.3), autoencoder=IdentityAutoencoder(1), num_classes=10)
     sets, signals = [], SimpleNamespace(received=None)
     for variance in ("learned", "fixed_small", "fixed_large"):
+        loaded = SimpleNamespace(model=small_network(std=0.3), autoencoder=IdentityAutoencoder(1), num_classes=10)
         score = dict(path=str(tmp_path / variance), asked=dict(samples=4, steps=4, seed=1, variance=variance))
         sets.append(generate_samples(loaded, score, dict(batch=4, fast=True), signals).images)
     assert all((one != other).any() for one, other in itertools.combinations(sets, 2))
@@ -284,9 +286,9 @@ def test_a_stopped_set_of_samples_continues(tmp_path):
 def test_correlation_is_the_papers():
     """-0.93, from the numbers of table 4."""
     pairs = [pair for pairs in TABLE_4.values() for pair in pairs]
-    summary = scaling.summarize([dict(multiply_adds=gflops, distance=[fid]) for gflops, fid in pairs])
-    low, high = summary["interval"]
-    assert round(summary["correlation"], 2) == -0.93 and low < summary["correlation"] < high < -0.7
+    correlation = scaling.correlate([dict(multiply_adds=gflops, distance=[fid]) for gflops, fid in pairs])
+    low, high = correlation_interval(correlation, len(pairs))
+    assert round(correlation, 2) == -0.93 and low < correlation < high < -0.7
 
 
 def test_a_difference_is_seen_if_the_seeds_agree():
@@ -296,9 +298,9 @@ def test_a_difference_is_seen_if_the_seeds_agree():
     assert verdict_lower([1.0, 2.0, 3.0], [2.0, 1.9, 4.0]) == "not clear"
     assert verdict_lower([1.0, 1.0], [2.0, 1.5]) == "not clear" and verdict_lower([1.0], [9.0]) == "not clear"
     assert [verdict_of_share([True] * wins + [False] * (4 - wins)) for wins in (4, 3, 2)] == ["yes", "not clear", "no"]
-    assert verdict_of_all(["yes", "yes"]) == "yes" and verdict_of_all(["yes", "no"]) == "not clear"
-    assert [verdict_same_sign(differences) for differences in ([1, 2], [-1, -2], [1, 0], [1, -1], [1])] == [
-        "yes", "no", "not clear", "not clear", "not clear"]
+    before = [0.5, 0.9]
+    assert [ema_decay.verdict_longer(before[:len(after)], after) for after in (
+        [0.9, 0.99], [0.1, 0.5], [0.9, 0.9], [0.9, 0.5], [0.9])] == ["yes", "no", *["not clear"] * 3]
 
 
 def test_settings_are_chosen_by_the_other_seeds():
@@ -320,31 +322,29 @@ def test_guidance_may_show_no_rise(distances, here, verdict):
 
 def test_nothing_is_compared_across_two_classifiers(tmp_path):
     """The folder may be moved; with another classifier what was measured is not done, in all presets."""
-    data, preset = STUDY_DATA["fractals"], PRESETS["fractals", "miniature"]
-    contexts = [StudyContext(data, replace(preset, name=name), tmp_path / "a") for name in ("one", "two")]
-    assert contexts[0].classifier == contexts[1].classifier and contexts[0].reference == contexts[1].reference
+    preset = PRESETS["fractals", "miniature"]
+    studies = [StudyTasks(scaling.STUDY, replace(preset, name=name), tmp_path / "a") for name in ("one", "two")]
+    assert studies[0].classifier == studies[1].classifier and studies[0].reference == studies[1].reference
 
     def requests_with(classifier, folder):
-        context = StudyContext(data, preset, tmp_path / folder)
-        for task, content in ((context.classifier, classifier), (context.reference, "numbers")):
+        study = StudyTasks(scaling.STUDY, preset, tmp_path / folder)
+        for task, content in ((study.classifier, classifier), (study.reference, "numbers")):
             os.makedirs(os.path.dirname(task.path), exist_ok=True)
             Path(task.output).write_text(content)
-            write_record(task.path + ".json", dict(asked=task.full_request()) | task.collect())
-        score = context.score(context.training(0, "2x32", 8), seed=0)
-        baseline = context.real_image_baseline(9)
-        return [task.full_request() for task in (context.reference, score.training, score, baseline)]
+            write_record(task.path + ".json", dict(asked=task.full_request(), sha256=sha256_file(task.output)))
+        return [task.full_request() for task in (study.reference, *study.trainings, *study.scores)]
 
     first = requests_with("a classifier", "a")
     (tmp_path / "a").rename(tmp_path / "b")
-    moved = StudyContext(data, preset, tmp_path / "b")
+    moved = StudyTasks(scaling.STUDY, preset, tmp_path / "b")
     assert moved.classifier.is_done() and moved.reference.is_done() and requests_with("a classifier", "b") == first
     assert all(old != new for old, new in zip(first, requests_with("another", "b")))
 
 
 def test_networks_are_the_papers():
-    context = StudyContext(STUDY_DATA["fractals"], PRESETS["fractals", "paper"], "x")
-    network = context.network("S", 2) | dict(in_channels=4, num_classes=1000)
-    assert network_cost(network)["multiply_adds"] / 1e9 == pytest.approx(6.06, abs=0.005)
+    study = StudyTasks(scaling.STUDY, PRESETS["fractals", "paper"], "x")
+    network = study.network("S", 2) | dict(in_channels=4, num_classes=1000)
+    assert network_cost(**network)["multiply_adds"] / 1e9 == pytest.approx(6.06, abs=0.005)
     with torch.device("meta"):
         ours, published = ({key: value.shape for key, value in model.state_dict().items()}
                            for model in (build_dit(**network), DiT_models["DiT-S/2"]()))
