@@ -9,7 +9,6 @@ and as `data.build_dataset` does on rank 0. Compare numbers of one run only.
 """
 import argparse
 import gc
-import json
 import multiprocessing
 import os
 import resource
@@ -27,6 +26,7 @@ from torch.utils.data import Dataset
 
 from autoencoder.vae import LatentScaling
 from common import distributed
+from common.cli import HelpFormatter, parse_args, positive_int
 from common.files import sha256_file
 from common.provenance import collect_environment
 from data import build_dataset
@@ -37,37 +37,29 @@ from data.latent_cache.reader import LatentCache
 from data.latent_cache.writer import LatentCacheWriter
 from data.loader import PrefetchLoader
 from data.sampler import StepBatchSampler
+from evaluation.records import write_record
 
 NUM_WORKERS = 2
 BATCH_SIZE = 256
 NUM_CLASSES = 1000
 
 
-def build_parser():
-    """Build the parser of the command."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("measurement", choices=["throughput", "listing"])
-    parser.add_argument("--num-images", type=int, default=1_281_000, help="files to list (default: %(default)s)")
-    parser.add_argument("--num-rounds", type=int, default=3, help="rounds of listing (default: %(default)s)")
-    parser.add_argument("--json", metavar="FILE", help="file for the results")
-    return parser
-
-
 def main():
     """Run the command."""
-    flags = build_parser().parse_args()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser.add_argument("measurement", choices=["throughput", "listing"])
+    parser.add_argument("--num-images", type=positive_int, default=1_281_000, help="files to list")
+    parser.add_argument("--num-rounds", type=positive_int, default=3, help="rounds of listing")
+    parser.add_argument("--json", metavar="FILE", help="file for the results")
+    flags, _ = parse_args(parser)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     environment = collect_environment(device) | dict(cores=len(psutil.Process().cpu_affinity()))
-    if flags.measurement == "throughput":
-        rows = measure_throughput(device)
-    else:
-        rows = measure_listing(flags.num_images, flags.num_rounds)
+    is_throughput = flags.measurement == "throughput"
+    rows = measure_throughput(device) if is_throughput else measure_listing(flags.num_images, flags.num_rounds)
     for name, row in rows.items():
         print(f"{name:34s} " + "   ".join(f"{key} {value:,.1f}" for key, value in row.items()))
     if flags.json:
-        with open(flags.json, "w") as file:
-            json.dump(dict(measurement=flags.measurement, environment=environment, results=rows), file, indent=1)
-            file.write("\n")
+        write_record(flags.json, dict(measurement=flags.measurement, environment=environment, results=rows))
 
 
 # ---------------------------------------------------------------- throughput
@@ -110,10 +102,7 @@ def measure_rate(dataset, num_workers, device, batch_size=BATCH_SIZE, num_batche
 
 
 def measure_memory(cache, epochs, device):
-    """Measure the peak in MB of the memory (PSS) that this process and its workers hold while they read a cache.
-
-    Mapped pages of files count; pages that several processes share count once.
-    """
+    """Measure the peak in MB of the memory (PSS, with mapped pages) of this process and its workers reading a cache."""
     process, peak = psutil.Process(), 0
     num_steps = int(epochs * len(cache)) // BATCH_SIZE
     for step, _ in enumerate(open_loader(cache, NUM_WORKERS, device, BATCH_SIZE, num_steps)):
@@ -201,15 +190,12 @@ def measure_listing(num_images, num_rounds):
         write_empty_images(large, num_images, NUM_CLASSES)
         rows = {}
         for num_processes in (1, 2):
-            seconds = {name: [] for name in LISTINGS}
-            for _ in range(num_rounds):
-                for name in LISTINGS:
-                    row = run_listing_processes(name, num_processes, tiny, large)
-                    seconds[name].append(row["seconds"])
-                    rows[f"{name}, {num_processes} processes"] = row
-            for name, values in seconds.items():
-                rows[f"{name}, {num_processes} processes"] |= dict(
-                    seconds=statistics.median(values), lowest=min(values), highest=max(values))
+            rounds = [{name: run_listing_processes(name, num_processes, tiny, large) for name in LISTINGS}
+                      for _ in range(num_rounds)]
+            for name, row in rounds[-1].items():
+                seconds = [rows_of_round[name]["seconds"] for rows_of_round in rounds]
+                rows[f"{name}, {num_processes} processes"] = row | dict(
+                    seconds=statistics.median(seconds), lowest=min(seconds), highest=max(seconds))
     return rows
 
 

@@ -79,11 +79,10 @@ def measure(device, warm_up=80, count=15, calls=40):
     """Return the milliseconds of a sampling step (8x4x32x32) and of a loss (32x4x32x32) without the network."""
     diffusion = create_diffusion("")
     plain = PlainFormulas(diffusion)
-    pairs = {}
     x, output = torch.randn(8, 4, 32, 32, device=device), torch.randn(8, 8, 32, 32, device=device)
     t = torch.full((8,), 500, device=device)
-    pairs["sampling step"] = (lambda: diffusion.p_sample(lambda *_: output, x, t, clip_denoised=False)["sample"],
-                              lambda: plain.sample_step(output, x, t))
+    pairs = {"sampling step": (lambda: diffusion.p_sample(lambda *_: output, x, t, clip_denoised=False)["sample"],
+                               lambda: plain.sample_step(output, x, t))}
     x_start, noise = (torch.randn(32, 4, 32, 32, device=device) for _ in range(2))
     outputs = torch.randn(32, 8, 32, 32, device=device)
     for name, first in (("training losses", 1), ("the same with a t = 0", 0)):  # 97 of 100 batches of 32 have none
@@ -92,8 +91,7 @@ def measure(device, warm_up=80, count=15, calls=40):
         pairs[name] = (
             lambda t=timesteps: diffusion.training_losses(lambda *_: outputs, x_start, t, noise=noise)["loss"],
             lambda t=timesteps: plain.losses(outputs, x_start, t, noise))
-        ours, theirs = (function() for function in pairs[name])
-        torch.testing.assert_close(ours, theirs)
+        torch.testing.assert_close(*(function() for function in pairs[name]))
     results = {}
     for name, (ours, theirs) in pairs.items():
         with torch.no_grad():

@@ -9,8 +9,9 @@ import time
 
 import torch
 
-from common.cli import HelpFormatter, positive_int
+from common.cli import HelpFormatter, flag_name, parse_args, positive_int
 from common.provenance import describe_hardware, git_commit
+from evaluation.records import write_record
 from models import DiT_models
 
 _HELP = dict(model="architecture", batch="images at once", image_size="pixels", steps="sampling steps",
@@ -30,14 +31,11 @@ def run_benchmark(name, measure, format_row, description):
     """
     parser = argparse.ArgumentParser(description=description, formatter_class=HelpFormatter)
     for flag, parameter in list(inspect.signature(measure).parameters.items())[1:]:
-        spelled, default = "--" + flag.replace("_", "-"), parameter.default
-        if isinstance(default, bool):
-            parser.add_argument(spelled, action="store_true", help=_HELP[flag])
-        else:
-            kind = dict(choices=DiT_models) if flag == "model" else dict(type=positive_int)
-            parser.add_argument(spelled, default=default, help=_HELP[flag], **kind)
+        options = dict(action="store_true") if parameter.default is False else dict(type=positive_int)
+        options = dict(choices=DiT_models) if flag == "model" else options
+        parser.add_argument(flag_name(flag), default=parameter.default, help=_HELP[flag], **options)
     parser.add_argument("--json", metavar="FILE", help="file for the results as JSON")
-    flags = vars(parser.parse_args())
+    flags = dict(vars(parse_args(parser)[0]))
     path = flags.pop("json")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda":
@@ -46,13 +44,12 @@ def run_benchmark(name, measure, format_row, description):
     results = measure(device, **flags)
     for row_name, row in results.items():
         print(format_row(row_name, row))
-    record = json.dumps(dict(what=name, flags=flags, hardware=describe_hardware(device), torch=torch.__version__,
-                             python=platform.python_version(), commit=git_commit(), date=time.strftime("%Y-%m-%d"),
-                             results=results))
-    print(record)
+    record = dict(what=name, flags=flags, hardware=describe_hardware(device), torch=torch.__version__,
+                  python=platform.python_version(), commit=git_commit(), date=time.strftime("%Y-%m-%d"),
+                  results=results)
+    print(json.dumps(record))
     if path:
-        with open(path, "w") as file:
-            file.write(record + "\n")
+        write_record(path, record)
 
 
 def compare(builders, device, warm_up, count, calls):

@@ -16,43 +16,27 @@ TRACED_BATCHES = (2, 4)  # memory is linear in the batch size: two batches deter
 
 @dataclass(frozen=True)
 class Timeline:
-    """Bytes alive in a part of a training step in addition to weights, optimizer and EMA, one entry per allocation.
+    """Bytes alive in a part of a training step in addition to weights, optimizer and EMA, one entry per allocation."""
 
-    Attributes:
-        fixed (ndarray): Activations and temporaries that do not depend on the batch size.
-        per_image (ndarray): Activations and temporaries of each image.
-        copies (ndarray): Weights in bfloat16, which autocast keeps to the end of the step.
-        gradients (ndarray): Gradients computed so far.
-    """
-
-    fixed: np.ndarray
-    per_image: np.ndarray
-    copies: np.ndarray
-    gradients: np.ndarray
+    fixed: np.ndarray  # activations and temporaries that do not depend on the batch size
+    per_image: np.ndarray  # activations and temporaries of each image
+    copies: np.ndarray  # weights in bfloat16, which autocast keeps to the end of the step
+    gradients: np.ndarray  # gradients computed so far
 
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Memory of training in bytes, as `estimate_step_memory` finds it.
+    """Memory of training in bytes, as `estimate_step_memory` finds it."""
 
-    Attributes:
-        weights (int): Weights of the full network; likewise gradients, optimizer, ema.
-        outside_blocks (int): Weights outside the blocks.
-        block (int): Weights of the largest block.
-        gathers_bf16 (bool): Whether FSDP gathers the blocks in bfloat16.
-        backward (Timeline): Computation of the gradients.
-        update (Timeline): The optimizer step.
-    """
-
-    weights: int
+    weights: int  # of the full network; likewise the next three
     gradients: int
     optimizer: int
     ema: int
-    outside_blocks: int
-    block: int
-    gathers_bf16: bool
-    backward: Timeline
-    update: Timeline
+    outside_blocks: int  # weights outside the blocks
+    block: int  # weights of the largest block
+    gathers_bf16: bool  # whether FSDP gathers the blocks in bfloat16
+    backward: Timeline  # computation of the gradients
+    update: Timeline  # the optimizer step
 
     def persistent(self, world_size=1, fsdp=False):
         """Return {part: bytes} on each device, without activations.
@@ -70,8 +54,7 @@ class MemoryEstimate:
 
     def activations(self, batch, fsdp=False):
         """Return the peak of activations, temporaries and autocast's copies with `batch` images per device."""
-        fixed, per_image = self._activation_lines(fsdp)
-        return int((fixed + per_image * batch).max())
+        return int((self._fixed_activations(fsdp) + self.backward.per_image * batch).max())
 
     def peak(self, batch, world_size=1, fsdp=False):
         """Return the peak of all memory with `batch` images per pass on each device."""
@@ -86,20 +69,19 @@ class MemoryEstimate:
         grows = per_image > 0
         return int(((memory - fixed[grows]) // per_image[grows]).min())
 
-    def _activation_lines(self, fsdp):
-        line = self.backward
-        has_copies = not (fsdp and self.gathers_bf16)  # what FSDP gathers in bfloat16 needs no copy
-        return line.fixed + (line.copies if has_copies else 0), line.per_image
+    def _fixed_activations(self, fsdp):
+        is_gathered = fsdp and self.gathers_bf16  # what FSDP gathers in bfloat16 needs no copy
+        return self.backward.fixed + (0 if is_gathered else self.backward.copies)
 
     def _total_lines(self, world_size, fsdp):
-        """Return all bytes over a step: what does not depend on the batch, and the bytes of each image."""
+        """Return all bytes over a step: what does not depend on the batch, and what each image takes."""
         shards = world_size if fsdp else 1
         persistent = sum(size for name, size in self.persistent(world_size, fsdp).items() if name != "gradients")
-        fixed, per_image = self._activation_lines(fsdp)
+        backward = self._fixed_activations(fsdp) + self.backward.gradients // shards
         # The optimizer's temporaries are of the size of what it updates.
         update = (self.update.fixed + self.update.gradients) // shards
-        return (persistent + np.concatenate([fixed + self.backward.gradients // shards, update]),
-                np.concatenate([per_image, self.update.per_image]))
+        return (persistent + np.concatenate([backward, update]),
+                np.concatenate([self.backward.per_image, self.update.per_image]))
 
 
 def estimate_step_memory(build, compute=DEFAULT_COMPUTE, checkpointed=0.0, num_microbatches=1, fused=False):
@@ -131,11 +113,9 @@ ACTIVATION, GRADIENT, COPY, MOMENT = range(4)  # kinds of memory
 
 
 def _trace_step(build, batch, compute, checkpointed, passes, fused):
-    """Trace a training step.
+    """Return the sizes of a `MemoryEstimate`, and the events of the backward pass and of the optimizer step.
 
-    Returns:
-        tuple: The sizes of a `MemoryEstimate`, and the events of the backward pass and of the optimizer step: arrays of
-        shape (events, 2), kind and bytes, negative if memory is freed.
+    Events are arrays of shape (events, 2): kind and bytes, negative if memory is freed.
     """
     diffusion, tracker = create_diffusion(""), AllocationTracker()
     with FakeTensorMode():

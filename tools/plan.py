@@ -17,7 +17,7 @@ import torch
 
 import models
 from autoencoder.vae import latent_size
-from common.cli import HelpFormatter, fraction, positive_int
+from common.cli import HelpFormatter, fraction, number, parse_args, positive_int
 from common.compute import PRECISIONS, ComputeConfig
 from common.errors import ArgumentError, UserError, run_command
 from common.files import format_bytes
@@ -70,6 +70,7 @@ def build_parser():
     return parser
 
 
+@number
 def positive_fraction(text):
     """Parse a number in (0, 1]."""
     value = fraction(text)
@@ -86,12 +87,9 @@ def vae(text):
     return text
 
 
-positive_fraction.__name__ = "number"
-
-
 def main():
     """Print the plan of the command line."""
-    flags = build_parser().parse_args()
+    flags, _ = parse_args(build_parser())
     gpu, microbatch = GPUS[flags.gpu], microbatch_size(flags)
     if flags.fsdp and flags.gpus == 1:
         raise ArgumentError("there is nothing to shard over. Use several GPUs, or leave --fsdp out.", fsdp=True, gpus=1)
@@ -99,11 +97,10 @@ def main():
     plans = (plan(name, flags, gpu, microbatch) for name in names)
     if flags.json:
         print(json.dumps(dict(flags=vars(flags), gpu=asdict(gpu), images_in_a_pass=microbatch, models=list(plans))))
-    elif flags.model == "all":
-        for line in format_table(plans, flags, gpu, microbatch):
-            print(line, flush=True)
-    else:
-        print(format_plan(next(plans), flags, gpu, microbatch))
+        return
+    lines = format_table if flags.model == "all" else format_plan
+    for line in lines(plans, flags, gpu, microbatch):
+        print(line, flush=True)
 
 
 def microbatch_size(flags):
@@ -120,8 +117,8 @@ def plan(name, flags, gpu, microbatch):
     """Return all numbers of one model as plain values: bytes, FLOPs, seconds, hours."""
     channels, stride = VAES.get(flags.vae) or map(int, flags.vae.split("x"))
     size = latent_size(SimpleNamespace(name=flags.vae, stride=stride), flags.image_size)
-    overrides = {key: getattr(flags, key) for key in ("depth", "hidden_size", "num_heads", "patch_size")}
-    overrides = {key: value for key, value in overrides.items() if value is not None}
+    overrides = {key: getattr(flags, key) for key in ("depth", "hidden_size", "num_heads", "patch_size")
+                 if getattr(flags, key) is not None}
 
     def build():
         return build_dit(name, conditioning=flags.conditioning, input_size=size, in_channels=channels,
@@ -156,32 +153,31 @@ def memory(build, flags, gpu, microbatch, checkpointed):
                 fits=peak <= usable, largest_global_batch_size=largest)
 
 
-def format_plan(plan, flags, gpu, microbatch):
-    """Return the numbers of one model as a page."""
+def format_plan(plans, flags, gpu, microbatch):
+    """Yield the lines of a page with the numbers of one model."""
+    (plan,) = plans
     row, cache = plan["memory"][0], plan["latent_cache"]
     parts = dict(weights=row["weights"], gradients=row["gradients"], moments=row["optimizer"], EMA=row["ema"])
     if flags.gpus > 1:
         parts["FSDP: gathered at a time" if flags.fsdp else "DDP buckets"] = row["exchange"]
-    lines = [
-        f"{plan['model']} at {flags.image_size} pixels: latents {'x'.join(map(str, plan['latents']))}, "
-        f"{plan['tokens']:,} tokens, {plan['parameters']:,} parameters, {plan['gflops']:.2f} Gflops (multiply-adds per "
-        "image)",
-        "",
-        f"Memory of each GPU: {format_setup(flags, gpu, microbatch)}",
-        "  " + "   ".join(f"{name} {format_bytes(size)}" for name, size in parts.items()),
-        f"  {'':24s} {'activations':>12s}{'peak':>12s}   {'of ' + format_bytes(row['usable']):14s}"
-        f"{'largest batch':>13s}"]
-    lines += [f"  {format_checkpointing(row['grad_checkpointing']):24s} {format_bytes(row['activations']):>12s}"
-              f"{format_bytes(row['at_most']):>12s}   {'fits' if row['fits'] else 'does not fit':14s}"
-              f"{row['largest_global_batch_size']:>13,}" for row in plan["memory"]]
-    lines += ["", f"Time: {plan['step_flops'] / 1e12:,.1f} TFLOP per step, {plan['step_seconds']:.3g} s at "
-                  f"{format_rate(flags, gpu)}"]
-    lines += [f"  {steps:>9,} steps {hours:,.1f} hours" + (f" ({hours / 24:,.1f} days)" if hours >= 48 else "")
-              for steps, hours in plan["hours"].items()]
+    yield (f"{plan['model']} at {flags.image_size} pixels: latents {'x'.join(map(str, plan['latents']))}, "
+           f"{plan['tokens']:,} tokens, {plan['parameters']:,} parameters, {plan['gflops']:.2f} Gflops (multiply-adds "
+           "per image)\n")
+    yield f"Memory of each GPU: {format_setup(flags, gpu, microbatch)}"
+    yield "  " + "   ".join(f"{name} {format_bytes(size)}" for name, size in parts.items())
+    yield (f"  {'':24s} {'activations':>12s}{'peak':>12s}   {'of ' + format_bytes(row['usable']):14s}"
+           f"{'largest batch':>13s}")
+    for row in plan["memory"]:
+        yield (f"  {format_checkpointing(row['grad_checkpointing']):24s} {format_bytes(row['activations']):>12s}"
+               f"{format_bytes(row['at_most']):>12s}   {'fits' if row['fits'] else 'does not fit':14s}"
+               f"{row['largest_global_batch_size']:>13,}")
+    yield (f"\nTime: {plan['step_flops'] / 1e12:,.1f} TFLOP per step, {plan['step_seconds']:.3g} s at "
+           f"{format_rate(flags, gpu)}")
+    for steps, hours in plan["hours"].items():
+        yield f"  {steps:>9,} steps {hours:,.1f} hours" + (f" ({hours / 24:,.1f} days)" if hours >= 48 else "")
     if cache is not None:
-        lines += ["", f"Latent cache of {flags.images:,} images: {format_bytes(cache)} ({flags.dtype}, "
-                      f"{'with' if flags.flip else 'without'} flipped images)"]
-    return "\n".join(lines)
+        yield (f"\nLatent cache of {flags.images:,} images: {format_bytes(cache)} ({flags.dtype}, "
+               f"{'with' if flags.flip else 'without'} flipped images)")
 
 
 def format_table(plans, flags, gpu, microbatch):

@@ -8,22 +8,17 @@ The losses are those of log.txt, the scores those of evaluations.csv.
 import argparse
 import os
 
-from common.cli import HelpFormatter
+from common.cli import HelpFormatter, parse_args
 from common.errors import ArgumentError, run_command
 from evaluation.plots import plot_runs
 
 
-def build_parser():
-    """Build the parser of the command line."""
+def main():
+    """Plot the runs of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folders that train.py made")
     parser.add_argument("--output", metavar="FILE", help="the figure; default: training.png in the folder of the run")
-    return parser
-
-
-def main():
-    """Plot the runs of the command line."""
-    flags = build_parser().parse_args()
+    flags, _ = parse_args(parser)
     if len(flags.runs) > 1 and not flags.output:
         raise ArgumentError("several runs need the path of their common figure", output=None)
     path = flags.output or os.path.join(flags.runs[0], "training.png")

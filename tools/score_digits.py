@@ -8,7 +8,7 @@ import argparse
 
 import torch
 
-from common.cli import HelpFormatter
+from common.cli import HelpFormatter, parse_args
 from common.errors import UserError, run_command
 from common.files import read_npz_array
 from data.dataset import evenly_spaced_indices
@@ -19,16 +19,11 @@ from evaluation.image_sources import BuiltinImages, NpzImages
 from evaluation.metrics import frechet_distance
 
 
-def build_parser():
-    """Build the parser of the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
-    parser.add_argument("samples", nargs="+", metavar="NPZ", help="sets that sample_ddp.py made")
-    return parser
-
-
 def main():
     """Judge the sets of the command line."""
-    flags = build_parser().parse_args()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser.add_argument("samples", nargs="+", metavar="NPZ", help="sets that sample_ddp.py made")
+    flags, _ = parse_args(parser)
     classifier = DigitsClassifier()
     train, held_out = (images.batch(0, len(images)) for images in map(BuiltinImages, ("digits", "digits-held-out")))
     real = torch.cat([train, held_out])

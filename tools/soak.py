@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from common.checkpoint_io import load_checkpoint
+from common.cli import HelpFormatter, parse_args, positive_float, positive_int
 
 ROOT = Path(__file__).resolve().parents[1]
 PARTS = ("model", "ema", "opt", "schedule_sampler", "guard", "step")
@@ -30,11 +31,7 @@ def start(results_dir, num_steps, *flags):
 
 
 def kill_repeatedly(results_dir, num_steps, minutes):
-    """Kill a run every 4 to 16 seconds and resume it.
-
-    Returns:
-        tuple[int, int]: The number of kills, and the step of the latest checkpoint.
-    """
+    """Kill a run every 4 to 16 seconds and resume it; return the kills, and the step of the latest checkpoint."""
     generator, kills, end = random.Random(0), 0, time.monotonic() + 60 * minutes
     while time.monotonic() < end:
         process = start(results_dir, num_steps, "--resume", "auto")
@@ -71,10 +68,10 @@ def is_equal(one, two):
 
 def main():
     """Run the comparison; returns 1 if anything differs."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=15, help="minutes during which the run is killed")
-    parser.add_argument("--steps", type=int, default=8000, help="steps of the run")
-    flags = parser.parse_args()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser.add_argument("--minutes", type=positive_float, default=15, help="minutes during which the run is killed")
+    parser.add_argument("--steps", type=positive_int, default=8000, help="steps of the run")
+    flags, _ = parse_args(parser)
     with tempfile.TemporaryDirectory() as folder:
         undisturbed_dir, killed_dir = Path(folder, "undisturbed"), Path(folder, "killed")
         undisturbed = start(undisturbed_dir, flags.steps)

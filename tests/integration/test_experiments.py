@@ -110,11 +110,11 @@ def test_studies_share_trainings_and_fill_the_page(in_this_process, tmp_path):
     again = run("scaling", tmp_path)
     assert started == []
     (score,) = (tmp_path / "work" / "digits-toy" / "scores" / "2x16-4-adaln-zero-seed-0").glob("samples-12-*.json")
-    score.unlink()
-    assert run("scaling", tmp_path)["rows"] == again["rows"] and started == ["experiments.score_worker"]
-    score.write_text(score.read_text().replace('"samples": 12', '"samples": 13'))  # of another request
-    started.clear()
-    assert run("scaling", tmp_path)["rows"] == again["rows"] and started == ["experiments.score_worker"]
+    another = score.read_text().replace('"samples": 12', '"samples": 13')
+    for change in (score.unlink, lambda: score.write_text(another)):  # missing, and of another request
+        change()
+        started.clear()
+        assert run("scaling", tmp_path)["rows"] == again["rows"] and started == ["experiments.score_worker"]
 
 
 def train(study, training):
@@ -204,8 +204,7 @@ def test_a_study_waits_for_another_until_its_deadline(tmp_path):
         fcntl.flock(lock, fcntl.LOCK_EX)
         lines = []
         with pytest.raises(Stopped):
-            run_tasks([Task(folder=str(tmp_path), name="x", request={})], 1, deadline=time.monotonic(),
-                      log=lines.append)
+            run_tasks([Task(folder=str(tmp_path), name="x", request={})], 1, None, time.monotonic(), lines.append)
     assert len(lines) == 1 and not (tmp_path / "x.log").exists()
 
 
@@ -342,8 +341,8 @@ def test_nothing_is_compared_across_two_classifiers(tmp_path):
 
 
 def test_networks_are_the_papers():
-    study = StudyTasks(scaling.STUDY, PRESETS["fractals", "paper"], "x")
-    network = study.network("S", 2) | dict(in_channels=4, num_classes=1000)
+    network = StudyTasks(scaling.STUDY, PRESETS["fractals", "paper"], "x").network("S", 2)
+    network |= dict(in_channels=4, num_classes=1000)
     assert network_cost(**network)["multiply_adds"] / 1e9 == pytest.approx(6.06, abs=0.005)
     with torch.device("meta"):
         ours, published = ({key: value.shape for key, value in model.state_dict().items()}
