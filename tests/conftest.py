@@ -28,6 +28,26 @@ def command(monkeypatch, capfd):
     return run
 
 
+@pytest.fixture
+def run_ok(command):
+    """Run a command in this process that succeeds, and return its output: run_ok("train", "--flag", ...)."""
+    def run(name, *flags):
+        status, out, err = command(name, *flags)
+        assert status == 0, out + err
+        return out
+    return run
+
+
+@pytest.fixture
+def run_error(command):
+    """Run a command in this process that ends with an error message and status 2, and return the message."""
+    def run(name, *flags):
+        status, out, err = command(name, *flags)
+        assert status == 2 and "Traceback" not in err, out + err
+        return err
+    return run
+
+
 @pytest.fixture(scope="module")
 def module_children(tmp_path_factory):
     """Run commands in child processes, for fixtures of a module."""

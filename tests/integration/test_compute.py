@@ -60,12 +60,10 @@ def test_autocast_leaves_the_timestep_embedding_bit_for_bit():
 @pytest.mark.parametrize("flags, tolerance", [
     (["--precision", "bf16"], 0.02), (["--precision", "fp32"], 0), (["--fused-adamw"], 1e-4),
     (["--attention", "math"], 1e-4), (["--grad-checkpointing", 0.5], 0)])
-def test_losses_of_two_hundred_steps_agree(command, tmp_path, flags, tolerance):
+def test_losses_of_two_hundred_steps_agree(run_ok, tmp_path, flags, tolerance):
     """With those of the defaults; the checkpoint has the same names and types."""
     for name, extra in (("plain", []), ("fast", flags)):
-        status, _, err = command("train", *RUN, "--depth", 2, "--max-steps", 200, *extra, "--results-dir",
-                                 tmp_path / name)
-        assert status == 0, err
+        run_ok("train", *RUN, "--depth", 2, "--max-steps", 200, *extra, "--results-dir", tmp_path / name)
     plain, fast = scalars(tmp_path / "plain"), scalars(tmp_path / "fast")
     assert len(plain) == 200 and max(abs(plain[step] - fast[step]) for step in plain) <= tolerance
     one, two = stored(tmp_path / "plain", 200), stored(tmp_path / "fast", 200)
@@ -75,15 +73,14 @@ def test_losses_of_two_hundred_steps_agree(command, tmp_path, flags, tolerance):
     assert (differences(one, two) == []) == (tolerance == 0)
 
 
-def test_a_resume_in_another_precision_must_be_allowed(command, tmp_path):
+def test_a_resume_in_another_precision_must_be_allowed(run_ok, run_error, tmp_path):
     """Kernels and checkpointing may change freely."""
-    command("train", *RUN, "--max-steps", 1, "--results-dir", tmp_path)
-    status, _, err = command("train", *RUN, "--max-steps", 2, "--precision", "bf16", "--resume", "auto",
-                             "--results-dir", tmp_path)
-    assert status == 2 and "--precision" in err and "bf16" in err and "tf32" in err
-    status, _, err = command("train", *RUN, "--max-steps", 2, "--attention", "math", "--fused-adamw",
-                             "--grad-checkpointing", "--resume", "auto", "--results-dir", tmp_path)
-    assert status == 0, err
+    run_ok("train", *RUN, "--max-steps", 1, "--results-dir", tmp_path)
+    err = run_error("train", *RUN, "--max-steps", 2, "--precision", "bf16", "--resume", "auto",
+                    "--results-dir", tmp_path)
+    assert "--precision" in err and "bf16" in err and "tf32" in err
+    run_ok("train", *RUN, "--max-steps", 2, "--attention", "math", "--fused-adamw", "--grad-checkpointing",
+           "--resume", "auto", "--results-dir", tmp_path)
 
 
 # ---------------------------------------------------------------- checkpointing and kernels
@@ -212,45 +209,42 @@ def test_compiled_sampling_gives_the_same_samples():
     assert torch.equal(plain[0][:3], plain[1]) or torch.allclose(plain[0][:3], plain[1], atol=1e-4)
 
 
-def test_without_a_compiler_a_warning_is_given(command, tmp_path, monkeypatch):
+def test_without_a_compiler_a_warning_is_given(run_ok, tmp_path, monkeypatch):
     def broken(*args, **more):
         raise RuntimeError("no C++ compiler found\nmore")
 
     monkeypatch.setattr(torch, "compile", broken)
-    status, out, err = command("train", *RUN, "--max-steps", 2, "--compile", "--results-dir", tmp_path)
-    assert status == 0, err
+    out = run_ok("train", *RUN, "--max-steps", 2, "--compile", "--results-dir", tmp_path)
     assert "WARNING: --compile: there is no working compiler here (no C++ compiler found)" in out
 
 
 # ---------------------------------------------------------------- --fast
 
 @pytest.mark.parametrize("has_bf16", [False, True])
-def test_fast_chooses_by_device_and_explicit_flags_win(command, tmp_path, monkeypatch, has_bf16):
+def test_fast_chooses_by_device_and_explicit_flags_win(run_ok, tmp_path, monkeypatch, has_bf16):
     """bf16 only if the CPU has it; the choice is logged, and stored in the checkpoint."""
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: dict(avx512_bf16=has_bf16), raising=False)
     precision = "bf16" if has_bf16 else "tf32"
     assert fastest_config(CPU) == ComputeConfig(precision, compile=True, attention="math")
-    status, out, err = command("train", *DIGITS, "--fast", "--no-compile", "--max-steps", 1, "--results-dir", tmp_path)
-    assert status == 0, err
+    out = run_ok("train", *DIGITS, "--fast", "--no-compile", "--max-steps", 1, "--results-dir", tmp_path)
     assert f"--fast: --precision {precision} --no-compile --attention math --fused-adamw" in out
     args = stored(tmp_path, 1)["args"]
     assert (args["precision"], args["compile"], args["fused_adamw"]) == (precision, False, True)
 
 
-def test_sampling_commands_take_the_compute_flags(command, tmp_path):
+def test_sampling_commands_take_the_compute_flags(run_ok, tmp_path):
     """A set in bf16 has another name and other metadata."""
-    command("train", *DIGITS, "--max-steps", 1, "--results-dir", tmp_path)
+    run_ok("train", *DIGITS, "--max-steps", 1, "--results-dir", tmp_path)
     path = next(tmp_path.glob("*/checkpoints/0000001.pt"))
     few = ["--ckpt", path, "--num-sampling-steps", "ddim2", "--precision", "bf16"]
-    status, out, err = command("sample", *few, "--output", tmp_path / "x.png")
-    assert status == 0 and '"precision": "bf16"' in out, err
-    status, _, err = command("sample_ddp", *few, "--num-fid-samples", 3, "--sample-dir", tmp_path / "set")
-    assert status == 0 and len(list((tmp_path / "set").glob("*-bf16.npz"))) == 1, err
+    assert '"precision": "bf16"' in run_ok("sample", *few, "--output", tmp_path / "x.png")
+    run_ok("sample_ddp", *few, "--num-fid-samples", 3, "--sample-dir", tmp_path / "set")
+    assert len(list((tmp_path / "set").glob("*-bf16.npz"))) == 1
 
 
-def test_cuda_graphs_need_a_gpu(command, tmp_path):
-    status, _, err = command("train", *RUN, "--max-steps", 1, "--cuda-graphs", "--results-dir", tmp_path)
-    assert status == 2 and "--cuda-graphs" in err and "cpu" in err
+def test_cuda_graphs_need_a_gpu(run_error, tmp_path):
+    err = run_error("train", *RUN, "--max-steps", 1, "--cuda-graphs", "--results-dir", tmp_path)
+    assert "--cuda-graphs" in err and "cpu" in err
 
 
 def test_a_model_that_gets_its_weights_later_is_not_copied():

@@ -164,22 +164,20 @@ def test_folders_are_cropped_to_the_image_size(run, sets, tmp_path):
         tmp_path / "photos", "--reference", sets[0], *PIXELS, "--image-size", 4, fails=True)
 
 
-def test_a_saved_reference_scores_as_its_images(command, run, sets, tmp_path):
-    status, out, err = command("evaluate", "reference", sets[1], *PIXELS, "--output", tmp_path / "ref.npz")
-    assert status == 0 and "72 images, 48 features (pixels)" in out, err
+def test_a_saved_reference_scores_as_its_images(run_ok, run, sets, tmp_path):
+    out = run_ok("evaluate", "reference", sets[1], *PIXELS, "--output", tmp_path / "ref.npz")
+    assert "72 images, 48 features (pixels)" in out
     (direct, _), (made, _) = (run(sets[0], "--reference", ref, *PIXELS) for ref in (sets[1], tmp_path / "ref.npz"))
     assert direct["scores"] == pytest.approx(made["scores"], abs=1e-12)
     assert made["reference"]["images"] == 72 and made["reference"]["source"]["sha256"] == direct["reference"]["sha256"]
 
 
-def test_adm_statistics_agree_with_their_images(command, run, sets, inception, tmp_path):
+def test_adm_statistics_agree_with_their_images(run_ok, run, sets, inception, tmp_path):
     """Without `arr_0` there is no precision, without `mu_s` no sFID."""
     flags = ["--inception", inception]
     for name, images in (("samples", images_of(6, 1)), ("real", images_of(7, 2))):
         np.savez(tmp_path / f"{name}.npz", arr_0=images)
-    status, _, err = command("evaluate", "reference", tmp_path / "real.npz", *flags, "--output",
-                             tmp_path / "own.npz")
-    assert status == 0, err
+    run_ok("evaluate", "reference", tmp_path / "real.npz", *flags, "--output", tmp_path / "own.npz")
     with np.load(tmp_path / "own.npz") as own:
         statistics = {name: own[name] for name in ("mu", "sigma", "mu_s", "sigma_s")}
     np.savez(tmp_path / "adm.npz", **statistics, arr_0=images_of(7, 2))
@@ -272,9 +270,9 @@ def test_the_folder_of_a_run_is_refused(run, trained, sets):
     assert "is the folder of a run" in err
 
 
-def test_samples_of_a_checkpoint_are_those_of_sample_ddp(command, run, trained, tmp_path):
+def test_samples_of_a_checkpoint_are_those_of_sample_ddp(run_ok, run, trained, tmp_path):
     """The records of both agree."""
-    command("sample_ddp", "--ckpt", trained, *FEW, "--sample-dir", tmp_path / "samples")
+    run_ok("sample_ddp", "--ckpt", trained, *FEW, "--sample-dir", tmp_path / "samples")
     (npz,) = (tmp_path / "samples").glob("*.npz")
     before = sorted(os.listdir(os.path.dirname(trained)))
     (direct, out), (written, _) = (run(*samples, "--reference", "digits-held-out", *PIXELS, "--per-proc-batch-size", 4)
@@ -290,15 +288,15 @@ def test_samples_of_a_checkpoint_are_those_of_sample_ddp(command, run, trained, 
     assert direct["samples"]["images"] == written["samples"]["images"] == 16
 
 
-def test_metadata_of_a_set_is_ignored_if_the_set_has_changed(command, run, trained, tmp_path):
-    command("sample_ddp", "--ckpt", trained, *FEW, "--sample-dir", tmp_path / "samples")
+def test_metadata_of_a_set_is_ignored_if_the_set_has_changed(run_ok, run, trained, tmp_path):
+    run_ok("sample_ddp", "--ckpt", trained, *FEW, "--sample-dir", tmp_path / "samples")
     (npz,) = (tmp_path / "samples").glob("*.npz")
     np.savez(npz, arr_0=np.array(read_npz_array(str(npz), "arr_0"))[::-1], arr_1=np.zeros(16, dtype=np.int64))
     assert "made" not in run(npz, "--reference", "digits", *PIXELS)[0]["samples"]
 
 
-def test_balanced_labels_are_equally_many(command, trained, tmp_path):
-    command("sample_ddp", "--ckpt", trained, *FEW, "--label-distribution", "balanced", "--sample-dir", tmp_path)
+def test_balanced_labels_are_equally_many(run_ok, trained, tmp_path):
+    run_ok("sample_ddp", "--ckpt", trained, *FEW, "--label-distribution", "balanced", "--sample-dir", tmp_path)
     (npz,) = tmp_path.glob("*labels-balanced*.npz")
     assert read_npz_array(str(npz), "arr_1").tolist() == [i % 10 for i in range(16)]
 
@@ -330,12 +328,11 @@ def test_references_do_not_depend_on_the_number_of_ranks(children, sets, tmp_pat
         np.testing.assert_allclose(found["sigma"], np.cov(rows.astype(np.float64), rowvar=False), atol=1e-9)
 
 
-def test_a_large_reference_keeps_evenly_spaced_features(command, sets, tmp_path, monkeypatch):
+def test_a_large_reference_keeps_evenly_spaced_features(run_ok, sets, tmp_path, monkeypatch):
     """The statistics are of all images."""
     import evaluate
     monkeypatch.setattr(evaluate, "NUM_REFERENCE_FEATURES", 10)
-    status, _, err = command("evaluate", "reference", sets[0], *PIXELS, "--output", tmp_path / "ref.npz")
-    assert status == 0, err
+    run_ok("evaluate", "reference", sets[0], *PIXELS, "--output", tmp_path / "ref.npz")
     with np.load(tmp_path / "ref.npz") as arrays:
         rows = images_of(71, 1).reshape(71, -1).astype(np.float32) / 255
         np.testing.assert_array_equal(arrays["features"], rows[[0, 7, 15, 23, 31, 38, 46, 54, 62, 70]])
@@ -375,14 +372,14 @@ def test_damaged_features_are_refused(run, sets, tmp_path, damage, problem):
     assert problem in run(sets[0], "--reference", sets[1], *flags, fails=True)
 
 
-def test_a_model_with_non_finite_weights_is_not_scored(command, run, trained, tmp_path):
+def test_a_model_with_non_finite_weights_is_not_scored(run_error, run, trained, tmp_path):
     state = load_checkpoint(trained)
     state["ema"]["final_layer.linear.bias"] = torch.full_like(state["ema"]["final_layer.linear.bias"], float("nan"))
     save_checkpoint(str(tmp_path / "spoilt.pt"), state)
     assert "the model makes images that are not finite" in run(
         tmp_path / "spoilt.pt", "--reference", "digits", *PIXELS, *FEW, fails=True)
-    status, _, err = command("sample_ddp", "--ckpt", tmp_path / "spoilt.pt", *FEW, "--sample-dir", tmp_path)
-    assert status == 2 and "the model makes images that are not finite" in err
+    err = run_error("sample_ddp", "--ckpt", tmp_path / "spoilt.pt", *FEW, "--sample-dir", tmp_path)
+    assert "the model makes images that are not finite" in err
 
 
 def test_more_ranks_than_images(children, tmp_path):
@@ -403,10 +400,10 @@ def test_an_error_on_one_rank_ends_all(children, sets, tmp_path):
 
 # ---------------------------------------------------------------- bits per dimension
 
-def test_nll_writes_a_record_and_a_plot(command, trained, tmp_path):
-    status, out, err = command("evaluate", "nll", trained, "--data", "digits-held-out", "--num-images", 3, "--output",
-                               tmp_path / "nll.json")
-    assert status == 0 and re.search(r"bits per dimension of pixels \(bound; 3 images, 1,000 timesteps\)", out), err
+def test_nll_writes_a_record_and_a_plot(run_ok, trained, tmp_path):
+    out = run_ok("evaluate", "nll", trained, "--data", "digits-held-out", "--num-images", 3,
+                 "--output", tmp_path / "nll.json")
+    assert re.search(r"bits per dimension of pixels \(bound; 3 images, 1,000 timesteps\)", out)
     record = json.loads((tmp_path / "nll.json").read_text())
     found = record["likelihood"]
     assert len(found["per_timestep"]) == 1000 and record["model"]["step"] == 20
@@ -415,14 +412,12 @@ def test_nll_writes_a_record_and_a_plot(command, trained, tmp_path):
         assert plot.width > 1000
 
 
-def test_nll_refuses_data_of_another_shape(command, trained, image_folder):
-    status, _, err = command("evaluate", "nll", trained, "--data", image_folder)
-    assert status == 2 and "8 pixels and 3 channels" in err
+def test_nll_refuses_data_of_another_shape(run_error, trained, image_folder):
+    assert "8 pixels and 3 channels" in run_error("evaluate", "nll", trained, "--data", image_folder)
 
 
-def test_nll_names_the_flag_of_a_missing_folder(command, trained):
-    status, _, err = command("evaluate", "nll", trained, "--data", "nothing")
-    assert status == 2 and "--data nothing: " in err, err
+def test_nll_names_the_flag_of_a_missing_folder(run_error, trained):
+    assert "--data nothing: " in run_error("evaluate", "nll", trained, "--data", "nothing")
 
 
 # ---------------------------------------------------------------- names and records
@@ -442,22 +437,20 @@ def test_only_distances_in_the_standard_space_are_called_fid():
     assert set(compute_scores(one, one, StandardSpace())) == {"fid", "precision", "recall"}
 
 
-def test_records_are_written_beside_the_samples_and_never_overwritten(command, sets):
+def test_records_are_written_beside_the_samples_and_never_overwritten(run_ok, sets):
     paths = []
     for _ in range(2):
-        status, out, err = command("evaluate", "score", sets[0], "--reference", sets[1], *PIXELS)
-        assert status == 0, err
+        out = run_ok("evaluate", "score", sets[0], "--reference", sets[1], *PIXELS)
         paths.append(re.search(r"wrote (\S+)", out)[1])
     assert [os.path.basename(path) for path in paths] == ["one.scores.json", "one.scores-2.json"]
     assert all(os.path.dirname(path) == os.path.dirname(sets[0]) for path in paths)
 
 
-def test_diff_lists_the_fields_that_differ(command, run, trained, tmp_path):
+def test_diff_lists_the_fields_that_differ(command, run_ok, run, trained, tmp_path):
     for scale in (1, 2):
         record, _ = run(trained, "--reference", "digits-held-out", *PIXELS, *FEW, "--cfg-scale", scale)
         (tmp_path / f"{scale}.json").write_text(json.dumps(record))
-    status, out, err = command("evaluate", "diff", tmp_path / "1.json", tmp_path / "2.json")
-    assert status == 0, err
+    out = run_ok("evaluate", "diff", tmp_path / "1.json", tmp_path / "2.json")
     lines = dict(line.split(": ", 1) for line in out.splitlines())
     assert lines["samples.made.cfg_scale"] == "1.0 | 2.0" and lines["samples.made.model_calls"] == "3 | 6"
     assert next(iter(lines)).startswith("scores.") and "samples.made.seed" not in lines
@@ -490,16 +483,15 @@ def test_former_spellings_are_translated_to_commands(former, present):
     assert translate_former_spelling(former) == present
 
 
-def test_former_spellings_and_flags_give_the_same_results(command, run, trained, sets, tmp_path):
+def test_former_spellings_and_flags_give_the_same_results(run_ok, run, trained, sets, tmp_path):
     new, old = tmp_path / "new", tmp_path / "old"
     record, _ = run(sets[0], "--reference", sets[1], *PIXELS, "--dist-timeout", 5)
-    command("evaluate", "reference", sets[1], *PIXELS, "--output", f"{new}.npz")
-    command("evaluate", "nll", trained, "--data", "digits-held-out", "--num-images", 1, "--output", f"{new}.json")
+    run_ok("evaluate", "reference", sets[1], *PIXELS, "--output", f"{new}.npz")
+    run_ok("evaluate", "nll", trained, "--data", "digits-held-out", "--num-images", 1, "--output", f"{new}.json")
     for flags in ([sets[0], "--reference", sets[1], *PIXELS, "--timeout", 5, "--output", f"{old}-scores.json"],
                   ["--make-reference", sets[1], *PIXELS, "--output", f"{old}.npz"],
                   [trained, "--nll", "digits-held-out", "--nll-images", 1, "--output", f"{old}.json"]):
-        status, _, err = command("evaluate", *flags)
-        assert status == 0, err
+        run_ok("evaluate", *flags)
     assert json.loads((tmp_path / "old-scores.json").read_text())["scores"] == record["scores"]
     results = [json.loads((tmp_path / name).read_text())["likelihood"] for name in ("new.json", "old.json")]
     assert results[0] == results[1]
@@ -536,10 +528,9 @@ def test_former_spellings_and_flags_give_the_same_results(command, run, trained,
     (["nll", "one.npz", "--data", "digits"], "one.npz"),
     (["diff", "a", "b"], "a is not a record"),
 ])
-def test_mistakes_name_the_flag_or_file(command, monkeypatch, tmp_path, flags, problem):
+def test_mistakes_name_the_flag_or_file(run_error, monkeypatch, tmp_path, flags, problem):
     monkeypatch.chdir(tmp_path)
-    status, _, err = command("evaluate", *flags)
-    assert status == 2 and problem in err and "Traceback" not in err, err
+    assert problem in run_error("evaluate", *flags)
 
 
 @pytest.mark.parametrize("name, flags, others", [
@@ -548,9 +539,9 @@ def test_mistakes_name_the_flag_or_file(command, monkeypatch, tmp_path, flags, p
     ("nll", ["--num-images", "--global-seed", "--vae"], ["--cfg-scale", "--features", "--precision"]),
     ("diff", ["RECORD"], ["--output"]),
 ])
-def test_help_of_a_command_lists_its_flags_only(command, name, flags, others):
-    status, out, _ = command("evaluate", name, "--help")
-    assert status == 0 and all(flag in out for flag in flags) and not any(flag in out for flag in others)
+def test_help_of_a_command_lists_its_flags_only(run_ok, name, flags, others):
+    out = run_ok("evaluate", name, "--help")
+    assert all(flag in out for flag in flags) and not any(flag in out for flag in others)
     assert "--timeout" not in out and "--labels" not in out and "--nll-images" not in out
 
 

@@ -249,8 +249,7 @@ class BestPrediction(torch.nn.Module):
 
 def bits_of_normal(data, **model):
     model = BestPrediction("20", **model)
-    return model, bits_per_dimension(load_as(model, IdentityAutoencoder(1)), data, batch_size=len(data),
-                                     respacing="20")
+    return model, bits_per_dimension(load_as(model, IdentityAutoencoder(1)), data, batch_size=len(data), respacing="20")
 
 
 def test_the_best_model_reaches_the_entropy():

@@ -58,31 +58,26 @@ def test_evaluation_does_not_change_the_run(children, reference, tmp_path, proce
         assert differences(best, stored(tmp_path / "watched", best["step"])) == []
 
 
-def test_scores_are_those_of_evaluate_py(command, reference, tmp_path):
-    status, _, err = command("train", *RUN, *EVAL, "--eval-every", 9, "--eval-reference", reference, "--results-dir",
-                             tmp_path)
-    assert status == 0, err
+def test_scores_are_those_of_evaluate_py(run_ok, reference, tmp_path):
+    run_ok("train", *RUN, *EVAL, "--eval-every", 9, "--eval-reference", reference, "--results-dir", tmp_path)
     best = folder_of(tmp_path) / "checkpoints" / "best.pt"
     assert best.samefile(best.with_name("0000009.pt"))
-    status, _, err = command("evaluate", "score", best, "--reference", reference, "--features", "pixels",
-                             "--cfg-scale", 1, "--num-fid-samples", 12, "--num-sampling-steps", "ddim3",
-                             "--per-proc-batch-size", 8,
-                             "--output", tmp_path / "record.json")
-    assert status == 0, err
+    run_ok("evaluate", "score", best, "--reference", reference, "--features", "pixels", "--cfg-scale", 1,
+           "--num-fid-samples", 12, "--num-sampling-steps", "ddim3", "--per-proc-batch-size", 8,
+           "--output", tmp_path / "record.json")
     found = json.loads((tmp_path / "record.json").read_text())["scores"]
     (row,) = rows_of(tmp_path)
     assert found == pytest.approx({name: float(row[name]) for name in found}, rel=1e-7)
 
 
-def test_a_resumed_run_replaces_the_rows_of_repeated_steps(command, reference, tmp_path):
+def test_a_resumed_run_replaces_the_rows_of_repeated_steps(run_ok, reference, tmp_path):
     """A row that was cut off is left out."""
     flags = [*RUN, *EVAL, "--eval-every", 2, "--eval-reference", reference, "--results-dir", tmp_path]
-    assert command("train", *flags, "--ckpt-every", 5)[0] == 0
+    run_ok("train", *flags, "--ckpt-every", 5)
     first = rows_of(tmp_path)
     os.truncate(folder_of(tmp_path) / "checkpoints" / "0000009.pt", 100)
     os.truncate(folder_of(tmp_path) / "evaluations.csv", (folder_of(tmp_path) / "evaluations.csv").stat().st_size - 9)
-    status, out, err = command("train", *flags, "--ckpt-every", 5, "--resume", "auto")
-    assert status == 0 and "at step 5" in out, err
+    assert "at step 5" in run_ok("train", *flags, "--ckpt-every", 5, "--resume", "auto")
     again = rows_of(tmp_path)
     assert [row["step"] for row in again] == ["2", "4", "6", "8"]
     assert [row["frechet_distance"] for row in again] == [row["frechet_distance"] for row in first]
@@ -122,17 +117,17 @@ def test_a_run_killed_while_the_best_is_kept_ends_as_one_that_was_not(children, 
     assert best[0]["step"] == best[1]["step"] and differences(*best) == []
 
 
-def test_other_settings_begin_new_tables(command, reference, tmp_path):
+def test_other_settings_begin_new_tables(run_ok, reference, tmp_path):
     """Their first score is the best so far."""
     flags = [*RUN, *EVAL, "--eval-every", 4, "--results-dir", tmp_path]
-    assert command("train", *flags, "--max-steps", 5, "--eval-reference", reference)[0] == 0
-    status, out, err = command("train", *flags, "--eval-reference", "digits", "--resume", "auto")
-    assert status == 0 and "WARNING: the settings of the evaluation have changed" in out
+    run_ok("train", *flags, "--max-steps", 5, "--eval-reference", reference)
+    out = run_ok("train", *flags, "--eval-reference", "digits", "--resume", "auto")
+    assert "WARNING: the settings of the evaluation have changed" in out
     assert out.count("the best so far") == 1
     assert [row["step"] for row in rows_of(tmp_path)] == ["8"]
     assert (folder_of(tmp_path) / "evaluations-before.csv").read_text().splitlines()[1].startswith("4,")
-    status, out, err = command("train", *flags, "--max-steps", 12, "--eval-reference", "digits", "--resume", "auto")
-    assert status == 0 and "settings of the evaluation" not in out and len(rows_of(tmp_path)) == 2, err
+    out = run_ok("train", *flags, "--max-steps", 12, "--eval-reference", "digits", "--resume", "auto")
+    assert "settings of the evaluation" not in out and len(rows_of(tmp_path)) == 2
 
 
 class FailsOnOne:
@@ -192,12 +187,12 @@ def test_a_signal_stops_an_evaluation_within_two_batches(children, reference, tm
     assert steps_of(tmp_path) in ([5], [6])  # the ranks agree on the signal one step after it came
 
 
-def test_training_continues_if_a_table_cannot_be_written(command, reference, tmp_path):
+def test_training_continues_if_a_table_cannot_be_written(run_ok, reference, tmp_path):
     flags = [*RUN, *EVAL, "--eval-every", 4, "--eval-reference", reference, "--results-dir", tmp_path]
-    assert command("train", *RUN, "--max-steps", 1, "--results-dir", tmp_path)[0] == 0
+    run_ok("train", *RUN, "--max-steps", 1, "--results-dir", tmp_path)
     (folder_of(tmp_path) / "evaluations.csv").mkdir()
-    status, out, err = command("train", *flags, "--resume", "auto")
-    assert status == 0 and re.search(r"WARNING: cannot write \S+evaluations.csv", out), err
+    out = run_ok("train", *flags, "--resume", "auto")
+    assert re.search(r"WARNING: cannot write \S+evaluations.csv", out)
     assert out.count("frechet_distance:") == 2
 
 
@@ -235,28 +230,26 @@ def test_the_time_of_an_evaluation_does_not_count_as_training(tmp_path):
 
 # ---------------------------------------------------------------- tools.plot_run
 
-def test_runs_are_plotted(command, reference, tmp_path):
+def test_runs_are_plotted(run_ok, run_error, reference, tmp_path):
     """Loss and distance of one run, in its folder; of several, in one figure; without evaluations, the loss only."""
-    command("train", *RUN, *EVAL, "--eval-every", 4, "--eval-reference", reference, "--results-dir", tmp_path)
-    command("train", *RUN, "--results-dir", tmp_path)
+    run_ok("train", *RUN, *EVAL, "--eval-every", 4, "--eval-reference", reference, "--results-dir", tmp_path)
+    run_ok("train", *RUN, "--results-dir", tmp_path)
     one, two = folder_of(tmp_path), folder_of(tmp_path, 1)
     sizes = []
     for flags, path in (([one], one / "training.png"), ([two], two / "training.png"),
                         ([one, two, "--output", tmp_path / "both.png"], tmp_path / "both.png")):
-        status, _, err = command("tools.plot_run", *flags)
-        assert status == 0, err
+        run_ok("tools.plot_run", *flags)
         with Image.open(path) as picture:
             sizes.append(picture.size)
     assert sizes[0] == sizes[2] and sizes[0][0] == 2 * sizes[1][0]
     (tmp_path / "folder.png").mkdir()
-    command("train", *RUN, *EVAL, "--eval-every", 4, "--eval-samples", 20, "--eval-reference", reference,
-            "--results-dir", tmp_path)  # 20 samples beside 12: not on one axis
-    command("tools.plot_run", one, folder_of(tmp_path, 2), "--output", tmp_path / "three.png")
+    run_ok("train", *RUN, *EVAL, "--eval-every", 4, "--eval-samples", 20, "--eval-reference", reference,
+           "--results-dir", tmp_path)
+    run_ok("tools.plot_run", one, folder_of(tmp_path, 2), "--output", tmp_path / "three.png")
     with Image.open(tmp_path / "three.png") as picture:
         assert picture.width > 2.5 * sizes[1][0]
     for flags, problem in (([one, two], "--output: several runs"), ([tmp_path], "is not a run of train.py"),
                             ([one, "--output", tmp_path / "x.what"], ".what"),
                             ([one, "--output", tmp_path / "folder.png"], "cannot write"),
                             ([one, "--output", tmp_path / "no" / "x.png"], "there is no folder")):
-        status, _, err = command("tools.plot_run", *flags)
-        assert status == 2 and problem in err, err
+        assert problem in run_error("tools.plot_run", *flags)

@@ -127,13 +127,13 @@ def test_corrupt_images_are_replaced_alike(record, images, vae, tmp_path):
     assert 0 < len(listed) == want[3].count("WARNING: skipped the image")
 
 
-def test_resumed_run_equals_the_undisturbed_one(command, cache, tmp_path):
+def test_resumed_run_equals_the_undisturbed_one(run_ok, cache, tmp_path):
     """In the middle of an epoch, with workers: bit for bit the undisturbed run."""
     flags = ["--features-path", cache[1], *FLAGS, "--ckpt-every", 3, "--num-workers", 1]
-    command("train", *flags, "--max-steps", 8, "--results-dir", tmp_path / "straight")
-    command("train", *flags, "--max-steps", 3, "--results-dir", tmp_path / "cut")
-    status, out, _ = command("train", *flags, "--max-steps", 8, "--results-dir", tmp_path / "cut", "--resume", "auto")
-    assert status == 0 and "at step 3" in out
+    run_ok("train", *flags, "--max-steps", 8, "--results-dir", tmp_path / "straight")
+    run_ok("train", *flags, "--max-steps", 3, "--results-dir", tmp_path / "cut")
+    out = run_ok("train", *flags, "--max-steps", 8, "--results-dir", tmp_path / "cut", "--resume", "auto")
+    assert "at step 3" in out
     assert losses(tmp_path / "straight") == losses(tmp_path / "cut")
     assert largest_difference(trained(tmp_path / "straight", 8), trained(tmp_path / "cut", 8)) == 0
 
@@ -146,19 +146,18 @@ def test_two_processes_have_the_losses_of_one(children, vae, images, tmp_path):
     assert losses(tmp_path / "one") == pytest.approx(losses(tmp_path / "two"), abs=1.1e-4)
 
 
-def test_checkpoint_of_a_cached_run_knows_its_vae(command, cache, vae, images, tmp_path, monkeypatch):
+def test_checkpoint_of_a_cached_run_knows_its_vae(run_ok, cache, vae, images, tmp_path, monkeypatch):
     """Sampling needs no other flag, and grids are drawn during training."""
-    status, out, err = command("train", "--features-path", cache[1], *FLAGS, "--max-steps", 1, "--sample-every", 1,
-                               "--results-dir", tmp_path)
-    assert status == 0, err
+    run_ok("train", "--features-path", cache[1], *FLAGS, "--max-steps", 1, "--sample-every", 1,
+           "--results-dir", tmp_path)
     (grid,) = tmp_path.glob("*/samples/0000001.png")
     assert Image.open(grid).size[0] > 128
     stored = trained(tmp_path, 1)
     assert stored["args"]["vae"] == str(vae) and stored["args"]["image_size"] == 32
     assert stored["config"]["class_names"] == ["a", "b", "c"] and stored["config"]["image_channels"] == 3
     monkeypatch.chdir(tmp_path)
-    status, out, err = command("sample", "--ckpt", next(tmp_path.glob("*/checkpoints/*.pt")), "--num-sampling-steps", 2)
-    assert status == 0 and f"VAE {vae}" in out, err
+    out = run_ok("sample", "--ckpt", next(tmp_path.glob("*/checkpoints/*.pt")), "--num-sampling-steps", 2)
+    assert f"VAE {vae}" in out
     assert Image.open("sample.png").size[0] > 32
 
 
@@ -169,20 +168,17 @@ def test_checkpoint_of_a_cached_run_knows_its_vae(command, cache, vae, images, t
     (["--global-batch-size", "100"], "--global-batch-size 100: {cache} has 45 images"),
     (["--data-path", "digits"], "--data-path: not allowed with argument --features-path"),
 ])
-def test_flags_that_contradict_the_cache_are_refused(command, cache, vae, tmp_path, flags, sentence):
-    status, _, err = command("train", "--features-path", cache[1], *FLAGS, *flags,
-                             "--results-dir", tmp_path / "results")
-    assert status == 2 and sentence.format(cache=cache[1], vae=vae) in err, err
+def test_flags_that_contradict_the_cache_are_refused(run_error, cache, vae, tmp_path, flags, sentence):
+    err = run_error("train", "--features-path", cache[1], *FLAGS, *flags, "--results-dir", tmp_path / "results")
+    assert sentence.format(cache=cache[1], vae=vae) in err
     assert not (tmp_path / "results").exists()
 
 
-def test_flips_need_mirror_images_in_the_cache(command, images, vae, tmp_path):
+def test_flips_need_mirror_images_in_the_cache(run_ok, run_error, images, vae, tmp_path):
     make_cache(images, vae, tmp_path / "cache", "--no-flip")
     flags = ["--features-path", tmp_path / "cache", *FLAGS, "--max-steps", 1, "--results-dir", tmp_path / "results"]
-    status, _, err = command("train", *flags, "--flip")
-    assert status == 2 and "made without mirror images" in err
-    status, out, _ = command("train", *flags)
-    assert status == 0 and "flip=False" in out
+    assert "made without mirror images" in run_error("train", *flags, "--flip")
+    assert "flip=False" in run_ok("train", *flags)
 
 
 @pytest.mark.parametrize("scale, shift, warning", [

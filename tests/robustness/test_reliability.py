@@ -140,14 +140,12 @@ def zero(name, state):
     ("/step", lambda state: state.update(step=2)), ("", lambda state: None),
     ("/schedule_sampler", partial(zero, "schedule_sampler")), ("/guard", lambda state: state.pop("guard")),
 ], ids=["model", "ema", "opt", "step", "nothing", "schedule_sampler", "guard"])
-def test_control_a_lost_part_of_the_state_changes_the_run(command, second_moment_run, tmp_path, part, lose):
+def test_control_a_lost_part_of_the_state_changes_the_run(run_ok, second_moment_run, tmp_path, part, lose):
     """The comparison above notices each part that is not restored."""
     state = stored(second_moment_run, 3)
     lose(state)
     save_checkpoint(str(tmp_path / "0000003.pt"), state)
-    status, _, err = command("train", *SECOND_MOMENT, "--results-dir", tmp_path / "resumed", "--resume",
-                             tmp_path / "0000003.pt")
-    assert status == 0, err
+    run_ok("train", *SECOND_MOMENT, "--results-dir", tmp_path / "resumed", "--resume", tmp_path / "0000003.pt")
     changed = differences(stored(second_moment_run, 6), stored(tmp_path / "resumed", 6))
     visible_in = "/model" if part == "/step" else part  # a step that was taken twice is visible in the weights
     assert any(name.startswith(visible_in) for name in changed) if part else changed == []
@@ -303,13 +301,12 @@ DAMAGES = {"truncated": truncate, "a bit flipped": flip_bit, "empty": empty, "mi
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_damaged_checkpoint_is_passed_over_for_the_previous_one(command, three_checkpoints, copied_run, damage):
+def test_damaged_checkpoint_is_passed_over_for_the_previous_one(run_ok, three_checkpoints, copied_run, damage):
     """In the same folder, with a warning that names the file."""
     path = checkpoint_path(copied_run, 6)
     DAMAGES[damage](path)
-    status, out, err = command("train", *DIGITS, "--max-steps", 6, "--ckpt-every", 2, "--results-dir", copied_run,
-                               "--resume", "auto")
-    assert status == 0 and "at step 4" in out, err
+    out = run_ok("train", *DIGITS, "--max-steps", 6, "--ckpt-every", 2, "--results-dir", copied_run, "--resume", "auto")
+    assert "at step 4" in out
     assert (f"WARNING: {path}" in out) == (damage != "missing")
     assert differences(stored(three_checkpoints, 6), stored(copied_run, 6)) == []
     assert len(list(copied_run.iterdir())) == 1
@@ -317,59 +314,58 @@ def test_damaged_checkpoint_is_passed_over_for_the_previous_one(command, three_c
 
 def test_all_ranks_resume_the_same_checkpoint(children, copied_run):
     flip_bit(checkpoint_path(copied_run, 6))
-    out = children.run("train", *DIGITS, "--max-steps", 8, "--results-dir", copied_run, "--resume", "auto",
-                       processes=2)
+    out = children.run("train", *DIGITS, "--max-steps", 8, "--results-dir", copied_run, "--resume", "auto", processes=2)
     assert out.count("at step 4") == 1 and steps_of(copied_run) == [2, 4, 6, 8]
 
 
-def test_run_with_only_damaged_checkpoints_is_an_error(command, copied_run):
+def test_run_with_only_damaged_checkpoints_is_an_error(run_error, copied_run):
     """It neither starts again, nor resumes an earlier run."""
     shutil.copytree(folder_of(copied_run), copied_run / "001-DiT-S-2")
     for step, damage in zip((2, 4, 6), (truncate, flip_bit, empty)):
         damage(checkpoint_path(copied_run, step, 1))
     for resume in ("auto", copied_run / "001-DiT-S-2"):
-        status, _, err = command("train", *DIGITS, "--max-steps", 8, "--results-dir", copied_run, "--resume", resume)
-        assert status == 2 and str(copied_run / "001-DiT-S-2") in err and "damaged" in err
+        err = run_error("train", *DIGITS, "--max-steps", 8, "--results-dir", copied_run, "--resume", resume)
+        assert str(copied_run / "001-DiT-S-2") in err and "damaged" in err
     assert len(list(copied_run.iterdir())) == 2
 
 
-def test_damaged_checkpoint_that_is_named_is_an_error(command, copied_run):
+def test_damaged_checkpoint_that_is_named_is_an_error(run_error, copied_run):
     path = checkpoint_path(copied_run, 6)
     flip_bit(path)
-    status, _, err = command("train", *DIGITS, "--max-steps", 8, "--results-dir", copied_run, "--resume", path)
-    assert status == 2 and f"{path} is damaged" in err
+    err = run_error("train", *DIGITS, "--max-steps", 8, "--results-dir", copied_run, "--resume", path)
+    assert f"{path} is damaged" in err
 
 
 @pytest.mark.parametrize("change", [lambda state: 5, lambda state: state | dict(opt=state["opt"] | dict(state={}))],
                          ids=["a number", "no moments"])
-def test_checkpoint_that_is_not_a_training_state_is_an_error(command, copied_run, change):
+def test_checkpoint_that_is_not_a_training_state_is_an_error(run_error, copied_run, change):
     """It loads and has valid checksums; test_fuzz.py has more of them."""
     path = checkpoint_path(copied_run, 6)
     save_checkpoint(str(path), change(load_checkpoint(str(path))))
-    status, _, err = command("train", *DIGITS, "--max-steps", 8, "--results-dir", copied_run, "--resume", path)
-    assert status == 2 and f"--resume {path}: " in err and "Traceback" not in err
+    err = run_error("train", *DIGITS, "--max-steps", 8, "--results-dir", copied_run, "--resume", path)
+    assert f"--resume {path}: " in err
     assert steps_of(copied_run) == [2, 4, 6]
 
 
 # ---------------------------------------------------------------- retention
 
 @pytest.mark.parametrize("mode", [[], ["--async-save"]], ids=["foreground", "background"])
-def test_retention_keeps_the_latest_milestones_and_the_resumed_checkpoint(command, tmp_path, mode):
+def test_retention_keeps_the_latest_milestones_and_the_resumed_checkpoint(run_ok, tmp_path, mode):
     flags = [*DIGITS, "--ckpt-every", 1, "--keep-checkpoints", 2, "--results-dir", tmp_path, *mode]
-    command("train", *flags, "--keep-every", 4, "--max-steps", 10)
+    run_ok("train", *flags, "--keep-every", 4, "--max-steps", 10)
     assert steps_of(tmp_path) == [4, 8, 9, 10]
-    command("train", *flags, "--max-steps", 13, "--resume", "auto")
+    run_ok("train", *flags, "--max-steps", 13, "--resume", "auto")
     assert steps_of(tmp_path) == [10, 12, 13]
 
 
-def test_retention_does_not_count_later_steps(command, tmp_path):
+def test_retention_does_not_count_later_steps(run_ok, tmp_path):
     """Damaged checkpoints of later steps do not displace valid ones."""
     flags = [*DIGITS, "--ckpt-every", 1, "--keep-checkpoints", 2, "--results-dir", tmp_path]
-    command("train", *flags, "--max-steps", 3)
+    run_ok("train", *flags, "--max-steps", 3)
     for step in (98, 99):
         (folder_of(tmp_path) / "checkpoints" / f"{step:07d}.pt").write_bytes(b"")
-    status, _, err = command("train", *flags, "--max-steps", 5, "--resume", "auto")
-    assert status == 0 and steps_of(tmp_path) == [3, 4, 5, 98, 99], err
+    run_ok("train", *flags, "--max-steps", 5, "--resume", "auto")
+    assert steps_of(tmp_path) == [3, 4, 5, 98, 99]
 
 
 # ---------------------------------------------------------------- disks
@@ -635,7 +631,7 @@ def test_symbolic_link_is_replaced_not_followed(tmp_path):
 
 # ---------------------------------------------------------------- changed flags and data
 
-def test_changed_flags_need_confirmation(command, copied_run):
+def test_changed_flags_need_confirmation(command, run_ok, run_error, copied_run):
     """Each change is named with both values; flags that do not change the run are free."""
     resume = [*DIGITS, "--max-steps", 7, "--results-dir", copied_run, "--resume", "auto"]
     changed = ["--lr", 0.5, "--global-batch-size", 16, "--ema-decay", 0.5]
@@ -644,36 +640,32 @@ def test_changed_flags_need_confirmation(command, copied_run):
                    "--ema-decay is 0.5, it was 0.9999", "--allow-config-change"):
         assert status == 2 and change in err
     assert steps_of(copied_run) == [2, 4, 6]
-    status, out, _ = command("train", *resume, *changed, "--allow-config-change")
-    assert status == 0 and out.count("(--allow-config-change)") == 3
+    assert run_ok("train", *resume, *changed, "--allow-config-change").count("(--allow-config-change)") == 3
     assert stored(copied_run, 7)["opt"]["param_groups"][0]["lr"] == 0.5
-    status, _, err = command("train", *resume, "--depth", 2, "--allow-config-change")
-    assert status == 2 and "depth=2" in err
-    status, out, _ = command("train", *resume, *changed, "--max-steps", 8, "--log-every", 1, "--num-workers", 1,
-                             "--keep-checkpoints", 9, "--async-save", "--grad-accum-steps", 2)
-    assert status == 0 and "WARNING" not in out
+    assert "depth=2" in run_error("train", *resume, "--depth", 2, "--allow-config-change")
+    out = run_ok("train", *resume, *changed, "--max-steps", 8, "--log-every", 1, "--num-workers", 1,
+                 "--keep-checkpoints", 9, "--async-save", "--grad-accum-steps", 2)
+    assert "WARNING" not in out
 
 
-def test_changed_data_need_confirmation(command, image_folder, tmp_path):
+def test_changed_data_need_confirmation(run_ok, run_error, image_folder, tmp_path):
     """Another place is free; another number of images is not."""
     images = shutil.copytree(image_folder, tmp_path / "images")
     flags = ["--image-size", 32, "--vae", "none", "--num-classes", 3, *TINY, "--global-batch-size", 8, "--num-workers",
              0, "--results-dir", tmp_path / "results", "--model", "DiT-S/8"]
-    command("train", "--data-path", image_folder, *flags, "--max-steps", 1)
-    status, _, err = command("train", "--data-path", images, *flags, "--max-steps", 2, "--resume", "auto")
-    assert status == 0, err
+    run_ok("train", "--data-path", image_folder, *flags, "--max-steps", 1)
+    run_ok("train", "--data-path", images, *flags, "--max-steps", 2, "--resume", "auto")
     (images / "bee" / "3.png").unlink()
-    status, _, err = command("train", "--data-path", images, *flags, "--max-steps", 3, "--resume", "auto")
-    assert status == 2 and "num images 23" in err and "24" in err
+    err = run_error("train", "--data-path", images, *flags, "--max-steps", 3, "--resume", "auto")
+    assert "num images 23" in err and "24" in err
 
 
-def test_observation_does_not_change_the_run(command, sources, undisturbed, tmp_path):
+def test_observation_does_not_change_the_run(run_ok, sources, undisturbed, tmp_path):
     """Logs, pictures and checkpoints, often or never: the same run bit for bit."""
     flags = [*sources["cache"], "--num-workers", 0, "--max-steps", 9]
     for name, extra in (("rarely", ["--log-every", 0]), ("often", ["--log-every", 1, "--sample-every", 4,
                                                                    "--ckpt-every", 2, "--async-save"])):
-        status, _, err = command("train", *flags, *extra, "--results-dir", tmp_path / name)
-        assert status == 0, err
+        run_ok("train", *flags, *extra, "--results-dir", tmp_path / name)
         assert differences(stored(undisturbed("cache"), 9), stored(tmp_path / name, 9)) == []
     assert len(list(folder_of(tmp_path / "often").glob("samples/*.png"))) == 2
 

@@ -243,20 +243,19 @@ def test_weights_of_an_unknown_block_type_count_as_adaln_zero():
 # ---------------------------------------------------------------- from training to samples
 
 @pytest.mark.parametrize("conditioning", OTHERS)
-def test_a_resumed_run_is_bit_equal_and_its_checkpoint_samples(command, tmp_path, conditioning):
+def test_a_resumed_run_is_bit_equal_and_its_checkpoint_samples(run_ok, tmp_path, conditioning):
     flags = [*DIGITS, "--conditioning", conditioning, "--lr", 1e-2, "--ema-decay", 0.5]
     for name, steps, more in (("straight", 6, []), ("cut", 3, []), ("cut", 6, ["--resume", "auto"])):
-        status, _, err = command("train", *flags, "--max-steps", steps, *more, "--results-dir", tmp_path / name)
-        assert status == 0, err
+        run_ok("train", *flags, "--max-steps", steps, *more, "--results-dir", tmp_path / name)
     straight = stored(tmp_path / "straight", 6)
     assert differences(straight, stored(tmp_path / "cut", 6)) == []
     assert straight["config"]["model"]["conditioning"] == straight["args"]["conditioning"] == conditioning
 
     straight["ema"] = random_weights(build_dit(**straight["config"]["model"])).state_dict()
     torch.save(straight, tmp_path / "x.pt")
-    status, out, err = command("sample", "--ckpt", tmp_path / "x.pt", "--num-sampling-steps", "ddim3", "--cfg-scale",
-                               3, "--output", tmp_path / "x.png")
-    assert status == 0 and f", {conditioning} blocks" in out and pixels(tmp_path / "x.png").std() > 1, err
+    out = run_ok("sample", "--ckpt", tmp_path / "x.pt", "--num-sampling-steps", "ddim3", "--cfg-scale", 3,
+                 "--output", tmp_path / "x.png")
+    assert f", {conditioning} blocks" in out and pixels(tmp_path / "x.png").std() > 1
 
 
 @pytest.mark.parametrize("conditioning", CONDITIONINGS)
@@ -269,20 +268,20 @@ def test_block_type_of_bare_weights_is_inferred(tmp_path, monkeypatch, condition
     assert model_config(loaded.model) == model_config(model) and loaded.metadata()["conditioning"] == conditioning
 
 
-def test_a_checkpoint_without_a_block_type_is_adaln_zero(command, tmp_path):
+def test_a_checkpoint_without_a_block_type_is_adaln_zero(run_ok, run_error, tmp_path):
     """It samples and resumes, but not as another type."""
     flags = [*DIGITS, "--results-dir", tmp_path]
-    command("train", *flags, "--max-steps", 1)
+    run_ok("train", *flags, "--max-steps", 1)
     old, path = stored(tmp_path, 1), str(next(tmp_path.glob("*/checkpoints/0000001.pt")))
     del old["config"]["model"]["conditioning"], old["args"]["conditioning"]
     save_checkpoint(path, old)
     again = [*flags, "--max-steps", 2, "--resume", "auto"]
-    status, _, err = command("train", *again, "--conditioning", "in-context", "--override")
-    assert status == 2 and "of another model (conditioning=adaln-zero; the flags give conditioning=in-context)" in err
-    status, out, err = command("sample", "--ckpt", path, "--num-sampling-steps", 2, "--output", tmp_path / "x.png")
-    assert status == 0 and ", adaln-zero blocks" in out and pixels(tmp_path / "x.png").any(), err
-    status, _, err = command("train", *again)
-    assert status == 0 and stored(tmp_path, 2)["config"]["model"]["conditioning"] == "adaln-zero", err
+    err = run_error("train", *again, "--conditioning", "in-context", "--override")
+    assert "of another model (conditioning=adaln-zero; the flags give conditioning=in-context)" in err
+    out = run_ok("sample", "--ckpt", path, "--num-sampling-steps", 2, "--output", tmp_path / "x.png")
+    assert ", adaln-zero blocks" in out and pixels(tmp_path / "x.png").any()
+    run_ok("train", *again)
+    assert stored(tmp_path, 2)["config"]["model"]["conditioning"] == "adaln-zero"
 
 
 @pytest.mark.parametrize("conditioning", OTHERS)

@@ -136,11 +136,10 @@ def test_code_in_the_docs_draws_their_picture(tmp_path, monkeypatch):
 
 # ---------------------------------------------------------------- commands
 
-def test_defaults_follow_from_the_data_set(command, tmp_path):
+def test_defaults_follow_from_the_data_set(run_ok, tmp_path):
     """32 x 32 pixels, 100 classes, no VAE, no flips; the model and the recipe are the paper's."""
-    status, out, err = command("train", "--data-path", "fractals", *TINY, "--global-batch-size", 4, "--max-steps", 1,
-                               "--num-workers", 0, "--results-dir", tmp_path)
-    assert status == 0, err
+    out = run_ok("train", "--data-path", "fractals", *TINY, "--global-batch-size", 4, "--max-steps", 1,
+                 "--num-workers", 0, "--results-dir", tmp_path)
     assert "Dataset contains 100,000 images in 100 classes (fractals)" in out
     for name, value in dict(image_size=32, num_classes=100, vae="none", flip=False, lr=1e-4, ema_decay=0.9999,
                             epochs=1400, depth=1).items():
@@ -174,17 +173,16 @@ def judge(tmp_path_factory):
     return path
 
 
-def test_class_names_come_from_the_checkpoint(command, trained, tmp_path):
-    status, _, err = command("sample", "--ckpt", trained, "--class-labels", "fractal 002", "0", "--num-sampling-steps",
-                             2, "--output", tmp_path / "x.png")
-    assert status == 0 and (tmp_path / "x.png").exists(), err
+def test_class_names_come_from_the_checkpoint(run_ok, trained, tmp_path):
+    run_ok("sample", "--ckpt", trained, "--class-labels", "fractal 002", "0", "--num-sampling-steps", 2,
+           "--output", tmp_path / "x.png")
+    assert (tmp_path / "x.png").exists()
 
 
-def test_checkpoint_is_scored_against_held_out_fractals(command, trained, judge, tmp_path):
+def test_checkpoint_is_scored_against_held_out_fractals(run_ok, trained, judge, tmp_path):
     """Of its size and number of classes."""
-    status, out, err = command("evaluate", "score", trained, "--reference", "fractals-held-out", "--features", judge,
-                               "--num-fid-samples", 20, "--num-sampling-steps", 2, "--output", tmp_path / "x.json")
-    assert status == 0, err
+    out = run_ok("evaluate", "score", trained, "--reference", "fractals-held-out", "--features", judge,
+                 "--num-fid-samples", 20, "--num-sampling-steps", 2, "--output", tmp_path / "x.json")
     record = json.loads((tmp_path / "x.json").read_text())
     assert record["reference"] == dict(path="fractals-held-out", images=300, image_size=8, num_classes=3)
     assert record["features"]["space"] == "a classifier of fractals (3 classes)"
@@ -193,53 +191,48 @@ def test_checkpoint_is_scored_against_held_out_fractals(command, trained, judge,
     assert re.search(r"class agreement: \d+\.\d% \(of real images not trained on: \d+\.\d%\)", out)
 
 
-def test_agreement_of_real_images_is_the_accuracy(command, judge, tmp_path):
+def test_agreement_of_real_images_is_the_accuracy(run_ok, judge, tmp_path):
     """Far above that of noise."""
     sizes = ["--num-classes", 3, "--image-size", 8]
-    command("evaluate", "reference", "fractals", *sizes, "--features", judge, "--output", tmp_path / "ref.npz")
-    status, _, err = command("evaluate", "score", "fractals-held-out", *sizes, "--reference", tmp_path / "ref.npz",
-                             "--features", judge, "--output", tmp_path / "x.json")
-    assert status == 0, err
+    run_ok("evaluate", "reference", "fractals", *sizes, "--features", judge, "--output", tmp_path / "ref.npz")
+    run_ok("evaluate", "score", "fractals-held-out", *sizes, "--reference", tmp_path / "ref.npz", "--features", judge,
+           "--output", tmp_path / "x.json")
     record = json.loads((tmp_path / "x.json").read_text())
     assert record["scores"]["class_agreement"] == pytest.approx(record["features"]["accuracy"], abs=0.004)
     assert record["features"]["accuracy"] > 0.8
     noise = np.random.default_rng(0).integers(0, 256, (300, 8, 8, 3), dtype=np.uint8)
     np.savez(tmp_path / "noise.npz", arr_0=noise, arr_1=np.arange(300) % 3)
-    command("evaluate", "score", tmp_path / "noise.npz", "--reference", tmp_path / "ref.npz", "--features", judge,
-            "--output", tmp_path / "y.json")
+    run_ok("evaluate", "score", tmp_path / "noise.npz", "--reference", tmp_path / "ref.npz", "--features", judge,
+           "--output", tmp_path / "y.json")
     other = json.loads((tmp_path / "y.json").read_text())
     assert other["scores"]["frechet_distance"] > 10 * record["scores"]["frechet_distance"]
     assert other["scores"]["class_agreement"] < 0.6
 
 
-def test_training_is_scored_periodically(command, judge, tmp_path):
-    status, _, err = command("train", *FRACTALS, "--max-steps", 2, "--num-workers", 0, "--eval-every", 2,
-                               "--eval-reference", "fractals-held-out", "--eval-features", judge, "--eval-samples", 12,
-                               "--eval-sampling-steps", 2, "--results-dir", tmp_path)
-    assert status == 0, err
+def test_training_is_scored_periodically(run_ok, judge, tmp_path):
+    run_ok("train", *FRACTALS, "--max-steps", 2, "--num-workers", 0, "--eval-every", 2,
+           "--eval-reference", "fractals-held-out", "--eval-features", judge, "--eval-samples", 12,
+           "--eval-sampling-steps", 2, "--results-dir", tmp_path)
     assert "class_agreement" in (tmp_path / "000-DiT-S-2" / "evaluations.csv").read_text()
 
 
-def test_nll_of_fractals(command, trained, tmp_path):
-    status, out, err = command("evaluate", "nll", trained, "--data", "fractals-held-out", "--num-images", 2, "--output",
-                               tmp_path / "x.json")
-    assert status == 0 and "bits" in out, err
+def test_nll_of_fractals(run_ok, trained, tmp_path):
+    out = run_ok("evaluate", "nll", trained, "--data", "fractals-held-out", "--num-images", 2,
+                 "--output", tmp_path / "x.json")
+    assert "bits" in out
 
 
-def test_latent_cache_of_fractals_has_no_mirror_images(command, vae_folder, tmp_path):
-    status, _, err = command("extract_features", "--data-path", "fractals", "--num-classes", 1, "--image-size", 8,
-                               "--vae", vae_folder, "--num-workers", 0, "--batch-size", 250, "--features-path",
-                               tmp_path / "cache")
-    assert status == 0, err
+def test_latent_cache_of_fractals_has_no_mirror_images(run_ok, vae_folder, tmp_path):
+    run_ok("extract_features", "--data-path", "fractals", "--num-classes", 1, "--image-size", 8, "--vae", vae_folder,
+           "--num-workers", 0, "--batch-size", 250, "--features-path", tmp_path / "cache")
     manifest = json.loads((tmp_path / "cache" / "manifest.json").read_text())
     assert (manifest["count"], manifest["orientations"], manifest["data_path"]) == (1000, 1, "fractals")
 
 
-def test_the_classifier_of_digits(command, tmp_path):
+def test_the_classifier_of_digits(run_ok, tmp_path):
     """The same commands serve the other data set: channels and sizes are the data's."""
-    status, _, err = command("tools.train_classifier", "--data-path", "digits", "--num-workers", 0, "--width", 8,
-                               "--steps", 60, "--batch-size", 64, "--lr", 0.01, "--output", tmp_path / "digits.pt")
-    assert status == 0, err
+    run_ok("tools.train_classifier", "--data-path", "digits", "--num-workers", 0, "--width", 8, "--steps", 60,
+           "--batch-size", 64, "--lr", 0.01, "--output", tmp_path / "digits.pt")
     features = load_feature_space(str(tmp_path / "digits.pt"), "cpu")
     images = open_image_source("digits-held-out")
     pool = features(images.batch(0, len(images))).pool
@@ -249,11 +242,10 @@ def test_the_classifier_of_digits(command, tmp_path):
     assert features.metadata()["space"] == "a classifier of digits (10 classes)"
 
 
-def test_a_classifier_of_a_folder(command, image_folder, tmp_path):
-    status, out, err = command("tools.train_classifier", "--data-path", image_folder, "--val-path", image_folder,
-                               "--image-size", 16, "--num-workers", 0, "--width", 4, "--steps", 3, "--batch-size", 8,
-                               "--output", tmp_path / "c.pt")
-    assert status == 0 and "on 24 images" in out, err
+def test_a_classifier_of_a_folder(run_ok, image_folder, tmp_path):
+    out = run_ok("tools.train_classifier", "--data-path", image_folder, "--val-path", image_folder, "--image-size", 16,
+                 "--num-workers", 0, "--width", 4, "--steps", 3, "--batch-size", 8, "--output", tmp_path / "c.pt")
+    assert "on 24 images" in out
 
 
 def test_classifier_is_a_function_of_its_seed():
@@ -264,11 +256,11 @@ def test_classifier_is_a_function_of_its_seed():
     assert not torch.equal(one["head.weight"], other["head.weight"])
 
 
-def test_labels_unknown_to_the_classifier_are_refused(command, judge, tmp_path):
+def test_labels_unknown_to_the_classifier_are_refused(run_error, judge, tmp_path):
     np.savez(tmp_path / "x.npz", arr_0=np.zeros((9, 8, 8, 3), dtype=np.uint8), arr_1=np.arange(9))
-    status, _, err = command("evaluate", "score", tmp_path / "x.npz", "--reference", "fractals-held-out",
-                             "--num-classes", 3, "--features", judge, "--output", tmp_path / "x.json")
-    assert status == 2 and "labels 0 .. 8" in err and "fractals (3 classes)" in err
+    err = run_error("evaluate", "score", tmp_path / "x.npz", "--reference", "fractals-held-out", "--num-classes", 3,
+                    "--features", judge, "--output", tmp_path / "x.json")
+    assert "labels 0 .. 8" in err and "fractals (3 classes)" in err
 
 
 def test_class_agreement_needs_labels(judge):
@@ -301,16 +293,16 @@ def test_class_agreement_needs_labels(judge):
     ("extract_features", ["--data-path", "fractals", "--vae", "none", "--features-path", "c"], r"--vae none"),
     ("evaluate", ["score", "x.npz", "--reference", "digits", "--num-classes", 3], r"--num-classes"),
 ])
-def test_wrong_flags_are_refused(command, tmp_path, monkeypatch, name, flags, sentence):
+def test_wrong_flags_are_refused(run_error, tmp_path, monkeypatch, name, flags, sentence):
     monkeypatch.chdir(tmp_path)
-    status, _, err = command(name, *flags)
-    assert status == 2 and re.search(sentence, err), err
+    err = run_error(name, *flags)
+    assert re.search(sentence, err)
     assert "Traceback" not in err and not list(tmp_path.glob("*.pt"))
 
 
-def test_classifier_of_a_folder_needs_held_out_images(command, image_folder, tmp_path):
-    status, _, err = command("tools.train_classifier", "--data-path", image_folder, "--output", tmp_path / "c.pt")
-    assert status == 2 and "--val-path" in err
+def test_classifier_of_a_folder_needs_held_out_images(run_error, image_folder, tmp_path):
+    err = run_error("tools.train_classifier", "--data-path", image_folder, "--output", tmp_path / "c.pt")
+    assert "--val-path" in err
 
 
 def test_corrupt_image_is_named(tmp_path):

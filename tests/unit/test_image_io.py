@@ -12,8 +12,7 @@ from helpers import picture, write_images
 
 # ---------------------------------------------------------------- center_crop
 
-@pytest.mark.parametrize("width, height", [(8, 8), (9, 8), (5, 3), (3, 5), (15, 40), (40, 15), (16, 16),
-                                           (100, 33)])
+@pytest.mark.parametrize("width, height", [(8, 8), (9, 8), (5, 3), (3, 5), (15, 40), (40, 15), (16, 16), (100, 33)])
 def test_crop_has_the_requested_size(width, height):
     assert center_crop(Image.fromarray(picture(height, width, 3)), 8).size == (8, 8)
 

@@ -122,8 +122,7 @@ def test_temporary_files_of_a_killed_run_do_not_count(samples):
     check(samples, 8)
 
 
-@pytest.mark.parametrize("there", [[(4, 8)], [(0, 4)], [(0, 2), (4, 8)], []],
-                         ids=["start", "end", "middle", "all"])
+@pytest.mark.parametrize("there", [[(4, 8)], [(0, 4)], [(0, 2), (4, 8)], []], ids=["start", "end", "middle", "all"])
 def test_a_set_with_a_gap_is_not_written(samples, there):
     """Missing parts may lie on the disk of another machine."""
     make(samples, there)

@@ -46,15 +46,14 @@ def test_checkpoint_counts_bad_steps_before_it(children, tmp_path):
 
 
 @pytest.mark.parametrize("before, after", [([], ["--fused-adamw"]), (["--fused-adamw"], [])])
-def test_fused_optimizer_resumes_another_and_vice_versa(command, tmp_path, monkeypatch, before, after):
+def test_fused_optimizer_resumes_another_and_vice_versa(run_ok, tmp_path, monkeypatch, before, after):
     """The flags decide whether it is fused, and with it on which device its step counts are."""
-    command("train", *DIGITS, *before, "--max-steps", 2, "--results-dir", tmp_path)
+    run_ok("train", *DIGITS, *before, "--max-steps", 2, "--results-dir", tmp_path)
     seen = []
     load = torch.optim.AdamW.load_state_dict
     monkeypatch.setattr(torch.optim.AdamW, "load_state_dict", lambda optimizer, state: (
         seen.extend(group["fused"] for group in state["param_groups"]), load(optimizer, state))[1])
-    status, _, err = command("train", *DIGITS, *after, "--max-steps", 4, "--resume", "auto", "--results-dir", tmp_path)
-    assert status == 0, err
+    run_ok("train", *DIGITS, *after, "--max-steps", 4, "--resume", "auto", "--results-dir", tmp_path)
     assert seen == [True if after else None]
 
 
