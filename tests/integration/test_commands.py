@@ -36,13 +36,11 @@ def test_published_flags_keep_their_defaults(name):
 
 
 def test_defaults_are_the_papers():
-    """The flags of train.py that are not published are off, or have the paper's value."""
     parser = importlib.import_module("train").build_parser()
     assert {flag: parser.get_default(flag) for flag in PAPER_DEFAULTS} == PAPER_DEFAULTS
 
 
 def test_plan_and_train_have_the_same_defaults():
-    """Flags of one name have one default, and the others of plan.py are the paper's."""
     plan, train = importlib.import_module("tools.plan").build_parser(), importlib.import_module("train").build_parser()
     different = {"help", "flip"}  # flips are those of the cache
     shared = ({action.dest for action in plan._actions} & {action.dest for action in train._actions}) - different
@@ -77,7 +75,6 @@ def test_every_flag_has_a_help_text(run_ok, name):
     ([*DIGITS, "--features-in-memory"], "--cache-on-device:"),
 ])
 def test_train_names_the_argument_that_does_not_fit(run_error, tmp_path, flags, named):
-    """A run that cannot start leaves nothing behind."""
     err = run_error("train", *flags, "--results-dir", tmp_path / "results")
     assert named in err
     assert "Traceback" not in err and not (tmp_path / "results").exists()
@@ -106,7 +103,6 @@ def test_train_needs_data(run_error):
 
 
 def test_errors_of_image_folders_name_file_or_argument(run_error, image_folder, vae_folder, tmp_path):
-    """An empty class, a broken image, a size that the VAE cannot take, a missing VAE."""
     flags = ["--image-size", 32, "--num-classes", 3, "--vae", "none", *TINY, "--global-batch-size", 2,
              "--num-workers", 0, "--results-dir", tmp_path / "results"]
     (tmp_path / "data" / "empty").mkdir(parents=True)
@@ -173,7 +169,6 @@ def test_unguided_model_samples_at_scale_1(run_ok, plain_checkpoint, tmp_path):
 
 
 def test_wrong_checkpoints_are_errors(run_error, tmp_path):
-    """Missing, not a checkpoint, of another model, or not published."""
     assert "there is no checkpoint file" in run_error("sample", "--ckpt", tmp_path / "gone.pt")
     assert f"{tmp_path} is a folder" in run_error("sample", "--ckpt", tmp_path)
     (tmp_path / "text.pt").write_text("hello")
@@ -203,7 +198,6 @@ def test_an_error_of_all_ranks_is_printed_once(tmp_path):
 
 
 def test_minimum_versions_are_those_of_requirements_txt(monkeypatch):
-    """An older package is an error that names it."""
     required = dict(re.findall(r"^([\w-]+)>=([\d.]+)", (ROOT / "requirements.txt").read_text(), re.MULTILINE))
     assert {package: required[package] for package in MINIMUM_VERSIONS} == MINIMUM_VERSIONS
     monkeypatch.setitem(MINIMUM_VERSIONS, "timm", "99.1")

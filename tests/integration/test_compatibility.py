@@ -32,7 +32,6 @@ def test_old_checkpoint_is_resumed_as_a_new_one(run_ok, old_run, tmp_path):
 
 
 def test_names_in_checkpoints_are_unchanged(run_ok, old_run, tmp_path):
-    """Those of the file, of its configuration and of its optimizer state."""
     run_ok("train", *RUN[:-1], 3, "--results-dir", tmp_path / "new")
     old, new = stored(old_run, 3), stored(tmp_path / "new", 3)
     assert old.keys() == new.keys() and old["config"] == new["config"]
@@ -68,7 +67,6 @@ def test_old_latent_cache_can_be_trained_on(run_ok, tmp_path):
 
 
 def test_control_a_changed_weight_is_noticed(old_run):
-    """The comparisons can fail."""
     path = old_run / "000-DiT-S-2" / "checkpoints" / "0000003.pt"
     one, two = load_checkpoint(str(path)), load_checkpoint(str(path))
     two["ema"]["pos_embed"] = two["ema"]["pos_embed"] + 1e-3

@@ -61,7 +61,6 @@ def test_autocast_leaves_the_timestep_embedding_bit_for_bit():
     (["--precision", "bf16"], 0.02), (["--precision", "fp32"], 0), (["--fused-adamw"], 1e-4),
     (["--attention", "math"], 1e-4), (["--grad-checkpointing", 0.5], 0)])
 def test_losses_of_two_hundred_steps_agree(run_ok, tmp_path, flags, tolerance):
-    """With those of the defaults; the checkpoint has the same names and types."""
     for name, extra in (("plain", []), ("fast", flags)):
         run_ok("train", *RUN, "--depth", 2, "--max-steps", 200, *extra, "--results-dir", tmp_path / name)
     plain, fast = scalars(tmp_path / "plain"), scalars(tmp_path / "fast")
@@ -74,7 +73,6 @@ def test_losses_of_two_hundred_steps_agree(run_ok, tmp_path, flags, tolerance):
 
 
 def test_a_resume_in_another_precision_must_be_allowed(run_ok, run_error, tmp_path):
-    """Kernels and checkpointing may change freely."""
     run_ok("train", *RUN, "--max-steps", 1, "--results-dir", tmp_path)
     err = run_error("train", *RUN, "--max-steps", 2, "--precision", "bf16", "--resume", "auto",
                     "--results-dir", tmp_path)
@@ -87,7 +85,6 @@ def test_a_resume_in_another_precision_must_be_allowed(run_ok, run_error, tmp_pa
 
 @pytest.mark.parametrize("share, blocks", [(0.0, []), (0.5, [1, 3]), (1.0, [0, 1, 2, 3]), (0.25, [3])])
 def test_checkpointed_blocks_are_evenly_spaced_and_gradients_equal(share, blocks):
-    """In training only; bit for bit."""
     grads = []
     for checkpointed in (0.0, share):
         model = small_model(depth=4).train()
@@ -116,7 +113,6 @@ def test_a_kernel_that_torch_lacks_is_an_error():
 
 @pytest.mark.parametrize("precision, tolerance", [("tf32", 1e-4), ("bf16", 0.03)])
 def test_math_attention_computes_the_same_without_torchs_kernels(monkeypatch, precision, tolerance):
-    """Its gradients too."""
     x, t, y = inputs()
     results = []
     for config in (DEFAULT_COMPUTE, ComputeConfig(precision, attention="math")):
@@ -142,7 +138,6 @@ def test_the_kernel_is_the_one_of_the_flag(monkeypatch):
 
 @pytest.mark.parametrize("conditioning", CONDITIONINGS)
 def test_rounded_weights_give_the_results_of_autocast(conditioning):
-    """Bit for bit, also after the weights have changed; the model keeps its weights."""
     model, (x, t, y) = small_model(conditioning=conditioning).eval(), inputs()
     config = ComputeConfig("bf16")
     rounded = Bf16InferenceModel(model, config)
@@ -164,7 +159,6 @@ needs_compiler = pytest.mark.skipif(find_compiler_error(CPU) is not None, reason
 @needs_compiler
 @pytest.mark.parametrize("by_block, depth, steps", [(False, 2, 200), (True, 9, 4)])
 def test_compiled_training_gives_the_same_losses_and_names(by_block, depth, steps):
-    """No graph break; nothing is compiled after the first step."""
     losses, names = [], []
     diffusion = create_diffusion("")
     with Recompilations() as seen:
@@ -194,7 +188,6 @@ def test_compiled_training_gives_the_same_losses_and_names(by_block, depth, step
 
 @needs_compiler
 def test_compiled_sampling_gives_the_same_samples():
-    """A smaller last batch does not compile anything again."""
     def samples(compute):
         model = small_model(depth=1).eval()
         pipeline = build_pipeline(model, IdentityAutoencoder(4), 4, cfg_scale=4.0, compute=compute)
@@ -222,7 +215,6 @@ def test_without_a_compiler_a_warning_is_given(run_ok, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("has_bf16", [False, True])
 def test_fast_chooses_by_device_and_explicit_flags_win(run_ok, tmp_path, monkeypatch, has_bf16):
-    """bf16 only if the CPU has it; the choice is logged, and stored in the checkpoint."""
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: dict(avx512_bf16=has_bf16), raising=False)
     precision = "bf16" if has_bf16 else "tf32"
     assert fastest_config(CPU) == ComputeConfig(precision, compile=True, attention="math")
@@ -233,7 +225,6 @@ def test_fast_chooses_by_device_and_explicit_flags_win(run_ok, tmp_path, monkeyp
 
 
 def test_sampling_commands_take_the_compute_flags(run_ok, tmp_path):
-    """A set in bf16 has another name and other metadata."""
     run_ok("train", *DIGITS, "--max-steps", 1, "--results-dir", tmp_path)
     path = next(tmp_path.glob("*/checkpoints/0000001.pt"))
     few = ["--ckpt", path, "--num-sampling-steps", "ddim2", "--precision", "bf16"]

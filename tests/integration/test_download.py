@@ -188,7 +188,6 @@ def test_published_checkpoints_have_published_names():
 
 
 def test_published_names_are_files_here_then_in_the_folder(folder, tmp_path, monkeypatch):
-    """Neither needs a network."""
     monkeypatch.chdir(tmp_path)
     folder.mkdir()
     name = PUBLISHED_CHECKPOINTS[0]
@@ -220,7 +219,6 @@ def run(monkeypatch, *arguments):
 
 
 def test_the_command_downloads_the_published_checkpoints(mirror, folder, tmp_path, monkeypatch, capsys):
-    """To pretrained_models/, without arguments; one by name, with its hash."""
     monkeypatch.chdir(tmp_path)
     mirror.files |= dict.fromkeys(PUBLISHED_CHECKPOINTS, b"weights")
     run(monkeypatch, "--base-url", mirror.url)

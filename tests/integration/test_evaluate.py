@@ -105,7 +105,6 @@ def test_scores_do_not_depend_on_the_batch_size(run, sets, batch):
 
 
 def test_a_folder_scores_as_an_npz_of_the_same_images(run, sets, tmp_path):
-    """Images of nested folders come in the order of their paths."""
     for i, image in enumerate(images_of(71, 1)):
         path = tmp_path / "images" / f"{i // 10}" / f"{i:03d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -140,7 +139,6 @@ def test_links_are_followed_once(run, sets, tmp_path):
 
 @pytest.mark.parametrize("batch", [1, 4, 100])
 def test_images_of_several_sizes_are_refused_for_any_batch_size(run, sets, tmp_path, batch):
-    """A reference folder is cropped to the size of the samples."""
     for name, sizes in (("mixed", [4] * 4 + [8] * 4), ("small", [4] * 5), ("large", [12] * 5)):
         (tmp_path / name).mkdir()
         for i, size in enumerate(sizes):
@@ -257,7 +255,6 @@ def test_samples_that_do_not_fit_the_reference_are_refused_before_sampling(run, 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning")
 def test_misleading_distances_are_warned_of(run, sets, tmp_path):
-    """Few images on either side, or sizes that differ."""
     _, out = run("digits", "--reference", sets[0], "--features", save_module(tmp_path, DamagedFeatures("fine")))
     assert "WARNING: the samples have 8 x 8 pixels, the reference has 4 x 4" in out
     np.savez(tmp_path / "few.npz", arr_0=images_of(40, 2))
@@ -271,7 +268,6 @@ def test_the_folder_of_a_run_is_refused(run, trained, sets):
 
 
 def test_samples_of_a_checkpoint_are_those_of_sample_ddp(run_ok, run, trained, tmp_path):
-    """The records of both agree."""
     run_ok("sample_ddp", "--ckpt", trained, *FEW, "--sample-dir", tmp_path / "samples")
     (npz,) = (tmp_path / "samples").glob("*.npz")
     before = sorted(os.listdir(os.path.dirname(trained)))
@@ -314,7 +310,6 @@ def test_scores_do_not_depend_on_the_number_of_ranks(children, trained, sets, tm
 
 
 def test_references_do_not_depend_on_the_number_of_ranks(children, sets, tmp_path):
-    """Rows of all ranks come in the order of the images."""
     results = []
     for count in (1, 2, 3):
         children.run("evaluate", "reference", sets[0], *PIXELS, "--per-proc-batch-size", 5, "--output",
@@ -329,7 +324,6 @@ def test_references_do_not_depend_on_the_number_of_ranks(children, sets, tmp_pat
 
 
 def test_a_large_reference_keeps_evenly_spaced_features(run_ok, sets, tmp_path, monkeypatch):
-    """The statistics are of all images."""
     import evaluate
     monkeypatch.setattr(evaluate, "NUM_REFERENCE_FEATURES", 10)
     run_ok("evaluate", "reference", sets[0], *PIXELS, "--output", tmp_path / "ref.npz")

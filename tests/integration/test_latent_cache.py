@@ -75,7 +75,6 @@ def expected_moments(images, vae_folder):
 @pytest.mark.parametrize("dtype, tolerance", [("fp32", 1e-5), ("fp16", 2**-11), ("bf16", 2**-8)])
 def test_moments_are_those_of_both_orientations(extract, few_images, vae_folder, tmp_path, monkeypatch, dtype,
                                                 tolerance):
-    """Over several files, in the order of the data set, each value rounded once."""
     small_files(monkeypatch)
     extract(few_images, tmp_path / "cache", "--dtype", dtype)
     cache, data = LatentCache(str(tmp_path / "cache")), ImageFolderDataset(few_images, SIZE)
@@ -93,14 +92,12 @@ def test_moments_are_those_of_both_orientations(extract, few_images, vae_folder,
 
 
 def test_mirror_images_are_encoded_not_mirrored(extract, few_images, vae_folder, tmp_path):
-    """A VAE's latents of a mirror image are not the mirrored latents."""
     extract(few_images, tmp_path / "cache")
     plain, mirror = LatentCache(str(tmp_path / "cache")).__getitems__([(3, False), (3, True)]).images.float()
     assert (plain.flip(-1) - mirror).abs().max() > 0.01
 
 
 def test_no_flip_halves_the_cache(extract, few_images, tmp_path):
-    """Half the size; the same numbers."""
     extract(few_images, tmp_path / "both")
     extract(few_images, tmp_path / "one", "--no-flip")
     both, one = LatentCache(str(tmp_path / "both")), LatentCache(str(tmp_path / "one"))
@@ -125,7 +122,6 @@ def test_manifest_describes_the_cache(extract, few_images, vae_folder, tmp_path)
 
 
 def test_vae_of_one_channel_encodes_digits(run_ok, tmp_path):
-    """Any data set that train.py knows, any channels: the digits are not mirrored."""
     from diffusers import AutoencoderKL
     vae = AutoencoderKL(in_channels=1, out_channels=1, block_out_channels=(4, 4), norm_num_groups=2, latent_channels=3,
                         down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2)
@@ -138,7 +134,6 @@ def test_vae_of_one_channel_encodes_digits(run_ok, tmp_path):
 
 
 def test_bfloat16_encoder_is_close_to_float32(extract, few_images, vae_folder, tmp_path):
-    """Near the moments of float32, and not the same."""
     extract(few_images, tmp_path / "cache", "--precision", "bf16", "--dtype", "fp32")
     got = LatentCache(str(tmp_path / "cache")).__getitems__([(i, False) for i in range(13)]).images
     want = expected_moments(few_images, vae_folder)[:, 0]
@@ -147,7 +142,6 @@ def test_bfloat16_encoder_is_close_to_float32(extract, few_images, vae_folder, t
 
 
 def test_code_in_the_docs_reads_the_cache(extract, few_images, vae_folder, tmp_path, monkeypatch):
-    """The lines that docs/latents.md shows, run as they stand there."""
     small_files(monkeypatch)
     extract(few_images, tmp_path / "latents")
     text = (ROOT / "docs" / "latents.md").read_text()
@@ -234,7 +228,6 @@ def test_missing_data_is_reported_once_by_two_processes(children, vae_folder, tm
 
 
 def test_nothing_is_encoded_twice(extract, few_images, vae_folder, tmp_path, monkeypatch):
-    """A run that was stopped after two batches encodes the rest; one that was complete, nothing."""
     extract(few_images, tmp_path / "whole")
     stopped_after(8, extract, few_images, tmp_path / "cache", monkeypatch)
     passes, moments = [], VAE.moments
@@ -320,7 +313,6 @@ def other_vae(vae_folder, tmp_path, part="encoder", **config):
 # ---------------------------------------------------------------- disks
 
 def test_too_small_disk_is_refused_before_writing(extract, few_images, tmp_path, monkeypatch):
-    """Refused before anything is written, both numbers named."""
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=20_000))
     err = extract(few_images, tmp_path / "cache", fails=True)
     assert "0.03 MB are needed" in err and "0.02 MB free" in err
@@ -328,7 +320,6 @@ def test_too_small_disk_is_refused_before_writing(extract, few_images, tmp_path,
 
 
 def test_restart_needs_disk_for_the_rest_alone(extract, many_images, vae_folder, whole_cache, tmp_path, monkeypatch):
-    """A restart asks for the rest alone."""
     shutil.copytree(whole_cache, tmp_path / "cache")
     data, autoencoder = ImageFolderDataset(many_images, SIZE), load_autoencoder(str(vae_folder))
     writer = LatentCacheWriter(str(tmp_path / "cache"), new_manifest(data, "", autoencoder, SIZE, True, "fp16", "tf32"))
@@ -340,7 +331,6 @@ def test_restart_needs_disk_for_the_rest_alone(extract, many_images, vae_folder,
 
 
 def test_full_disk_is_an_error_and_the_run_resumes(extract, few_images, tmp_path, monkeypatch):
-    """A sentence; what was written stays, and the next run completes it to the same bytes."""
     extract(few_images, tmp_path / "whole")
     pwrite, calls = os.pwrite, []
 
@@ -367,7 +357,6 @@ def test_short_writes_are_continued(extract, few_images, tmp_path, monkeypatch):
 
 
 def test_links_are_not_written_through(extract, few_images, tmp_path, monkeypatch):
-    """In the place of a file of half a cache."""
     stopped_after(4, extract, few_images, tmp_path / "cache", monkeypatch)
     (tmp_path / "cache" / "moments-000.npy").rename(tmp_path / "outside.npy")
     (tmp_path / "cache" / "moments-000.npy").symlink_to(tmp_path / "outside.npy")
@@ -380,7 +369,6 @@ def test_links_are_not_written_through(extract, few_images, tmp_path, monkeypatc
 
 
 def test_second_extraction_is_refused_while_one_runs(children, extract, many_images, vae_folder, tmp_path):
-    """The second is refused, and leaves the first alone."""
     flags = flags_for_many(many_images, vae_folder, tmp_path / "cache")
     (child,) = children.start("extract_features", *flags)
     wait_for(lambda: encoded(tmp_path / "cache") > 0)
@@ -391,7 +379,6 @@ def test_second_extraction_is_refused_while_one_runs(children, extract, many_ima
 
 
 def test_folders_that_are_not_a_cache_are_not_written_to(extract, few_images, tmp_path):
-    """Is not written to: other people's files, or moments that lost their manifest."""
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").touch()
     assert "the folder is not empty, and has no manifest.json" in extract(few_images, tmp_path / "mine", fails=True)
@@ -499,7 +486,6 @@ def test_first_corrupt_image_stops_the_run_by_default(extract, spoilt_images, tm
 
 
 def test_allowed_corrupt_images_are_left_out_and_listed(extract, spoilt_images, tmp_path):
-    """Two of three allowed: it stops at the third. Three: they are counted, and nothing good is done twice."""
     err = extract(spoilt_images, tmp_path / "cache", "--max-bad-images", 2, fails=True)
     assert "c/11.png" in err and "--max-bad-images 2: cannot read" in err and "number 3 in all" in err
     out = extract(spoilt_images, tmp_path / "cache", "--max-bad-images", 3)
@@ -513,7 +499,6 @@ def test_allowed_corrupt_images_are_left_out_and_listed(extract, spoilt_images, 
 
 
 def test_corrupt_images_are_tried_again_by_the_next_run(extract, few_images, spoilt_images, tmp_path):
-    """At the next run: once repaired, they are images like any other, and not counted."""
     extract(spoilt_images, tmp_path / "cache", "--max-bad-images", 2, fails=True)
     shutil.copytree(few_images, spoilt_images, dirs_exist_ok=True)
     out = extract(spoilt_images, tmp_path / "cache")
@@ -530,7 +515,6 @@ def test_restart_counts_corrupt_images_again(extract, spoilt_images, tmp_path):
 
 
 def test_two_processes_share_the_count_of_corrupt_images(children, spoilt_images, vae_folder, tmp_path):
-    """Whoever meets them: three are three."""
     flags = ["--data-path", spoilt_images, "--image-size", SIZE, "--vae", vae_folder, "--num-workers", 0,
              "--batch-size", 1]
     out = children.run("extract_features", *flags, "--features-path", tmp_path / "three", "--max-bad-images", 3,
@@ -581,7 +565,6 @@ def test_data_set_without_a_readable_image_is_refused(extract, tmp_path):
 # ---------------------------------------------------------------- damage
 
 def test_verify_finds_one_flipped_bit(run_ok, run_error, extract, few_images, tmp_path, monkeypatch):
-    """Anywhere, in every file, the manifest's own digits included."""
     small_files(monkeypatch)
     folder = tmp_path / "cache"
     extract(few_images, folder)
@@ -608,7 +591,6 @@ def test_verify_finds_missing_and_short_files(extract, few_images, tmp_path):
 
 
 def test_two_processes_share_the_verification(children, extract, few_images, tmp_path, monkeypatch):
-    """Each reads its share, and one sentence names all."""
     small_files(monkeypatch)
     folder = tmp_path / "cache"
     extract(few_images, folder)
@@ -679,7 +661,6 @@ def test_the_cache_of_another_vae_is_refused(extract, few_images, vae_folder, tm
 
 
 def test_nothing_is_loaded_unless_it_decodes(extract, few_images, vae_folder, tmp_path):
-    """Nothing is loaded where nothing is decoded; the VAE's folder may be gone."""
     shutil.copytree(vae_folder, tmp_path / "vae")
     extract(few_images, tmp_path / "cache", "--vae", tmp_path / "vae")
     shutil.rmtree(tmp_path / "vae")
@@ -703,7 +684,6 @@ def test_pixels_are_not_cached(run_error, few_images, tmp_path):
 # ---------------------------------------------------------------- reading
 
 def test_copy_on_the_device_gives_the_same_batches(extract, few_images, tmp_path, monkeypatch):
-    """--features-in-memory: every item, mirrored or not, over several files."""
     small_files(monkeypatch)
     for dtype in ("fp16", "bf16"):
         extract(few_images, tmp_path / dtype, "--dtype", dtype)
@@ -734,7 +714,6 @@ def test_file_that_is_cut_short_while_it_is_read_is_an_error(extract, few_images
 
 
 def test_workers_may_be_spawned(extract, few_images, tmp_path):
-    """A pickled copy opens the files again."""
     extract(few_images, tmp_path / "cache")
     cache = LatentCache(str(tmp_path / "cache"))
     want = cache.__getitems__([(5, True)]).images
@@ -742,7 +721,6 @@ def test_workers_may_be_spawned(extract, few_images, tmp_path):
 
 
 def test_memory_does_not_grow_with_the_cache(few_images, tmp_path):
-    """A cache of 100 MB is read to the end, and this process holds none of it."""
     images = SimpleNamespace(labels=[0] * 1600, paths=[str(i) for i in range(1600)], class_names=["a"])
     autoencoder = SimpleNamespace(latent_scaling=LatentScaling(4, 8, 1.0, 0.0), channels=4, stride=8, name="none",
                                   encoder_sha256="")

@@ -93,7 +93,6 @@ def check(result, terms, rel=1e-5):
 
 @pytest.mark.parametrize("batch_size", [1, 3, 5])
 def test_terms_agree_with_the_loop_for_any_batch_size(pixels, batch_size):
-    """The noise of image i is a function of (seed, i)."""
     result = bits_per_dimension(*pixels, batch_size=batch_size, seed=3, respacing=STEPS)
     check(result, [loop_terms(*pixels, index, seed=3) for index in range(5)])
     assert result["space"] == "pixels" and result["dimensions"] == 64
@@ -120,7 +119,6 @@ def test_predictions_are_clipped_in_pixel_space_only(request, space):
 
 
 def test_every_trained_timestep_is_evaluated_once(pixels):
-    """Without autograd."""
     trained, dataset = pixels
     calls = []
 
@@ -136,7 +134,6 @@ def test_every_trained_timestep_is_evaluated_once(pixels):
 
 
 def test_some_images_are_evenly_spaced(pixels):
-    """A number larger than the data set means all."""
     result = bits_per_dimension(*pixels, num_images=3, respacing=STEPS)
     check(result, [loop_terms(*pixels, index) for index in (0, 2, 4)])
     assert bits_per_dimension(*pixels, num_images=50, respacing=STEPS)["images"] == 5
@@ -253,7 +250,6 @@ def bits_of_normal(data, **model):
 
 
 def test_the_best_model_reaches_the_entropy():
-    """Each term of its bound has the closed form, and any other prediction needs more bits."""
     data = Normal(2000)
     model, best = bits_of_normal(data)
     entropy = -(data.probability * data.probability.log2()).sum().item()

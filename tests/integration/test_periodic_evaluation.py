@@ -36,7 +36,6 @@ def rows_of(results):
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_evaluation_does_not_change_the_run(children, reference, tmp_path, processes):
-    """Bit for bit; scores go to the log, TensorBoard and a CSV."""
     children.run("train", *RUN, "--results-dir", tmp_path / "quiet", processes=processes)
     out = children.run("train", *RUN, *EVAL, "--eval-every", 2, "--eval-reference", reference, "--ckpt-every", 4,
                        "--results-dir", tmp_path / "watched", processes=processes)
@@ -71,7 +70,6 @@ def test_scores_are_those_of_evaluate_py(run_ok, reference, tmp_path):
 
 
 def test_a_resumed_run_replaces_the_rows_of_repeated_steps(run_ok, reference, tmp_path):
-    """A row that was cut off is left out."""
     flags = [*RUN, *EVAL, "--eval-every", 2, "--eval-reference", reference, "--results-dir", tmp_path]
     run_ok("train", *flags, "--ckpt-every", 5)
     first = rows_of(tmp_path)
@@ -118,7 +116,6 @@ def test_a_run_killed_while_the_best_is_kept_ends_as_one_that_was_not(children, 
 
 
 def test_other_settings_begin_new_tables(run_ok, reference, tmp_path):
-    """Their first score is the best so far."""
     flags = [*RUN, *EVAL, "--eval-every", 4, "--results-dir", tmp_path]
     run_ok("train", *flags, "--max-steps", 5, "--eval-reference", reference)
     out = run_ok("train", *flags, "--eval-reference", "digits", "--resume", "auto")
@@ -179,7 +176,6 @@ class TerminatedWhileSampling:
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_signal_stops_an_evaluation_within_two_batches(children, reference, tmp_path, processes):
-    """The run saves and stops."""
     out = children.run("train", *RUN, *EVAL, "--eval-samples", 8 * 5000, "--eval-every", 4, "--eval-reference",
                        reference, "--results-dir", tmp_path, processes=processes,
                        prepare=TerminatedWhileSampling(processes - 1), status=EXIT_RESTARTABLE)
@@ -231,7 +227,6 @@ def test_the_time_of_an_evaluation_does_not_count_as_training(tmp_path):
 # ---------------------------------------------------------------- tools.plot_run
 
 def test_runs_are_plotted(run_ok, run_error, reference, tmp_path):
-    """Loss and distance of one run, in its folder; of several, in one figure; without evaluations, the loss only."""
     run_ok("train", *RUN, *EVAL, "--eval-every", 4, "--eval-reference", reference, "--results-dir", tmp_path)
     run_ok("train", *RUN, "--results-dir", tmp_path)
     one, two = folder_of(tmp_path), folder_of(tmp_path, 1)

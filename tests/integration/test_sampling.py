@@ -121,7 +121,6 @@ def test_three_of_four_latent_channels_are_guided_by_default(run_ok, latent_chec
 
 
 def test_bare_weights_and_published_namespaces_are_loaded(run_ok, tmp_path):
-    """As files of other projects have them."""
     model = random_weights(models.DiT_models["DiT-S/8"](input_size=16, in_channels=3), scale=0.05)
     torch.save(model.state_dict(), tmp_path / "bare.pt")
     args = argparse.Namespace(model="DiT-S/8", image_size=16, num_classes=1000)
@@ -158,7 +157,6 @@ def test_a_set_does_not_depend_on_processes_or_batch_size(children, digits_check
 
 
 def test_a_larger_set_begins_with_the_smaller_one(run_ok, digits_checkpoint, tmp_path):
-    """No image is made twice: the second call makes five, and the PNG files hold the images of the set."""
     flags = ["--ckpt", digits_checkpoint, "--per-proc-batch-size", 5, "--sample-dir", tmp_path, *FEW]
     run_ok("sample_ddp", *flags, "--num-fid-samples", 5)
     _, first, _ = sample_set(tmp_path)
@@ -173,7 +171,6 @@ def test_a_larger_set_begins_with_the_smaller_one(run_ok, digits_checkpoint, tmp
 
 
 def test_a_killed_run_continues_where_it_stopped(run_ok, digits_checkpoint, tmp_path):
-    """After SIGKILL the rest is made, and the set is that of an undisturbed run."""
     flags = ["--ckpt", str(digits_checkpoint), "--num-fid-samples", "40", "--per-proc-batch-size", "4",
              "--num-sampling-steps", "100"]
     victim = subprocess.Popen([sys.executable, ROOT / "sample_ddp.py", *flags, "--sample-dir", tmp_path / "cut"],
@@ -244,7 +241,6 @@ def averages_checkpoint(digits_checkpoint, tmp_path_factory):
 
 
 def test_one_of_several_averages_is_chosen_by_its_decay(run_ok, digits_checkpoint, averages_checkpoint, tmp_path):
-    """The first by default, under the name that a set of a single average has; each set records its decay."""
     few = ["--num-fid-samples", 2, *FEW, "--sample-dir"]
     run_ok("sample_ddp", "--ckpt", digits_checkpoint, *few, tmp_path / "single")
     expected = sample_set(tmp_path / "single")

@@ -28,7 +28,6 @@ def test_one_and_two_processes_compute_the_same(children, tmp_path):
 
 
 def test_control_another_seed_gives_another_run(run_ok, tmp_path):
-    """The tests of equality can fail."""
     for seed in (0, 1):
         run_ok("train", *DIGITS, "--max-steps", 2, "--global-seed", seed, "--results-dir", tmp_path / str(seed))
     assert largest_difference(stored(tmp_path / "0", 2), stored(tmp_path / "1", 2)) > 1e-3
@@ -43,7 +42,6 @@ def test_accumulated_gradients_are_those_of_the_full_batch(run_ok, tmp_path):
 
 
 def test_run_that_ended_early_is_resumed_exactly(run_ok, tmp_path):
-    """Weights, EMA, optimizer, timestep sampler and losses, over the end of an epoch of five steps."""
     flags = [*DIGITS, "--global-batch-size", 256, "--max-grad-norm", 0.5, "--schedule-sampler", "loss-second-moment",
              "--grad-accum-steps", 2, "--log-every", 1]
     run_ok("train", *flags, "--max-steps", 8, "--results-dir", tmp_path / "straight")
@@ -55,7 +53,6 @@ def test_run_that_ended_early_is_resumed_exactly(run_ok, tmp_path):
 
 
 def test_checkpoint_has_the_published_keys(run_ok, tmp_path):
-    """`model`, `ema`, `opt`, `args`, and what is needed to build the model again."""
     run_ok("train", *DIGITS, "--max-steps", 4, "--ckpt-every", 2, "--sample-every", 4, "--ema-decay", 0,
            "--results-dir", tmp_path)
     folder = tmp_path / "000-DiT-S-2"
@@ -75,7 +72,6 @@ def test_checkpoint_has_the_published_keys(run_ok, tmp_path):
 
 
 def test_ema_follows_its_formula(run_ok, tmp_path):
-    """A step at decay 0.75 moves it by a quarter of the way to the new weights."""
     run_ok("train", *DIGITS, "--max-steps", 2, "--ckpt-every", 1, "--ema-decay", 0.75, "--results-dir", tmp_path)
     one, two = stored(tmp_path, 1), stored(tmp_path, 2)
     name = "blocks.0.attn.qkv.weight"
@@ -140,7 +136,6 @@ def test_accelerate_config_does_not_change_the_run(run_ok, tmp_path, monkeypatch
 
 
 def test_explicit_steps_and_models_override_the_preset_of_the_digits():
-    """Its number of epochs does not end the run earlier, and its sizes do not apply to another model."""
     def parse(*argv):
         return parse_args(build_parser(), choose_defaults, ["--data-path", "digits", *argv])[0]
 
@@ -149,7 +144,6 @@ def test_explicit_steps_and_models_override_the_preset_of_the_digits():
 
 
 def test_several_decays_save_the_average_of_each(run_ok, tmp_path):
-    """Each equals the average of a run with that decay alone; the first is `ema`."""
     flags = [*DIGITS, "--max-steps", 3, "--num-workers", 0]
     for name, decays in (("several", [0.5, 0, 0.9]), ("0.5", [0.5]), ("0.9", [0.9])):
         run_ok("train", *flags, "--ema-decay", *decays, "--results-dir", tmp_path / name)
@@ -169,7 +163,6 @@ def test_several_averages_resume_exactly(run_ok, tmp_path):
 
 @pytest.mark.parametrize("before", [[0.5], [0.5, 0.7]], ids=["one average", "another average"])
 def test_average_that_a_checkpoint_lacks_starts_from_the_weights(run_ok, run_error, tmp_path, before):
-    """If the change is allowed."""
     flags = [*DIGITS, "--num-workers", 0, "--results-dir", tmp_path]
     run_ok("train", *flags, "--max-steps", 2, "--ema-decay", *before)
     resume = [*flags, "--max-steps", 3, "--ema-decay", 0.5, 0.9, "--resume", "auto"]
@@ -187,7 +180,6 @@ def test_averages_of_the_same_name_are_an_error(run_error, tmp_path):
 
 
 def test_averages_keep_their_decay_when_the_order_changes(run_ok, tmp_path):
-    """Stored averages go where the flags want them, by decay, and continue as in a run that was not cut."""
     flags = [*DIGITS, "--num-workers", 0]
     run_ok("train", *flags, "--ema-decay", 0.5, 0.9, "--max-steps", 3, "--results-dir", tmp_path / "straight")
     run_ok("train", *flags, "--ema-decay", 0.5, 0.9, "--max-steps", 2, "--results-dir", tmp_path / "cut")

@@ -82,7 +82,6 @@ ROUNDING = {"fp32": 2**-20, "fp16": 2**-10, "bf16": 2**-7}
 
 
 def test_cached_training_sees_what_training_from_images_sees(record, images, vae, cache):
-    """The same flips, posterior samples and labels; the same losses. Over three epochs and a half."""
     dtype, folder = cache
     want = record("--data-path", images, "--image-size", 32, "--vae", vae, "--max-steps", 17, results="images")
     got = record("--features-path", folder, "--max-steps", 17, results="cache")
@@ -111,7 +110,6 @@ def test_cache_on_the_device_gives_the_same_run(record, cache):
 
 
 def test_corrupt_images_are_replaced_alike(record, images, vae, tmp_path):
-    """With --max-bad-images, either way of training takes the same other image."""
     shutil.copytree(images, tmp_path / "spoilt")
     names = ImageFolderDataset(images, 32).paths
     for index in (3, 4, 44):
@@ -128,7 +126,6 @@ def test_corrupt_images_are_replaced_alike(record, images, vae, tmp_path):
 
 
 def test_resumed_run_equals_the_undisturbed_one(run_ok, cache, tmp_path):
-    """In the middle of an epoch, with workers: bit for bit the undisturbed run."""
     flags = ["--features-path", cache[1], *FLAGS, "--ckpt-every", 3, "--num-workers", 1]
     run_ok("train", *flags, "--max-steps", 8, "--results-dir", tmp_path / "straight")
     run_ok("train", *flags, "--max-steps", 3, "--results-dir", tmp_path / "cut")
@@ -147,7 +144,6 @@ def test_two_processes_have_the_losses_of_one(children, vae, images, tmp_path):
 
 
 def test_checkpoint_of_a_cached_run_knows_its_vae(run_ok, cache, vae, images, tmp_path, monkeypatch):
-    """Sampling needs no other flag, and grids are drawn during training."""
     run_ok("train", "--features-path", cache[1], *FLAGS, "--max-steps", 1, "--sample-every", 1,
            "--results-dir", tmp_path)
     (grid,) = tmp_path.glob("*/samples/0000001.png")
@@ -187,7 +183,6 @@ def test_flips_need_mirror_images_in_the_cache(run_ok, run_error, images, vae, t
     (2.0, 9.0, "mean of .* shift_factor 9"),
 ])
 def test_wrong_scale_or_shift_gives_a_warning_at_the_start(record, images, vae, tmp_path, scale, shift, warning):
-    """From images and from a cache."""
     from diffusers import AutoencoderKL
     model = AutoencoderKL.from_pretrained(vae)
     model.register_to_config(scaling_factor=scale, shift_factor=shift)

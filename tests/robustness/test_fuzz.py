@@ -201,7 +201,6 @@ REFUSED = {
 
 @pytest.mark.parametrize("place, value", REFUSED.values(), ids=REFUSED)
 def test_training_states_that_cannot_be_resumed_are_refused(folder, checkpoint, place, value):
-    """The error names the flag and the file."""
     path = str(folder / "refused.pt")
     save_checkpoint(path, changed(checkpoint, place, replace_by(value)))
     with pytest.raises(ArgumentError) as caught:
@@ -258,7 +257,6 @@ def read_all(path):
 @given(mutate=mutations())
 @examples(100)
 def test_verification_finds_damage_to_a_latent_cache(cache, cache_copy, name, mutate):
-    """Reading a damaged file raises nothing but a `UserError`."""
     intact = (cache / name).read_bytes()
     damaged = mutate(intact)
     (cache_copy / name).write_bytes(damaged)
@@ -304,7 +302,6 @@ def test_hostile_manifests_are_refused_or_read(cache, cache_copy, data):
 @given(data=st.data())
 @examples(150)
 def test_any_text_as_a_flag_is_parsed_or_refused(name, data):
-    """argparse reports the error and exits with status 2."""
     parser = importlib.import_module(name).build_parser()
     flags = sorted(option for action in parser._actions for option in action.option_strings if option.startswith("--"))
     text = st.text(max_size=12) | st.sampled_from(["nan", "inf", "-inf", "1e999", "-1", "0", str(2**70), "ddim",
@@ -330,7 +327,6 @@ FIXED = ["--data-path", "--features-path", "--results-dir", "--num-workers", "--
 @given(data=st.data())
 @examples(60)
 def test_runs_with_any_flags_train_or_are_refused(folder, data):
-    """train.py from start to end, with up to three flags of any value."""
     import train
     from training.cli import build_parser
     value_flags = sorted(flag for action in build_parser()._actions for flag in action.option_strings

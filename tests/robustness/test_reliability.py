@@ -105,7 +105,6 @@ CASES = {
 
 @pytest.mark.parametrize("source, step, processes, extra", CASES.values(), ids=CASES)
 def test_resumed_run_equals_the_undisturbed_run(children, sources, tmp_path, source, step, processes, extra):
-    """Weights, EMA, optimizer, counters and every loss, bit for bit, in new processes."""
     flags = [*sources[source], *extra, "--log-every", 1, "--max-steps", 7]
     children.run("train", *flags, "--ckpt-every", step, "--results-dir", tmp_path / "straight", processes=processes)
     children.run("train", *flags, "--results-dir", tmp_path / "resumed", "--resume",
@@ -194,7 +193,6 @@ def test_run_cut_between_microbatches_resumes_exactly(children, accumulating_run
 # ---------------------------------------------------------------- SIGKILL
 
 def test_twenty_random_kills_lose_at_most_one_interval(children, tmp_path):
-    """At any moment the latest checkpoint is valid; in the end the run is the undisturbed one."""
     flags = [*DIGITS, *DROP, "--ckpt-every", 5, "--log-every", 1, "--keep-checkpoints", 3]
     undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
     generator = random.Random(0)
@@ -270,7 +268,6 @@ PHASES = {
 @pytest.mark.parametrize("mode", [[], ["--async-save"]], ids=["foreground", "background"])
 @pytest.mark.parametrize("phase", PHASES)
 def test_kill_in_each_phase_of_writing_leaves_a_valid_checkpoint(children, undisturbed, tmp_path, phase, mode):
-    """The next run resumes it, removes leftovers, and ends as the undisturbed run."""
     flags = [*DIGITS, *DROP, "--ckpt-every", 2, "--keep-checkpoints", 1, *mode, "--max-steps", 6]
     children.run("train", *flags, "--results-dir", tmp_path, prepare=PHASES[phase], status=-signal.SIGKILL)
     warnings = []
@@ -302,7 +299,6 @@ DAMAGES = {"truncated": truncate, "a bit flipped": flip_bit, "empty": empty, "mi
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_damaged_checkpoint_is_passed_over_for_the_previous_one(run_ok, three_checkpoints, copied_run, damage):
-    """In the same folder, with a warning that names the file."""
     path = checkpoint_path(copied_run, 6)
     DAMAGES[damage](path)
     out = run_ok("train", *DIGITS, "--max-steps", 6, "--ckpt-every", 2, "--results-dir", copied_run, "--resume", "auto")
@@ -319,7 +315,6 @@ def test_all_ranks_resume_the_same_checkpoint(children, copied_run):
 
 
 def test_run_with_only_damaged_checkpoints_is_an_error(run_error, copied_run):
-    """It neither starts again, nor resumes an earlier run."""
     shutil.copytree(folder_of(copied_run), copied_run / "001-DiT-S-2")
     for step, damage in zip((2, 4, 6), (truncate, flip_bit, empty)):
         damage(checkpoint_path(copied_run, step, 1))
@@ -339,7 +334,6 @@ def test_damaged_checkpoint_that_is_named_is_an_error(run_error, copied_run):
 @pytest.mark.parametrize("change", [lambda state: 5, lambda state: state | dict(opt=state["opt"] | dict(state={}))],
                          ids=["a number", "no moments"])
 def test_checkpoint_that_is_not_a_training_state_is_an_error(run_error, copied_run, change):
-    """It loads and has valid checksums; test_fuzz.py has more of them."""
     path = checkpoint_path(copied_run, 6)
     save_checkpoint(str(path), change(load_checkpoint(str(path))))
     err = run_error("train", *DIGITS, "--max-steps", 8, "--results-dir", copied_run, "--resume", path)
@@ -446,7 +440,6 @@ def send_sigterm_at_startup(rank):
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_signal_during_startup_is_not_lost(children, tmp_path, processes):
-    """The run saves after its first steps."""
     children.run("train", *DIGITS, *ENDLESS, "--results-dir", tmp_path, processes=processes,
                  prepare=send_sigterm_at_startup, status=EXIT_RESTARTABLE)
     assert steps_of(tmp_path) == [processes]
@@ -515,7 +508,6 @@ def stop_process():
 @pytest.mark.parametrize("fault, work", [(hang_at_startup, "the start"),
                                          (AtTrainingLoss(5, stop_process, rank=1), "training step 5")])
 def test_rank_that_hangs_is_reported_by_the_others(children, tmp_path, fault, work):
-    """After --dist-timeout, with the work that they waited for."""
     group = children.start("train", *DIGITS, *ENDLESS, "--dist-timeout", 0.2, "--results-dir", tmp_path, processes=2,
                            prepare=fault)
     out = children.join(group[:1], status=2)
@@ -535,7 +527,6 @@ run_command(train.main)
 
 
 def test_torchrun_restarts_a_run_exactly(sources, undisturbed, tmp_path):
-    """Rank 1 dies in step 11, all ranks start again, and the run ends as the undisturbed one."""
     script = tmp_path / "restarted.py"
     script.write_text(RESTARTED.format(paths=[str(ROOT), str(ROOT / "tests")]))
     flags = [*sources["cache"], "--max-steps", 20, "--num-workers", 0, "--ckpt-every", 4, "--resume", "auto"]
@@ -608,7 +599,6 @@ def slow_down_disk(rank):
 
 
 def test_background_saving_writes_the_values_of_its_step(children, undisturbed, tmp_path):
-    """While training continues; the end waits for the last checkpoint."""
     children.run("train", *DIGITS, *DROP, "--max-steps", 32, "--ckpt-every", 8, "--async-save", "--results-dir",
                  tmp_path, prepare=slow_down_disk)
     assert steps_of(tmp_path) == [8, 16, 24, 32]
@@ -619,7 +609,6 @@ def test_background_saving_writes_the_values_of_its_step(children, undisturbed, 
 # ---------------------------------------------------------------- hostile files
 
 def test_symbolic_link_is_replaced_not_followed(tmp_path):
-    """In the place of a checkpoint, and of its temporary file."""
     target = tmp_path / "target"
     target.write_text("mine")
     (tmp_path / f"0000001.pt.{os.getpid()}.tmp").symlink_to(target)
@@ -632,7 +621,6 @@ def test_symbolic_link_is_replaced_not_followed(tmp_path):
 # ---------------------------------------------------------------- changed flags and data
 
 def test_changed_flags_need_confirmation(command, run_ok, run_error, copied_run):
-    """Each change is named with both values; flags that do not change the run are free."""
     resume = [*DIGITS, "--max-steps", 7, "--results-dir", copied_run, "--resume", "auto"]
     changed = ["--lr", 0.5, "--global-batch-size", 16, "--ema-decay", 0.5]
     status, _, err = command("train", *resume, *changed)
@@ -661,7 +649,6 @@ def test_changed_data_need_confirmation(run_ok, run_error, image_folder, tmp_pat
 
 
 def test_observation_does_not_change_the_run(run_ok, sources, undisturbed, tmp_path):
-    """Logs, pictures and checkpoints, often or never: the same run bit for bit."""
     flags = [*sources["cache"], "--num-workers", 0, "--max-steps", 9]
     for name, extra in (("rarely", ["--log-every", 0]), ("often", ["--log-every", 1, "--sample-every", 4,
                                                                    "--ckpt-every", 2, "--async-save"])):
@@ -691,7 +678,6 @@ class HaltAfter:
 
 
 def test_sample_set_survives_ten_random_kills(children, three_checkpoints, tmp_path):
-    """The .npz is that of an undisturbed run, byte for byte."""
     flags = ["--ckpt", checkpoint_path(three_checkpoints, 6), "--num-fid-samples", 160, "--per-proc-batch-size", 4,
              "--num-sampling-steps", 5]
     children.run("sample_ddp", *flags, "--sample-dir", tmp_path / "straight")

@@ -122,7 +122,6 @@ def test_identity_autoencoder_passes_pixels(channels):
 
 
 def test_cached_moments_give_the_latents_of_the_images(case):
-    """Exactly in float32, up to rounding in half precision."""
     autoencoder, _ = case
     images = torch.rand(2, 3, 16, 16) * 2 - 1
     noise = torch.randn(2, autoencoder.channels, 16 // autoencoder.stride, 16 // autoencoder.stride)

@@ -190,7 +190,6 @@ def test_the_model_follows_the_equations(conditioning):
 
 @pytest.mark.parametrize("conditioning", OTHERS)
 def test_gradients_kernels_and_guidance_do_not_depend_on_the_block_type(conditioning):
-    """Gradients reach every weight, with and without activation checkpointing."""
     model = random_model(depth=2, conditioning=conditioning)
     x, t, y = inputs(model, n=4)
     out = model(x, t, y)
@@ -269,7 +268,6 @@ def test_block_type_of_bare_weights_is_inferred(tmp_path, monkeypatch, condition
 
 
 def test_a_checkpoint_without_a_block_type_is_adaln_zero(run_ok, run_error, tmp_path):
-    """It samples and resumes, but not as another type."""
     flags = [*DIGITS, "--results-dir", tmp_path]
     run_ok("train", *flags, "--max-steps", 1)
     old, path = stored(tmp_path, 1), str(next(tmp_path.glob("*/checkpoints/0000001.pt")))

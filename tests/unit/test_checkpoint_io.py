@@ -33,7 +33,6 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch, error):
 
 
 def test_an_interrupted_save_cannot_be_taken_for_a_checkpoint(tmp_path, monkeypatch):
-    """Ctrl-C while writing: no file with the name of a checkpoint is left."""
     monkeypatch.setattr(torch, "save", fails_half_way(KeyboardInterrupt()))
     with pytest.raises(KeyboardInterrupt):
         save_checkpoint(str(tmp_path / "checkpoints" / "0000001.pt"), dict(step=1))
@@ -171,7 +170,6 @@ def test_weights_that_do_not_fit_are_named_and_not_loaded(change, sentence):
 
 
 def test_latest_checkpoint_has_the_highest_step(tmp_path):
-    """By number, not by name or time; other files do not count."""
     assert latest_checkpoint(str(tmp_path)) is None
     folder = tmp_path / "checkpoints"
     folder.mkdir()

@@ -47,7 +47,6 @@ def test_black_and_white_are_minus_one_and_one(tmp_path):
 
 
 def test_examples_are_evenly_spaced_and_readable(tmp_path):
-    """Each of another place; what cannot be read is left out; no more than there are."""
     files = {f"a/{i}.png": Image.new("RGB", (2, 2), (i, i, i)) for i in range(9)}
     data = ImageFolderDataset(write_images(tmp_path, files | {"a/4.png": b"no image"}), 2)
     assert [round((image[0, 0, 0].item() + 1) * 127.5) for image in data.examples(5)] == [0, 2, 6, 8]
@@ -69,7 +68,6 @@ def test_folder_without_classes_or_images_is_refused(tmp_path):
 
 
 def test_listing_is_that_of_torchvision(tmp_path):
-    """Order, classes and files: nested folders, links, odd names, files that are not images."""
     from torchvision.datasets import ImageFolder
     root = tmp_path / "data"
     for name in ("b/2.png", "b/10.PNG", "b/1.jpeg", "b/a.txt", "b/z/1.webp", "b/a/1.bmp", "b/.hidden.png",
@@ -134,7 +132,6 @@ def values(batch):
 
 
 def test_corrupt_image_is_replaced_by_the_next_with_its_label(tmp_path):
-    """Over several in a row, and over the end of the data set."""
     data = numbered(tmp_path, bad=[2, 4, 5], limit=3)
     batch = data.__getitems__([(index, False) for index in range(6)])
     assert values(batch) == [0, 1, 1, 1, 3, 0] and batch.cond["y"].tolist() == [0, 1, 1, 1, 1, 0]
@@ -176,7 +173,6 @@ def bad(name, **more):
 
 
 def test_corrupt_images_are_counted_once(tmp_path):
-    """Each is listed with its reason; the one beyond the limit ends the run."""
     warnings = []
     images = CorruptImageLog(2, str(tmp_path / "bad.txt"), warnings.append)
     images.add([bad("a"), bad("a")])
@@ -246,7 +242,6 @@ def test_order_depends_on_the_seed():
 
 
 def test_flips_are_independent_with_probability_one_half():
-    """Over epochs and over positions in the batch. Without flips the order is the same."""
     flipped = np.array([[flip for _, flip in batch] for batch in batches(end_step=1000)])
     assert abs(flipped.mean() - 0.5) < 5 * 0.5 / 4000**0.5
     assert (abs(flipped.mean(axis=0) - 0.5) < 5 * 0.5 / 1000**0.5).all()
@@ -285,7 +280,6 @@ def test_digits_have_one_size():
 
 
 def test_digits_classifier_judges_samples():
-    """Real digits in uint8 get the accuracy of the classifier, wrong labels that of guessing."""
     classifier, real = DigitsClassifier(), DigitsDataset("held-out")
     labels = np.array(real.labels)
     assert 0.97 < classifier.accuracy < 1

@@ -272,7 +272,6 @@ def test_learned_variance_lies_between_the_two_bounds(respacing):
 
 @pytest.mark.parametrize("sigma_small", [False, True])
 def test_fixed_variance_is_beta_or_btilde(sigma_small):
-    """At t = 0, which adds no noise, both have their published values."""
     diffusion = create_diffusion("", learn_sigma=False, sigma_small=sigma_small)
     t, x, _ = every_step(diffusion)
     step = diffusion.p_mean_variance(constant(x), x, t)
@@ -352,7 +351,6 @@ def test_ddim_recovers_the_data(respacing, eta, tolerance):
 
 
 def test_random_samples_recover_the_data():
-    """20,000 draws, within 4 standard errors."""
     diffusion, n = create_diffusion("50"), 20_000
     network = GaussianNetwork(0.7, 0.5, kept=diffusion.timestep_map)
     samples = diffusion.p_sample_loop(network, (n, 1), clip_denoised=False, device="cpu")
@@ -517,7 +515,6 @@ def test_network_gets_the_trained_steps_outside_the_loops():
 
 @pytest.mark.parametrize("sampler, kwargs", [("p", dict()), ("ddim", dict(eta=0.0)), ("ddim", dict(eta=1.0))])
 def test_loops_start_from_the_noise_and_yield_every_step(sampler, kwargs):
-    """The plain loop returns the last sample; the noise is not modified."""
     diffusion = create_diffusion("12", learn_sigma=False)
     network = GaussianNetwork(0.7, 0.5)
     loop, progressive = (getattr(diffusion, f"{sampler}_sample_loop{suffix}") for suffix in ("", "_progressive"))
@@ -671,7 +668,6 @@ def test_the_bound_trains_the_variance_alone():
 
 
 def test_kl_loss_estimates_the_full_bound():
-    """T times the same bits per dimension; it trains the mean too."""
     terms, *_ = losses()
     torch.manual_seed(0)
     kl, output, *_ = losses(use_kl=True)
@@ -683,7 +679,6 @@ def test_kl_loss_estimates_the_full_bound():
 
 @pytest.mark.parametrize("respacing, factor", [("", 1.0), ("100", 0.1)])
 def test_rescaled_bound_shrinks_with_the_number_of_steps(respacing, factor):
-    """The squared error does not."""
     x_0, noise, eps, values = torch.randn(4, 2, 1, 3, 3)
     plain, rescaled = (create_diffusion(respacing, rescale_learned_sigmas=rescale).training_losses(
         constant(eps, values), x_0, torch.tensor([0, 70]), noise=noise) for rescale in (False, True))

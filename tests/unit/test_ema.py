@@ -38,7 +38,6 @@ def test_average_starts_as_an_independent_copy():
 
 
 def test_average_follows_its_formula():
-    """Compared with float64; what is not trained is copied."""
     net = model()
     ema = EMA(net, 0.9)
     expected = {name: tensor.double() for name, tensor in copy_of(net).items()}
@@ -57,7 +56,6 @@ def test_average_follows_its_formula():
 
 @pytest.mark.parametrize("decay", [0, 1])
 def test_extreme_decays(decay):
-    """0 keeps the weights themselves, 1 the initial ones."""
     net = model()
     ema = EMA(net, decay)
     start = copy_of(net)

@@ -126,7 +126,6 @@ def test_features_do_not_depend_on_the_batch(features):
 
 
 def test_features_are_never_in_tf32(features, monkeypatch):
-    """The precision around them is restored."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     torch.set_float32_matmul_precision("high")

@@ -39,7 +39,6 @@ def test_splits_are_disjoint_and_balanced():
 
 
 def test_image_is_a_function_of_its_class_and_index():
-    """Not of numpy's generator, of the images drawn before, or of the number of classes."""
     want = draw(5, 1003, 32)
     np.random.seed(7)
     get_system.cache_clear()
@@ -102,7 +101,6 @@ def test_images_are_neither_empty_nor_full_and_classes_differ():
 
 
 def test_maps_of_every_image_contract():
-    """At the extremes of the factors that `draw` applies."""
     for label in range(50):
         linear = get_system(label).maps[:, :2]
         for signs in range(16):
@@ -137,7 +135,6 @@ def test_code_in_the_docs_draws_their_picture(tmp_path, monkeypatch):
 # ---------------------------------------------------------------- commands
 
 def test_defaults_follow_from_the_data_set(run_ok, tmp_path):
-    """32 x 32 pixels, 100 classes, no VAE, no flips; the model and the recipe are the paper's."""
     out = run_ok("train", "--data-path", "fractals", *TINY, "--global-batch-size", 4, "--max-steps", 1,
                  "--num-workers", 0, "--results-dir", tmp_path)
     assert "Dataset contains 100,000 images in 100 classes (fractals)" in out
@@ -148,7 +145,6 @@ def test_defaults_follow_from_the_data_set(run_ok, tmp_path):
 
 
 def test_tokens_are_as_many_as_in_the_paper():
-    """Patches of 2, 4 and 8 give 256, 64 and 16 tokens."""
     import models
     side = BUILTIN_DATASETS["fractals"]["image_size"]
     with torch.device("meta"):
@@ -180,7 +176,6 @@ def test_class_names_come_from_the_checkpoint(run_ok, trained, tmp_path):
 
 
 def test_checkpoint_is_scored_against_held_out_fractals(run_ok, trained, judge, tmp_path):
-    """Of its size and number of classes."""
     out = run_ok("evaluate", "score", trained, "--reference", "fractals-held-out", "--features", judge,
                  "--num-fid-samples", 20, "--num-sampling-steps", 2, "--output", tmp_path / "x.json")
     record = json.loads((tmp_path / "x.json").read_text())
@@ -192,7 +187,6 @@ def test_checkpoint_is_scored_against_held_out_fractals(run_ok, trained, judge, 
 
 
 def test_agreement_of_real_images_is_the_accuracy(run_ok, judge, tmp_path):
-    """Far above that of noise."""
     sizes = ["--num-classes", 3, "--image-size", 8]
     run_ok("evaluate", "reference", "fractals", *sizes, "--features", judge, "--output", tmp_path / "ref.npz")
     run_ok("evaluate", "score", "fractals-held-out", *sizes, "--reference", tmp_path / "ref.npz", "--features", judge,
@@ -230,7 +224,6 @@ def test_latent_cache_of_fractals_has_no_mirror_images(run_ok, vae_folder, tmp_p
 
 
 def test_the_classifier_of_digits(run_ok, tmp_path):
-    """The same commands serve the other data set: channels and sizes are the data's."""
     run_ok("tools.train_classifier", "--data-path", "digits", "--num-workers", 0, "--width", 8, "--steps", 60,
            "--batch-size", 64, "--lr", 0.01, "--output", tmp_path / "digits.pt")
     features = load_feature_space(str(tmp_path / "digits.pt"), "cpu")

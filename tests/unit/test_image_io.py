@@ -91,7 +91,6 @@ def stored(tmp_path, image, name="1.png", **how):
 
 
 def test_every_mode_becomes_rgb(tmp_path):
-    """Gray, black and white, a palette, transparency: none of them changes the shape or the colors."""
     rgb = Image.fromarray(picture(8, 8, 3))
     clear = Image.fromarray(picture(8, 8, seed=1))
     grey, palette, alpha, grey_alpha = rgb.convert("L"), rgb.quantize(16), rgb.copy(), rgb.convert("LA")
@@ -118,7 +117,6 @@ def test_cmyk_becomes_rgb(tmp_path):
 
 @pytest.mark.parametrize("name", ["1.png", "1.tif", "big-endian.tif", "1.pgm"])
 def test_16_bit_gray_keeps_its_range(tmp_path, name):
-    """Values above 255 are not clipped."""
     values = np.linspace(0, 65535, 64).round().astype("<u2").reshape(8, 8)
     if name.startswith("big"):
         image = Image.frombytes("I;16B", (8, 8), values.astype(">u2").tobytes())
@@ -151,7 +149,6 @@ def test_pixels_without_a_range_are_refused(tmp_path, dtype):
 @pytest.mark.parametrize("kind", ["jpg", "png", "tif"])
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_exif_orientation_is_applied(tmp_path, kind, orientation):
-    """As cameras store rotated images."""
     exif = Image.Exif()
     exif[0x0112] = orientation
     blocks = np.kron(picture(2, 3, 3, seed=2), np.ones((8, 8, 1), np.uint8))
@@ -175,7 +172,6 @@ def test_one_pixel_is_enlarged(tmp_path):
 
 
 def test_image_above_pillows_default_limit_is_read(tmp_path):
-    """180 million pixels."""
     path = stored(tmp_path, Image.new("1", (30000, 6000), 1), compress_level=1)
     assert (read_image(path, 8) == 255).all()
 
@@ -191,7 +187,6 @@ def test_image_above_our_limit_is_corrupt(tmp_path, monkeypatch):
 @pytest.mark.parametrize("kind", ["png", "jpg", "tif", "webp", "bmp"])
 @pytest.mark.parametrize("kept", [0, 3, 0.5, 0.95])
 def test_truncated_files_are_corrupt(tmp_path, kind, kept):
-    """Or empty, wherever they were cut."""
     path = stored(tmp_path, Image.fromarray(picture(40, 40, 3)), f"1.{kind}")
     with open(path, "r+b") as file:
         size = file.seek(0, 2)

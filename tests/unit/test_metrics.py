@@ -36,7 +36,6 @@ def test_frechet_distance_agrees_with_the_closed_form():
 
 @pytest.mark.parametrize("count", [200, 2000])
 def test_frechet_distance_agrees_with_scipy(count):
-    """With SciPy's matrix root, for fewer images than dimensions (512) and for more."""
     one, two = statistics_of(random_rows(count, 512, 1)), statistics_of(random_rows(count, 512, 2, 1.5, 0.1))
     root = scipy.linalg.sqrtm(one[1] @ two[1]).real
     want = ((one[0] - two[0]) ** 2).sum() + np.trace(one[1] + two[1] - 2 * root)
@@ -113,7 +112,6 @@ def brute_inception_score(logits, split):
 
 @pytest.mark.parametrize("count", [40, 47])
 def test_inception_score_agrees_with_its_formula(count):
-    """In file order; the last part is shorter if the split does not divide."""
     logits = 3 * np.random.default_rng(0).standard_normal((count, 9))
     found = inception_score(torch.from_numpy(logits), split=10)
     np.testing.assert_allclose(found, brute_inception_score(logits, 10), rtol=1e-12)
@@ -142,7 +140,6 @@ def brute_precision_recall(samples, reference, k=3):
 
 @pytest.mark.parametrize("block", [7, 64, 1000])
 def test_precision_and_recall_agree_with_brute_force(block):
-    """Blocks that do not divide the number of images, sets of different sizes."""
     samples, reference = random_rows(83, 6, 1, 0.8), random_rows(101, 6, 2, mean=0.3)
     found = precision_recall(torch.from_numpy(samples), torch.from_numpy(reference), block)
     want = brute_precision_recall(samples, reference)

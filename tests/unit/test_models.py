@@ -198,7 +198,6 @@ def test_position_table_of_a_model_is_frozen():
 
 
 def test_positions_reach_the_output():
-    """Equal patches at different places get different predictions."""
     model = random_model(depth=0)
     out = model(torch.ones(1, 4, 4, 4), torch.tensor([5]), torch.tensor([1]))
     corner, *others = patches(out, 2)
@@ -207,7 +206,6 @@ def test_positions_reach_the_output():
 
 @pytest.mark.parametrize("dim, max_period", [(8, 10000), (7, 10000), (6, 50)])
 def test_timestep_features_are_cosines_then_sines(dim, max_period):
-    """With a zero at the end if the dimension is odd; timesteps may be fractional."""
     t = [0.0, 1.0, 12.25, 999.0]
     frequencies = [max_period ** (-i / (dim // 2)) for i in range(dim // 2)]
     want = [[wave(s * f) for wave in (math.cos, math.sin) for f in frequencies] + [0.0] * (dim % 2) for s in t]

@@ -60,7 +60,6 @@ def draws(noise, n, steps=3):
 
 
 def test_noise_of_a_sample_does_not_depend_on_its_batch():
-    """Also after several steps."""
     together = draws(PerSampleRNG(7, range(6), "cpu"), 6)
     assert torch.equal(draws(PerSampleRNG(7, [3, 4], "cpu"), 2), together[:, 3:5])
     assert torch.equal(draws(PerSampleRNG(7, np.array([5, 0]), "cpu"), 2), together[:, [5, 0]])
@@ -120,7 +119,6 @@ def test_a_seed_gives_the_published_picture(cfg_scale):
 
 
 def test_three_of_four_channels_are_guided_by_default():
-    """As published; all on request, and all if there are not four."""
     model = tiny_model()
     images = {channels: build(model, cfg_scale=4, cfg_channels=channels)(COND, GlobalRNG(1, "cpu"))
               for channels in (None, 3, "all", 4)}
@@ -134,7 +132,6 @@ def test_three_of_four_channels_are_guided_by_default():
 @pytest.mark.parametrize("interval, guided", [
     (None, 5), ((0, 999), 5), ((200, 600), 2), ((250, 250), 1), ((1, 2), 0), ((0, 0), 1), ((999, 999), 1)])
 def test_guidance_is_limited_to_the_interval(interval, guided):
-    """Inside it both halves are computed, elsewhere the conditional half only; the metadata counts the passes."""
     model, sizes = tiny_model(), []  # the timesteps of five steps: 0, 250, 500, 749, 999
     model.register_forward_pre_hook(lambda module, inputs: sizes.append((len(inputs[0]), int(inputs[1][0]))))
     pipeline = build(model, cfg_scale=4.0, cfg_interval=interval)
@@ -168,7 +165,6 @@ def test_sampler_follows_from_the_steps_unless_it_is_named(steps, sampler, expec
 
 @pytest.mark.parametrize("eta", [0.0, 0.7])
 def test_ddim_draws_its_noise_from_the_argument(eta):
-    """At every step, for any eta."""
     pipeline = build(steps="ddim5", eta=eta)
     images = pipeline(COND, GlobalRNG(1, "cpu"))
     torch.manual_seed(1)
@@ -270,7 +266,6 @@ def test_a_trajectory_keeps_evenly_spaced_steps(steps):
 
 
 def test_a_trajectory_is_saved_as_an_animation(tmp_path):
-    """Of decoded latents, with a pause on the last frame."""
     trajectory, x = TrajectoryRecorder(6), torch.rand(7, 3, 3, 4, 4) - 0.5
     for step in range(-1, 6):
         trajectory(step, x[step + 1])

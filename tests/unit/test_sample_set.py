@@ -73,7 +73,6 @@ def test_a_part_may_be_larger_than_the_block_that_is_copied(samples):
 
 
 def test_finished_parts_are_not_made_again(samples):
-    """After a kill, and with another batch size: the rest is cut at multiples of the new one."""
     make(samples, [(4, 8)])
     assert samples.missing(10, 4) == [(0, 4), (8, 10)]
     assert samples.missing(10, 3) == [(0, 3), (3, 4), (8, 9), (9, 10)]

@@ -116,7 +116,6 @@ def test_losses_that_require_gradients_are_accepted():
 
 
 def test_a_restored_sampler_continues_like_the_saved_one():
-    """Also from an incomplete history; the saved state is a copy and holds tensors only."""
     original = LossSecondMomentResampler(steps(2), history_per_term=2)
     original.update_with_local_losses(torch.tensor([0, 0, 1]), torch.tensor([1.0, 2.0, 3.0]))
     state = original.state_dict()

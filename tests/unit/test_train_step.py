@@ -38,7 +38,6 @@ def test_the_device_decides_as_the_guard_does(children, tmp_path, processes):
 
 
 def test_checkpoint_counts_bad_steps_before_it(children, tmp_path):
-    """The device's decision on the last step is read before a checkpoint, on all ranks."""
     out = children.run("train", *DIGITS, "--fused-adamw", "--ckpt-every", 2, "--max-steps", 5, "--results-dir",
                        tmp_path, processes=2, prepare=SpoilLoss([1, 3], float("nan"), rank=1))
     assert len(set(re.findall(r"\(step=(\d+)\) not applied, .*samples whose loss is non-finite: \d+", out))) == 2
@@ -124,7 +123,6 @@ def test_a_step_on_a_gpu_never_waits():
 
 
 def test_a_non_finite_gradient_changes_nothing_on_the_device():
-    """Weights, moments and averages stay; the next good step is applied."""
     train_step = random_step("cpu")
     images, cond = torch.randn(8, 4, 8, 8), dict(y=torch.randint(0, 10, (8,)))
     train_step(0, images, cond)
