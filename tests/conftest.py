@@ -10,6 +10,12 @@ from PIL import Image
 from helpers import ROOT, Children
 
 
+@pytest.fixture(autouse=True)
+def _seed():
+    """Give each test the same random numbers, whichever tests ran before it."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture
 def command(monkeypatch, capfd):
     """Run a command in this process: command("train", "--flag", ...) -> (exit status, stdout, stderr)."""
@@ -48,9 +54,9 @@ def run_error(command):
     return run
 
 
-@pytest.fixture(scope="module")
-def module_children(tmp_path_factory):
-    """Run commands in child processes, for fixtures of a module."""
+@pytest.fixture(scope="session")
+def session_children(tmp_path_factory):
+    """Run commands in child processes, for fixtures of a session."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(ROOT))  # for the server, which does not know pytest's path
         patch.setenv("OMP_NUM_THREADS", "1")
@@ -58,10 +64,10 @@ def module_children(tmp_path_factory):
 
 
 @pytest.fixture
-def children(module_children):
+def children(session_children):
     """Run commands in child processes; those that still run at the end of the test are killed."""
-    yield module_children
-    module_children.close()
+    yield session_children
+    session_children.close()
 
 
 @pytest.fixture(scope="session")

@@ -5,11 +5,14 @@ import itertools
 import math
 import multiprocessing
 import os
+import pkgutil
 import re
+import signal
 import socket
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +22,7 @@ from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
 from common.checkpoint_io import list_checkpoints, load_checkpoint
+from common.errors import ArgumentError
 from diffusion import GaussianDiffusion
 from networks import build_dit
 
@@ -143,29 +147,45 @@ def free_port():
 
 # ---------------------------------------------------------------- faults, planted in a child process
 
-class AtTrainingLoss:
-    """Do something at the n-th computation of a training loss, which is once per microbatch.
+class AtCall:
+    """Do something at the n-th call of a function.
 
     Args:
-        count (int): Which computation, counted from 1.
-        action (callable): Called without arguments, before the loss is computed; must be picklable.
+        function (str): The function's full name, such as "os.fsync".
+        count (int): Which call, counted from 1; None means each.
+        action (callable): Called without arguments; must be picklable.
         rank (int): The rank that does it. Default: all.
+        after (bool): Do it after the call instead of before it.
     """
 
-    def __init__(self, count, action, rank=None):
-        self.count, self.action, self.rank = count, action, rank
+    def __init__(self, function, count, action, rank=None, after=False):
+        self.function, self.count, self.action, self.rank, self.after = function, count, action, rank, after
 
     def __call__(self, rank):
         if self.rank not in (None, rank):
             return
-        training_losses, calls = GaussianDiffusion.training_losses, itertools.count(1)
+        owner, _, name = self.function.rpartition(".")
+        owner = pkgutil.resolve_name(owner)
+        function, calls = getattr(owner, name), itertools.count(1)
 
         def with_action(*args, **kwargs):
-            if next(calls) == self.count:
+            is_due = next(calls) == self.count or self.count is None
+            if is_due and not self.after:
                 self.action()
-            return training_losses(*args, **kwargs)
+            result = function(*args, **kwargs)
+            if is_due and self.after:
+                self.action()
+            return result
 
-        GaussianDiffusion.training_losses = with_action
+        setattr(owner, name, with_action)
+
+
+AtTrainingLoss = partial(AtCall, "diffusion.GaussianDiffusion.training_losses")  # once per microbatch
+
+
+def send_signal(number=signal.SIGKILL):
+    """Send a signal to this process."""
+    os.kill(os.getpid(), number)
 
 
 class SpoilLoss:
@@ -212,11 +232,6 @@ def stored(results, step, number=0):
     return load_checkpoint(str(folder_of(results, number) / "checkpoints" / f"{step:07d}.pt"))
 
 
-def trained(results, step):
-    """Load the checkpoint after `step` steps of the only run in a folder."""
-    return stored(results, step)
-
-
 def steps_of(results, number=0):
     """List the steps of a run's checkpoints, ascending."""
     return sorted(list_checkpoints(str(folder_of(results, number))))
@@ -255,6 +270,16 @@ def differences(one, two, path=""):
     return [] if one == two else [path]
 
 
+# ---------------------------------------------------------------- errors
+
+@contextlib.contextmanager
+def raises_argument(match="", **arguments):
+    """Expect an `ArgumentError` about these parameters and values."""
+    with pytest.raises(ArgumentError, match=match) as caught:
+        yield
+    assert caught.value.arguments == arguments
+
+
 # ---------------------------------------------------------------- images
 
 def picture(*shape, seed=0):
@@ -269,6 +294,16 @@ def write_images(root, files):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content) if isinstance(content, bytes) else content.save(path)
     return str(root)
+
+
+def write_noise(root, count, *shape):
+    """Write noise as 0.png, 1.png, ...; return the folder's path as text."""
+    return write_images(root, {f"{i}.png": Image.fromarray(picture(*shape, seed=i)) for i in range(count)})
+
+
+def read_files(folder):
+    """Return {name: bytes} of the files in a folder."""
+    return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
 
 
 def pixels(path):
@@ -296,15 +331,6 @@ MODEL_SIZES = {
 TINY_MODEL = dict(input_size=4, patch_size=2, hidden_size=16, depth=1, num_heads=2, num_classes=7)
 
 
-def random_model(**config):
-    """Return a tiny DiT whose output depends on all weights; with its initial weights it would be zero."""
-    model = build_dit(**TINY_MODEL | config).eval()
-    for weight in model.parameters():
-        if weight.requires_grad:
-            torch.nn.init.normal_(weight, std=0.3)
-    return model
-
-
 def random_weights(model, seed=0, scale=0.2):
     """Fill a model with random weights, so that its output depends on all of them, and return it."""
     generator = torch.Generator().manual_seed(seed)
@@ -312,6 +338,24 @@ def random_weights(model, seed=0, scale=0.2):
         if parameter.requires_grad:
             parameter.data.normal_(std=scale, generator=generator)
     return model
+
+
+def random_model(scale=0.3, **config):
+    """Return a tiny DiT whose output depends on all weights; with its initial weights it would be zero."""
+    return random_weights(build_dit(**TINY_MODEL | config).eval(), scale=scale)
+
+
+def random_inception():
+    """Return torchvision's Inception with random weights that keep activations at a sensible size."""
+    from torchvision.models import inception_v3
+    network = inception_v3(weights=None, num_classes=1008, aux_logits=False, transform_input=False, init_weights=False)
+    for module in network.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            torch.nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+        if isinstance(module, torch.nn.BatchNorm2d):
+            torch.nn.init.uniform_(module.running_mean, -0.2, 0.2)
+            torch.nn.init.uniform_(module.running_var, 0.7, 1.3)
+    return network.eval()
 
 
 def inputs(model, n=3):
@@ -338,6 +382,24 @@ def reference_mlp(layer, x):
     """Compute an MLP with the tanh approximation of GELU."""
     h = layer.fc1(x)
     return layer.fc2(0.5 * h * (1 + torch.tanh(math.sqrt(2 / math.pi) * (h + 0.044715 * h**3))))
+
+
+# ---------------------------------------------------------------- diffusion
+
+def constant(*values):
+    """Return a network whose output is always these tensors, concatenated over channels."""
+    return lambda x, t: torch.cat([value.expand_as(x) for value in values], dim=1)
+
+
+def column(array):
+    """Reshape (T,) to float64 (T, 1, 1, 1), for a batch with one sample for each step."""
+    return torch.from_numpy(np.asarray(array, dtype=np.float64)).view(-1, 1, 1, 1)
+
+
+def every_step(diffusion):
+    """Return t = 0 .. T - 1 as one batch, with two random tensors of that batch size."""
+    t = torch.arange(diffusion.num_timesteps)
+    return t, torch.randn(len(t), 1, 2, 2), torch.randn(len(t), 1, 2, 2)
 
 
 class Recompilations:

@@ -196,7 +196,6 @@ def test_an_error_of_all_ranks_is_printed_once(tmp_path):
     assert "terminate called" not in done.stderr
 
 
-
 def test_minimum_versions_are_those_of_requirements_txt(monkeypatch):
     required = dict(re.findall(r"^([\w-]+)>=([\d.]+)", (ROOT / "requirements.txt").read_text(), re.MULTILINE))
     assert {package: required[package] for package in MINIMUM_VERSIONS} == MINIMUM_VERSIONS

@@ -33,8 +33,6 @@ def inputs(count=4):
     return torch.randn(count, 4, 8, 8), torch.randint(0, 1000, (count,)), torch.randint(0, 10, (count,))
 
 
-# ---------------------------------------------------------------- precision
-
 def test_bf16_leaves_weights_gradients_timesteps_and_output_in_float32(monkeypatch):
     model, seen = small_model().train(), {}
     for name, module in (("qkv", model.blocks[0].attn.qkv), ("t", model.t_embedder.mlp[2]),
@@ -80,8 +78,6 @@ def test_a_resume_in_another_precision_must_be_allowed(run_ok, run_error, tmp_pa
     run_ok("train", *RUN, "--max-steps", 2, "--attention", "math", "--fused-adamw", "--grad-checkpointing",
            "--resume", "auto", "--results-dir", tmp_path)
 
-
-# ---------------------------------------------------------------- checkpointing and kernels
 
 @pytest.mark.parametrize("share, blocks", [(0.0, []), (0.5, [1, 3]), (1.0, [0, 1, 2, 3]), (0.25, [3])])
 def test_checkpointed_blocks_are_evenly_spaced_and_gradients_equal(share, blocks):
@@ -134,8 +130,6 @@ def test_the_kernel_is_the_one_of_the_flag(monkeypatch):
     assert seen == [SDPBackend.EFFICIENT_ATTENTION]
 
 
-# ---------------------------------------------------------------- sampling in bfloat16
-
 @pytest.mark.parametrize("conditioning", CONDITIONINGS)
 def test_rounded_weights_give_the_results_of_autocast(conditioning):
     model, (x, t, y) = small_model(conditioning=conditioning).eval(), inputs()
@@ -148,9 +142,6 @@ def test_rounded_weights_give_the_results_of_autocast(conditioning):
     assert {weight.dtype for weight in model.parameters()} == {torch.float32}
     assert rounded.model.blocks[0].mlp.fc1.weight.dtype == torch.bfloat16
     assert rounded.model.t_embedder.mlp[0].weight.dtype == torch.float32
-
-
-# ---------------------------------------------------------------- compilation
 
 
 needs_compiler = pytest.mark.skipif(find_compiler_error(CPU) is not None, reason="needs a C++ compiler")
@@ -210,8 +201,6 @@ def test_without_a_compiler_a_warning_is_given(run_ok, tmp_path, monkeypatch):
     out = run_ok("train", *RUN, "--max-steps", 2, "--compile", "--results-dir", tmp_path)
     assert "WARNING: --compile: there is no working compiler here (no C++ compiler found)" in out
 
-
-# ---------------------------------------------------------------- --fast
 
 @pytest.mark.parametrize("has_bf16", [False, True])
 def test_fast_chooses_by_device_and_explicit_flags_win(run_ok, tmp_path, monkeypatch, has_bf16):

@@ -88,8 +88,6 @@ def kept(folder):
     return sorted(name for name in os.listdir(folder) if not name.endswith(".lock"))
 
 
-# ---------------------------------------------------------------- download
-
 def test_a_file_is_downloaded_once_and_its_hash_recorded(mirror, folder):
     for _ in range(2):
         path = download("a.pt", mirror.url, str(folder))
@@ -177,8 +175,6 @@ def test_two_processes_download_a_file_once(mirror, folder):
     assert (folder / "a.pt").read_bytes() == BODY
 
 
-# ---------------------------------------------------------------- finding
-
 def test_published_checkpoints_have_published_names():
     assert [published_checkpoint_name("DiT-XL/2", size, 1000) for size in (512, 256)] == list(PUBLISHED_CHECKPOINTS)
     for wrong in (("DiT-XL/4", 256, 1000), ("DiT-XL/2", 128, 1000), ("DiT-XL/2", 256, 10)):
@@ -210,8 +206,6 @@ def test_find_model_prints_which_weights_it_took(tmp_path, capsys):
     with pytest.raises(UserError, match=r"none\.pt"):
         command.find_model(str(tmp_path / "none.pt"))
 
-
-# ---------------------------------------------------------------- the command
 
 def run(monkeypatch, *arguments):
     monkeypatch.setattr(sys, "argv", ["download.py", *map(str, arguments)])

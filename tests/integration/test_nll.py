@@ -89,8 +89,6 @@ def check(result, terms, rel=1e-5):
     assert result["decoder_t0"] == result["per_timestep"][0]
 
 
-# ---------------------------------------------------------------- equal to the loop
-
 @pytest.mark.parametrize("batch_size", [1, 3, 5])
 def test_terms_agree_with_the_loop_for_any_batch_size(pixels, batch_size):
     result = bits_per_dimension(*pixels, batch_size=batch_size, seed=3, respacing=STEPS)
@@ -163,8 +161,6 @@ def test_classes_are_matched_by_name(latents, image_folder, tmp_path):
     assert abs(loop_terms(trained, part, 0)["total_bpd"].item() - want["total_bpd"].item()) > 1e-3  # label 0
 
 
-# ---------------------------------------------------------------- several processes
-
 def main():
     """Compute bits on all ranks; `children` runs this."""
     distributed.init()
@@ -191,8 +187,6 @@ def test_two_ranks_agree_with_one(children, pixels, tmp_path):
     assert text.count("rank 1 of 2: cannot read the image d/3.png (cut off)") == 1
     assert text.count("error:") == 1 and "Traceback" not in text
 
-
-# ---------------------------------------------------------------- a known distribution
 
 class Normal(LabeledImageDataset):
     """Images of independent 8-bit pixels, from a normal distribution rounded to the 256 values."""
@@ -267,8 +261,6 @@ def test_the_best_model_reaches_the_entropy():
         assert worse["bits_per_dimension"] > data.bits + 0.03, change
 
 
-# ---------------------------------------------------------------- mistakes
-
 @pytest.mark.parametrize("damaged", [True, False])
 def test_a_corrupt_image_is_named(pixels, damaged):
     data = SomeDigits()
@@ -298,8 +290,6 @@ def test_a_bound_that_is_not_finite_is_refused():
     with pytest.raises(UserError, match="load_digits/0 is nan"):
         bits_per_dimension(load_as(model, IdentityAutoencoder(1)), SomeDigits(), respacing=STEPS)
 
-
-# ---------------------------------------------------------------- what is written
 
 def test_the_result_is_valid_json(latents):
     result = bits_per_dimension(*latents, num_images=2, respacing=STEPS)

@@ -224,8 +224,6 @@ def test_the_time_of_an_evaluation_does_not_count_as_training(tmp_path):
         assert 0.05 <= monitor.start - start < 5
 
 
-# ---------------------------------------------------------------- tools.plot_run
-
 def test_runs_are_plotted(run_ok, run_error, reference, tmp_path):
     run_ok("train", *RUN, *EVAL, "--eval-every", 4, "--eval-reference", reference, "--results-dir", tmp_path)
     run_ok("train", *RUN, "--results-dir", tmp_path)

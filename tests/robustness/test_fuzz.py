@@ -70,8 +70,6 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("fuzz")
 
 
-# ---------------------------------------------------------------- checkpoints
-
 WEIGHTS = dict(model={"w": torch.arange(40.0)}, ema={"w": torch.ones(3)}, step=7, args=dict(model="DiT-S/2", lr=0.1))
 
 
@@ -218,8 +216,6 @@ def test_control_an_unchanged_training_state_is_restored(folder, checkpoint):
     assert Run(checkpoint).restore(path) == 2
 
 
-# ---------------------------------------------------------------- sample sets, latent caches
-
 @given(mutate=mutations())
 @examples(200)
 def test_damaged_sample_sets_are_refused_or_hold_numbers(folder, mutate):
@@ -295,8 +291,6 @@ def test_hostile_manifests_are_refused_or_read(cache, cache_copy, data):
         with contextlib.suppress(UserError):
             use(cache_copy)
 
-
-# ---------------------------------------------------------------- flags
 
 @pytest.mark.parametrize("name", ["train", "sample", "sample_ddp", "extract_features", "download"])
 @given(data=st.data())

@@ -58,14 +58,14 @@ def sources(image_folder, vae_folder, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def undisturbed(module_children, sources, tmp_path_factory):
+def undisturbed(session_children, sources, tmp_path_factory):
     """undisturbed(source, processes): the folder of an undisturbed run of 32 steps, with all checkpoints."""
     runs = {}
 
     def find_run(source, processes=1):
         if (source, processes) not in runs:
             results = tmp_path_factory.mktemp(f"{source}-{processes}")
-            module_children.run("train", *sources[source], "--max-steps", 32, "--ckpt-every", 1, "--log-every", 1,
+            session_children.run("train", *sources[source], "--max-steps", 32, "--ckpt-every", 1, "--log-every", 1,
                                 "--num-workers", 0, "--results-dir", results, processes=processes)
             runs[source, processes] = results
         return runs[source, processes]
@@ -169,10 +169,10 @@ def send_signal(number, with_workers=False):
 
 
 @pytest.fixture(scope="module")
-def accumulating_run(module_children, tmp_path_factory):
+def accumulating_run(session_children, tmp_path_factory):
     """A run of seven steps of four microbatches."""
     results = tmp_path_factory.mktemp("accumulating")
-    module_children.run("train", *ACCUMULATING, "--results-dir", results)
+    session_children.run("train", *ACCUMULATING, "--results-dir", results)
     return results
 
 

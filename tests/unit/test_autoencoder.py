@@ -151,8 +151,6 @@ def test_encoder_hash_depends_on_what_latents_depend_on(tmp_path):
     assert bare.encoder_sha256 not in names and bare.moments(torch.zeros(1, 3, 8, 8)).shape == (1, 8, 4, 4)
 
 
-# ---------------------------------------------------------------- checks at the start
-
 class LinearVAE(torch.nn.Module):
     """An `AutoencoderKL` that restores every image, with latents of a chosen standard deviation."""
 

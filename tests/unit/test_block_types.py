@@ -41,8 +41,6 @@ def _seed():
     torch.manual_seed(0)
 
 
-# ---------------------------------------------------------------- sizes
-
 def expected_parameters(conditioning, depth, d, patch):
     """In closed form. A linear from a to b has ab + b."""
     inputs = 16 * patch**2
@@ -102,8 +100,6 @@ def test_full_xl_2_has_the_figures_of_the_paper(conditioning):
     assert 0 < multiply_adds - counted < 0.025
 
 
-# ---------------------------------------------------------------- initial weights
-
 @pytest.mark.parametrize("conditioning", CONDITIONINGS)
 def test_initial_weights_are_frozen(conditioning):
     digest = hashlib.sha256()
@@ -135,8 +131,6 @@ def test_tables_of_adaln_single_start_as_in_pixart_with_closed_gates():
     for table in (block[[0, 1, 3, 4]], last):
         assert table.std().item() == pytest.approx(1 / 32, rel=0.1)
 
-
-# ---------------------------------------------------------------- equations
 
 def normal(x):
     centered = x - x.mean(-1, keepdim=True)
@@ -215,8 +209,6 @@ def test_unknown_names_are_refused():
         build_dit("DiT-M/2")
 
 
-# ---------------------------------------------------------------- building and storing
-
 @pytest.mark.parametrize("conditioning", CONDITIONINGS)
 def test_a_stored_configuration_builds_the_same_architecture(conditioning):
     model = build_dit(**TINY_MODEL | dict(input_size=(4, 6), learn_sigma=False), conditioning=conditioning)
@@ -238,8 +230,6 @@ def test_a_name_gives_sizes_that_keywords_override():
 def test_weights_of_an_unknown_block_type_count_as_adaln_zero():
     assert infer_conditioning({"x_embedder.proj.weight": torch.zeros(16, 4, 2, 2)}) == "adaln-zero"
 
-
-# ---------------------------------------------------------------- from training to samples
 
 @pytest.mark.parametrize("conditioning", OTHERS)
 def test_a_resumed_run_is_bit_equal_and_its_checkpoint_samples(run_ok, tmp_path, conditioning):

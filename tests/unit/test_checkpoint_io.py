@@ -18,8 +18,6 @@ def fails_half_way(error):
     return save
 
 
-# ---------------------------------------------------------------- writing
-
 @pytest.mark.parametrize("error", [RuntimeError("disk full"), OSError(28, "No space left on device")])
 def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch, error):
     path = tmp_path / "0000001.pt"
@@ -52,8 +50,6 @@ def test_a_folder_that_cannot_be_made_is_an_error(tmp_path):
     with pytest.raises(UserError, match="file"):
         save_checkpoint(str(tmp_path / "file" / "0000001.pt"), {})
 
-
-# ---------------------------------------------------------------- reading
 
 def test_tensors_and_plain_values_are_loaded(tmp_path):
     path = str(tmp_path / "x.pt")
@@ -117,8 +113,6 @@ def test_a_missing_file_and_a_folder_are_errors(tmp_path):
         with pytest.raises(UserError, match=str(path)):
             load_checkpoint(str(path))
 
-
-# ---------------------------------------------------------------- which weights
 
 ONE, TWO = {"w": torch.ones(1)}, {"w": torch.zeros(1)}
 

@@ -23,8 +23,6 @@ CPU = torch.device("cpu")
 forks = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 
 
-# ---------------------------------------------------------------- folders of images
-
 def test_folder_items_have_pixels_labels_and_mirror_images(tmp_path):
     names = ["cat/1.png", "cat/2.png", "ant/1.png"]
     pixels = {name: picture(8, 8, 3, seed=i) for i, name in enumerate(names)}
@@ -96,8 +94,6 @@ def test_path_list_is_a_sequence_of_strings():
     assert list(paths) == [*names, "c"]
 
 
-# ---------------------------------------------------------------- loading
-
 def pairs(data, steps):
     return StepBatchSampler(len(data), 2, slice(0, 2), seed=0, start_step=0, end_step=steps, flips=True)
 
@@ -118,8 +114,6 @@ def test_loader_keeps_the_order_of_batches(tmp_path, workers):
         want = data.__getitems__(keys)
         assert torch.equal(images, want.images) and torch.equal(cond["y"], want.cond["y"])
 
-
-# ---------------------------------------------------------------- corrupt images
 
 def numbered(tmp_path, bad, count=6, limit=0):
     """Images whose grey value is their index, class i % 2 in the order 0, 2, 4, 1, 3, 5; some of them are none."""
@@ -202,8 +196,6 @@ def test_unreadable_file_is_never_replaced(tmp_path):
         CorruptImageLog(5, str(tmp_path / "bad.txt"), never).add(batch.corrupt)
 
 
-# ---------------------------------------------------------------- the order
-
 def batches(start_step=0, end_step=30, rows=slice(0, 4), seed=0, flips=True, items=23):
     return list(StepBatchSampler(items, 4, rows, seed, start_step, end_step, flips))
 
@@ -255,8 +247,6 @@ def test_flips_are_independent_with_probability_one_half():
 def test_length_is_the_number_of_steps():
     assert len(StepBatchSampler(23, 4, slice(0, 4), 0, 3, 30, True)) == 27 == len(batches(start_step=3))
 
-
-# ---------------------------------------------------------------- digits
 
 def test_digits_are_split_without_overlap():
     train, held_out = DigitsDataset("train"), DigitsDataset("held-out")

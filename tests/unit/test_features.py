@@ -174,8 +174,6 @@ def test_downloaded_weights_with_another_sha256_are_refused(monkeypatch, tmp_pat
         load_feature_space("inception", CPU)
 
 
-# ---------------------------------------------------------------- pixels and modules
-
 def test_pixel_features_are_flattened_pixels():
     images = torch.from_numpy(picture(2, 4, 5, 3))
     found = load_feature_space("pixels", CPU)(images)

@@ -24,8 +24,6 @@ from helpers import ROOT, TINY, call, pixels
 FRACTALS = ["--data-path", "fractals", "--num-classes", 3, "--image-size", 8, *TINY, "--global-batch-size", 8]
 
 
-# ---------------------------------------------------------------- images
-
 def test_splits_are_disjoint_and_balanced():
     train, held_out = FractalsDataset(8, 3), FractalsDataset(8, 3, "held-out")
     assert (len(train), len(held_out)) == (3000, 300)
@@ -131,8 +129,6 @@ def test_code_in_the_docs_draws_their_picture(tmp_path, monkeypatch):
     exec(code, {})
     assert np.abs(pixels("docs/fractals.png") - pixels(ROOT / "docs" / "fractals.png")).mean() < 0.5
 
-
-# ---------------------------------------------------------------- commands
 
 def test_defaults_follow_from_the_data_set(run_ok, tmp_path):
     out = run_ok("train", "--data-path", "fractals", *TINY, "--global-batch-size", 4, "--max-steps", 1,

@@ -10,7 +10,6 @@ from data.corrupt_images import CorruptImage
 from data.image_io import center_crop, read_image
 from helpers import picture, write_images
 
-# ---------------------------------------------------------------- center_crop
 
 @pytest.mark.parametrize("width, height", [(8, 8), (9, 8), (5, 3), (3, 5), (15, 40), (40, 15), (16, 16), (100, 33)])
 def test_crop_has_the_requested_size(width, height):
@@ -82,8 +81,6 @@ def test_crop_of_a_long_image_is_as_published():
     expected = np.array(image.resize((128, 8), Image.Resampling.BICUBIC))[:, 60:68]
     assert np.array_equal(center_crop(image, 8), expected)
 
-
-# ---------------------------------------------------------------- modes
 
 def stored(tmp_path, image, name="1.png", **how):
     image.save(tmp_path / name, **how)
@@ -181,8 +178,6 @@ def test_image_above_our_limit_is_corrupt(tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 40 * 40 // 2 - 1)
     assert isinstance(image := read_image(path, 8), CorruptImage) and "DecompressionBomb" in image.reason
 
-
-# ---------------------------------------------------------------- damage
 
 @pytest.mark.parametrize("kind", ["png", "jpg", "tif", "webp", "bmp"])
 @pytest.mark.parametrize("kept", [0, 3, 0.5, 0.95])

@@ -22,8 +22,6 @@ def statistics_of(rows):
     return rows.mean(axis=0), np.cov(rows, rowvar=False)
 
 
-# ---------------------------------------------------------------- Frechet distance
-
 def test_frechet_distance_agrees_with_the_closed_form():
     """Covariances that commute: |m1 - m2|^2 + sum (sqrt(l1) - sqrt(l2))^2, D = 64."""
     random = np.random.default_rng(0)
@@ -52,8 +50,6 @@ def test_frechet_distance_of_shifted_sets_is_the_squared_shift():
     shifted = one[0] + 2, one[1]
     assert abs(frechet_distance(one, shifted) - 32 * 4) < 1e-9
 
-
-# ---------------------------------------------------------------- moments
 
 @pytest.mark.parametrize("mean", [0.0, 1e4])
 @pytest.mark.parametrize("batch", [1, 64, 1001])
@@ -101,8 +97,6 @@ def test_moments_of_two_ranks_are_those_of_all_rows(children, tmp_path):
     assert len(list(tmp_path.glob("*.npz"))) == 4
 
 
-# ---------------------------------------------------------------- Inception Score
-
 def brute_inception_score(logits, split):
     p = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
     parts = [p[i:i + split] for i in range(0, len(p), split)]
@@ -124,8 +118,6 @@ def test_inception_score_is_between_one_and_the_number_of_classes():
     assert abs(inception_score(certain)[0] - 10) < 1e-9
     assert abs(inception_score(torch.zeros(50, 10))[0] - 1) < 1e-12
 
-
-# ---------------------------------------------------------------- precision and recall
 
 def brute_precision_recall(samples, reference, k=3):
     def distances(one, other):

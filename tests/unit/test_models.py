@@ -30,8 +30,6 @@ def patches(x, p):
     return [x[:, :, i:i + p, j:j + p] for i in range(0, x.shape[2], p) for j in range(0, x.shape[3], p)]
 
 
-# ---------------------------------------------------------------- the published interface
-
 def published_shapes(depth, width, patch, tokens, classes=1000, channels=4):
     """Return names and shapes of the weights in a published checkpoint of that size."""
     linears = {
@@ -141,8 +139,6 @@ def test_signatures_keep_the_published_order_and_defaults():
     assert leading(LabelEmbedder.forward, 4)[3] == leading(LabelEmbedder.token_drop, 3)[2] == "force_drop_ids"
 
 
-# ---------------------------------------------------------------- initial weights
-
 def test_every_block_starts_as_the_identity():
     model = DiT(**TINY_MODEL | dict(depth=3))
     x, c = torch.randn(2, 4, 16), torch.randn(2, 16)
@@ -175,8 +171,6 @@ def test_initial_distributions():
     assert set(zero) == {name for name in model.state_dict() if name.endswith("bias")} | {
         "blocks.0.adaLN_modulation.1.weight", "final_layer.adaLN_modulation.1.weight", "final_layer.linear.weight"}
 
-
-# ---------------------------------------------------------------- parts against closed forms
 
 @pytest.mark.parametrize("grid, rows, columns", [((2, 5), 2, 5), (3, 3, 3)])
 def test_position_table_encodes_column_and_row(grid, rows, columns):
@@ -266,8 +260,6 @@ def test_block_follows_the_equations():
     torch.testing.assert_close(block(x, c), want, rtol=1e-4, atol=1e-5)
 
 
-# ---------------------------------------------------------------- label dropout
-
 def test_null_class_is_the_number_of_classes():
     assert LabelEmbedder(7, 16, 0.1).embedding_table.num_embeddings == 8
     assert LabelEmbedder(7, 16, 0.0).embedding_table.num_embeddings == 7
@@ -306,8 +298,6 @@ def test_a_model_without_dropout_trains_on_the_labels():
     assert torch.equal(model.train()(x, t, y), want)
 
 
-# ---------------------------------------------------------------- guidance
-
 def guided(model, x, t, y, scale, **kwargs):
     """Call forward_with_cfg on a batch as the samplers build it."""
     null = torch.full_like(y, model.y_embedder.num_classes)
@@ -341,8 +331,6 @@ def test_guidance_does_not_read_the_second_half_of_x():
     spoiled = torch.cat([x[:2], torch.full_like(x[2:], torch.nan)])
     assert torch.equal(model.forward_with_cfg(spoiled, t, y, 4.0), model.forward_with_cfg(x, t, y, 4.0))
 
-
-# ---------------------------------------------------------------- invalid input
 
 @pytest.mark.parametrize("overrides, message", [
     (dict(input_size=9), r"\(9, 9\).*patch_size 2"),

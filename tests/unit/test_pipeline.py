@@ -32,8 +32,6 @@ def build(model=None, steps=5, cfg_scale=1.0, **arguments):
     return build_pipeline(model, IdentityAutoencoder(model.in_channels), steps, cfg_scale, **arguments)
 
 
-# ---------------------------------------------------------------- uint8
-
 @pytest.mark.parametrize("value, expected", [
     (-1, 0), (0, 128), (1, 255), (-1.01, 0), (1.5, 255), (-40, 0), (0.5, 191), (-0.5, 64), (0.007, 128),
     (0.0079, 129), (-0.001, 127), (0.99, 254)])
@@ -51,8 +49,6 @@ def test_uint8_images_have_channels_last_and_three_of_them():
     assert gray.shape == (2, 4, 5, 3)
     assert all(torch.equal(gray[..., channel], pixels[..., 0]) for channel in range(3))
 
-
-# ---------------------------------------------------------------- noise
 
 def draws(noise, n, steps=3):
     x = noise.initial((n, 2, 3, 3))
@@ -79,8 +75,6 @@ def test_global_noise_is_drawn_in_the_published_order():
     expected = [torch.randn(3, 2, 3, 3), *(torch.randn(6, 2, 3, 3)[:3] for _ in range(3))]
     assert torch.equal(noise, torch.stack(expected))
 
-
-# ---------------------------------------------------------------- images
 
 def test_scale_1_computes_the_conditional_half_only():
     """The noise is that of the published doubled batch."""
@@ -225,8 +219,6 @@ def test_latents_need_not_be_square():
     pipeline = SamplingPipeline(model, IdentityAutoencoder(4), create_diffusion("2"))
     assert pipeline(COND, GlobalRNG(0, "cpu")).shape == (3, 4, 4, 6)
 
-
-# ---------------------------------------------------------------- pictures
 
 def test_a_grid_clips_values_and_enlarges_tiny_images():
     tiny = torch.linspace(-1, 1, 64).view(1, 1, 8, 8).repeat(3, 1, 1, 1)

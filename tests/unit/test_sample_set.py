@@ -44,8 +44,6 @@ def samples(tmp_path):
     return SampleSet(str(tmp_path / "samples" / "DiT"))
 
 
-# ---------------------------------------------------------------- making
-
 def test_all_images_of_an_empty_set_are_missing(samples):
     assert samples.num_finished() == 0
     assert samples.missing(10, 4) == [(0, 4), (4, 8), (8, 10)]
@@ -131,8 +129,6 @@ def test_a_set_with_a_gap_is_not_written(samples, there):
     assert samples.missing(8, 4) != []
 
 
-# ---------------------------------------------------------------- damage
-
 def test_a_failed_write_leaves_nothing(samples, monkeypatch):
     def full(file, **arrays):
         file.write(b"half")
@@ -173,8 +169,6 @@ def test_an_npz_of_something_else_is_an_error(samples, write, reason):
     with pytest.raises(UserError, match=f"{samples.npz}.*{reason}"):
         samples.num_finished()
 
-
-# ---------------------------------------------------------------- labels, names, pictures
 
 def test_random_labels_are_a_function_of_seed_and_sample():
     labels = sample_labels("uniform", 3, range(2000), 10)
