@@ -29,6 +29,10 @@ from networks import build_dit
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ["--model", "DiT-S/2", "--depth", "1", "--hidden-size", "16", "--num-heads", "2"]
 DIGITS = ["--data-path", "digits", *TINY, "--global-batch-size", "8"]
+DROP = ["--class-dropout-prob", 0.5]
+ENDLESS = ["--max-steps", 10**6]
+PIXELS = ["--features", "pixels"]
+FEW_SAMPLES = ["--num-fid-samples", 16, "--per-proc-batch-size", 4, "--num-sampling-steps", "ddim3", "--cfg-scale", 2]
 
 
 def call(name, *flags):
@@ -55,11 +59,7 @@ def run_process(script, *flags, processes=None, check=True, **kwargs):
 # ---------------------------------------------------------------- commands in child processes
 
 class Children:
-    """Run commands in processes that start quickly: they are forked by a server that has imported everything.
-
-    Args:
-        folder (Path): Where their output goes.
-    """
+    """Run commands in processes that a server forks, which has imported everything; their output goes to a folder."""
 
     def __init__(self, folder):
         self.folder, self.started = folder, []
@@ -71,11 +71,7 @@ class Children:
     def start(self, name, *flags, processes=1, prepare=None):
         """Start a command on several gloo processes and return them; each has the path of its output in `log`.
 
-        Args:
-            name (str): Module of the command.
-            *flags: Its command line.
-            processes (int): Number of ranks.
-            prepare (callable): Called with the rank before the command begins, to plant a fault; must be picklable.
+        `prepare` is called with the rank before the command begins, to plant a fault; it must be picklable.
         """
         port, group = str(free_port()), []
         for rank in range(processes):
@@ -148,14 +144,9 @@ def free_port():
 # ---------------------------------------------------------------- faults, planted in a child process
 
 class AtCall:
-    """Do something at the n-th call of a function.
+    """Call `action`, which must be picklable, at the n-th call of a function (None: each), on one rank or on all.
 
-    Args:
-        function (str): The function's full name, such as "os.fsync".
-        count (int): Which call, counted from 1; None means each.
-        action (callable): Called without arguments; must be picklable.
-        rank (int): The rank that does it. Default: all.
-        after (bool): Do it after the call instead of before it.
+    `function` is its full name, such as "os.fsync"; with `after`, the action follows the call.
     """
 
     def __init__(self, function, count, action, rank=None, after=False):
@@ -189,14 +180,7 @@ def send_signal(number=signal.SIGKILL):
 
 
 class SpoilLoss:
-    """Multiply the loss of one sample by a value, in some steps.
-
-    Args:
-        steps (iterable): The steps, counted from 0.
-        value (float): The factor.
-        rank (int): The rank of the sample. Default: all.
-        row (int): The row of the sample in the local batch.
-    """
+    """Multiply the loss of a row of the local batch by a value, in some steps (from 0), on one rank or on all."""
 
     def __init__(self, steps, value, rank=None, row=1):
         self.steps, self.value, self.rank, self.row = set(steps), value, rank, row
@@ -227,9 +211,13 @@ def folder_of(results, number=0):
     return next(results.glob(f"{number:03d}-*"))
 
 
+def checkpoint_path(results, step, number=0):
+    return folder_of(results, number) / "checkpoints" / f"{step:07d}.pt"
+
+
 def stored(results, step, number=0):
     """Load the checkpoint of a run after `step` steps."""
-    return load_checkpoint(str(folder_of(results, number) / "checkpoints" / f"{step:07d}.pt"))
+    return load_checkpoint(str(checkpoint_path(results, step, number)))
 
 
 def steps_of(results, number=0):
@@ -285,6 +273,12 @@ def raises_argument(match="", **arguments):
 def picture(*shape, seed=0):
     """Return uint8 noise of shape (H, W, ...)."""
     return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+def images_of(count, seed):
+    """Return noise around a color of the seed, shape (count, 4, 4, 3), uint8."""
+    random = np.random.default_rng(seed)
+    return np.clip(random.normal(100 + 10 * seed, 30, (count, 4, 4, 3)), 0, 255).astype(np.uint8)
 
 
 def write_images(root, files):
@@ -348,6 +342,7 @@ def random_model(scale=0.3, **config):
 def random_inception():
     """Return torchvision's Inception with random weights that keep activations at a sensible size."""
     from torchvision.models import inception_v3
+    torch.manual_seed(0)
     network = inception_v3(weights=None, num_classes=1008, aux_logits=False, transform_input=False, init_weights=False)
     for module in network.modules():
         if isinstance(module, torch.nn.Conv2d):

@@ -1,12 +1,14 @@
 """Fixtures of several files: making latent caches, and scoring sets of images."""
+import json
 
+import numpy as np
 import pytest
 from PIL import Image
 
 import data.latent_cache.manifest
 from common.errors import UserError
 from data.latent_cache.writer import LatentCacheWriter
-from helpers import picture, write_images
+from helpers import DIGITS, call, checkpoint_path, images_of, picture, write_images
 
 
 @pytest.fixture(scope="session")
@@ -68,3 +70,32 @@ def other_vae(vae_folder, tmp_path):
         vae.save_pretrained(tmp_path / "other-vae")
         return tmp_path / "other-vae"
     return make
+
+
+@pytest.fixture(scope="session")
+def sets(tmp_path_factory):
+    """Two .npz of 71 and 72 images of 4 x 4 pixels."""
+    paths = [str(tmp_path_factory.mktemp("sets") / name) for name in ("one.npz", "two.npz")]
+    for seed, path in enumerate(paths, start=1):
+        np.savez(path, arr_0=images_of(70 + seed, seed), arr_1=np.zeros(70 + seed, dtype=np.int64))
+    return paths
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """A checkpoint of a tiny DiT after 20 steps on the digits."""
+    results = tmp_path_factory.mktemp("trained")
+    call("train", *DIGITS, "--max-steps", 20, "--lr", 0.01, "--ema-decay", 0.5, "--results-dir", results)
+    return str(checkpoint_path(results, 20))
+
+
+@pytest.fixture
+def score(run_ok, run_error, tmp_path):
+    """score(*flags) -> the record of `evaluate.py score`, and its output; score(..., fails=True) -> the error."""
+    def run(*flags, fails=False):
+        flags = ["evaluate", "score", *flags, "--output", tmp_path / "record.json"]
+        if fails:
+            return run_error(*flags)
+        out = run_ok(*flags)
+        return json.loads((tmp_path / "record.json").read_text()), out
+    return run

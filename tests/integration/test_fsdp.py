@@ -8,8 +8,7 @@ import torch
 
 import models
 from common import distributed
-from common.errors import ArgumentError
-from helpers import DIGITS, STATE, SpoilLoss, differences, folder_of, scalars, stored
+from helpers import DIGITS, STATE, SpoilLoss, differences, folder_of, raises_argument, scalars, stored
 from training.checkpoint_manager import CheckpointManager
 from training.fsdp import has_only_linear_weights, init_mesh, to_local
 
@@ -148,9 +147,8 @@ def test_nodes_need_equal_numbers_of_ranks(monkeypatch, per_node):
     monkeypatch.setattr(distributed, "assert_same_on_all_ranks", lambda *_: None)
     monkeypatch.setattr(distributed, "world_size", lambda: 4)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", per_node) if per_node else monkeypatch.delenv("LOCAL_WORLD_SIZE", False)
-    with pytest.raises(ArgumentError, match=f"LOCAL_WORLD_SIZE.* {per_node or 'none'} of 4") as caught:
+    with raises_argument(f"LOCAL_WORLD_SIZE.* {per_node or 'none'} of 4", fsdp="node"):
         init_mesh("node")
-    assert caught.value.arguments == dict(fsdp="node")
 
 
 def test_full_average_takes_memory_only_while_it_is_sampled(children, tmp_path):

@@ -19,7 +19,7 @@ from data.digits import DigitsDataset
 from data.image_folder import ImageFolderDataset
 from diffusion import create_diffusion
 from evaluation.nll import bits_per_dimension, plot_nll
-from models import DiT
+from helpers import random_model
 from sampling.load_model import LoadedModel
 
 STEPS = "8"
@@ -27,12 +27,7 @@ STEPS = "8"
 
 def digits_model(**config):
     """Return a DiT for the digits with random weights: a new one predicts zero for any input."""
-    torch.manual_seed(0)
-    model = DiT(**dict(input_size=8, patch_size=4, in_channels=1, hidden_size=16, depth=1, num_heads=2,
-                       num_classes=10) | config).eval()
-    for weight in model.parameters():
-        torch.nn.init.normal_(weight, std=0.1)
-    return model
+    return random_model(scale=0.1, **dict(input_size=8, patch_size=4, in_channels=1, num_classes=10) | config)
 
 
 def load_as(model, autoencoder, image_size=8, class_names=None):

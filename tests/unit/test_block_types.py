@@ -36,11 +36,6 @@ INITIAL_WEIGHTS = {"adaln-zero": "57dcd8f8929286e2", "adaln": "ac90a09fe96a3ec4"
                    "cross-attention": "1ff90e00f57ac2d9", "adaln-single": "6de76d4174eef26f"}
 
 
-@pytest.fixture(autouse=True)
-def _seed():
-    torch.manual_seed(0)
-
-
 def expected_parameters(conditioning, depth, d, patch):
     """In closed form. A linear from a to b has ab + b."""
     inputs = 16 * patch**2

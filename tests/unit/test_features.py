@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torchvision.models import inception
 
-from common.errors import ArgumentError, UserError
+from common.errors import UserError
 from evaluation.features import INCEPTION_SHA256, InceptionFeatures, load_feature_space
-from helpers import picture
+from helpers import picture, raises_argument, random_inception
 
 CPU = torch.device("cpu")
 
@@ -32,17 +32,7 @@ class TensorFlowFunctions:
 
 @pytest.fixture(scope="module")
 def independent():
-    """torchvision's Inception with random weights, and with activations of a sensible size."""
-    torch.manual_seed(0)
-    network = inception.inception_v3(weights=None, num_classes=1008, aux_logits=False, transform_input=False,
-                                     init_weights=False)
-    for module in network.modules():
-        if isinstance(module, torch.nn.Conv2d):
-            torch.nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
-        if isinstance(module, torch.nn.BatchNorm2d):
-            torch.nn.init.uniform_(module.running_mean, -0.2, 0.2)
-            torch.nn.init.uniform_(module.running_var, 0.7, 1.3)
-    return network.eval()
+    return random_inception()
 
 
 @pytest.fixture(scope="module")
@@ -178,9 +168,8 @@ def test_pixel_features_are_flattened_pixels():
     images = torch.from_numpy(picture(2, 4, 5, 3))
     found = load_feature_space("pixels", CPU)(images)
     assert found.spatial is None and torch.equal(found.pool, images.flatten(1) / 255)
-    with pytest.raises(ArgumentError) as caught:
+    with raises_argument(features="pixels"):
         load_feature_space("pixels", CPU)(torch.zeros(1, 33, 64, 3, dtype=torch.uint8))
-    assert caught.value.arguments == dict(features="pixels")
 
 
 class MeanColor(torch.nn.Module):
@@ -216,9 +205,8 @@ def test_module_features_are_those_of_the_module(tmp_path):
 @pytest.mark.parametrize("module, problem", [(ReturnsImages(), r"\(2, 3, 4, 5\)"), (Fails(), r"\(2, 4, 5, 3\)")])
 def test_modules_that_return_no_features_are_refused(tmp_path, module, problem):
     path = save_module(module, tmp_path)
-    with pytest.raises(ArgumentError, match=problem) as caught:
+    with raises_argument(problem, features=path):
         load_feature_space(path, CPU)(torch.from_numpy(picture(2, 4, 5, 3)))
-    assert caught.value.arguments == dict(features=path)
 
 
 def test_unknown_feature_spaces_are_refused(tmp_path):
@@ -227,6 +215,5 @@ def test_unknown_feature_spaces_are_refused(tmp_path):
     for arguments, named in ((("nothing", CPU), dict(features="nothing")),
                              ((str(damaged), CPU), dict(features=str(damaged))),
                              (("pixels", CPU, "w"), dict(inception="w"))):
-        with pytest.raises(ArgumentError) as caught:
+        with raises_argument(**named):
             load_feature_space(*arguments)
-        assert caught.value.arguments == named

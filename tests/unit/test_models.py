@@ -20,11 +20,6 @@ from helpers import (
 from models import DiT, DiT_models, DiTConfig, LabelEmbedder, PatchEmbed, TimestepEmbedder, get_2d_sincos_pos_embed
 
 
-@pytest.fixture(autouse=True)
-def _seed():
-    torch.manual_seed(0)
-
-
 def patches(x, p):
     """List the p x p patches (N, C, p, p) of x (N, C, H, W) in row-major order."""
     return [x[:, :, i:i + p, j:j + p] for i in range(0, x.shape[2], p) for j in range(0, x.shape[3], p)]
@@ -76,14 +71,6 @@ def test_multiply_adds_at_512_pixels():
     with torch.device("meta"):
         model = models.DiT_XL_2(input_size=64)
     assert giga_multiply_adds(model) == pytest.approx(524.54, abs=0.0051)
-
-
-def test_published_state_dict_loads():
-    state = {name: torch.randn(shape) for name, shape in published_shapes(2, 16, 2, tokens=4, classes=7).items()}
-    model = DiT(**TINY_MODEL | dict(depth=2))
-    model.load_state_dict(state, strict=True)
-    for name, value in model.state_dict().items():
-        assert torch.equal(value, state[name]), name
 
 
 def test_published_names_exist():
@@ -139,21 +126,6 @@ def test_signatures_keep_the_published_order_and_defaults():
     assert leading(LabelEmbedder.forward, 4)[3] == leading(LabelEmbedder.token_drop, 3)[2] == "force_drop_ids"
 
 
-def test_every_block_starts_as_the_identity():
-    model = DiT(**TINY_MODEL | dict(depth=3))
-    x, c = torch.randn(2, 4, 16), torch.randn(2, 16)
-    for block in model.blocks:
-        assert torch.equal(block(x, c), x)
-        torch.nn.init.normal_(block.adaLN_modulation[1].weight)  # control: only the gates make it the identity
-        assert not torch.allclose(block(x, c), x)
-
-
-def test_output_starts_at_zero():
-    model = DiT(**TINY_MODEL)
-    x, t, y = inputs(model)
-    assert torch.equal(model(x, t, y), torch.zeros(3, 8, 4, 4))
-
-
 def test_initial_distributions():
     """Xavier-uniform linears, the patch projection as a linear of p * p * C inputs, 0.02 for the embeddings."""
     model = DiT(input_size=16, patch_size=4, hidden_size=256, depth=1, num_heads=4)
@@ -189,13 +161,6 @@ def test_position_table_of_a_model_is_frozen():
     model = DiT(**TINY_MODEL | dict(input_size=(4, 10)))
     assert not model.pos_embed.requires_grad
     np.testing.assert_allclose(model.pos_embed[0].numpy(), get_2d_sincos_pos_embed(16, (2, 5)), atol=1e-7)
-
-
-def test_positions_reach_the_output():
-    model = random_model(depth=0)
-    out = model(torch.ones(1, 4, 4, 4), torch.tensor([5]), torch.tensor([1]))
-    corner, *others = patches(out, 2)
-    assert all((corner - other).abs().max() > 1e-3 for other in others)
 
 
 @pytest.mark.parametrize("dim, max_period", [(8, 10000), (7, 10000), (6, 50)])
@@ -237,12 +202,6 @@ def test_unpatchify_undoes_patchify(size, p):
     image = torch.randn(2, 8, *((size, size) if isinstance(size, int) else size))
     tokens = torch.stack([patch.permute(0, 2, 3, 1).flatten(1) for patch in patches(image, p)], dim=1)
     assert torch.equal(model.unpatchify(tokens), image)
-
-
-def test_rectangular_latents_are_accepted():
-    model = random_model(input_size=(8, 12))
-    out = model(*inputs(model))
-    assert out.shape == (3, 8, 8, 12) and out.isfinite().all()
 
 
 def test_block_follows_the_equations():

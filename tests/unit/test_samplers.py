@@ -94,14 +94,6 @@ def test_ddim_recovers_the_data(respacing, eta, tolerance):
     assert got == pytest.approx((0.7, 0.5), abs=tolerance)
 
 
-def test_random_samples_recover_the_data():
-    diffusion, n = create_diffusion("50"), 20_000
-    network = GaussianNetwork(0.7, 0.5, kept=diffusion.timestep_map)
-    samples = diffusion.p_sample_loop(network, (n, 1), clip_denoised=False, device="cpu")
-    assert samples.mean().item() == pytest.approx(0.7, abs=4 * 0.5 / math.sqrt(n))
-    assert samples.std().item() == pytest.approx(0.5, abs=4 * 0.5 / math.sqrt(2 * n))
-
-
 @pytest.mark.parametrize("respacing", ["", "10"])
 def test_ddim_step_with_the_true_noise_leads_to_the_neighboring_steps(respacing):
     """With eta 0 from x_t to x_{t-1} of that noise, and reversed to x_{t+1}."""
