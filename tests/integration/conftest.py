@@ -8,7 +8,8 @@ from PIL import Image
 import data.latent_cache.manifest
 from common.errors import UserError
 from data.latent_cache.writer import LatentCacheWriter
-from helpers import DIGITS, call, checkpoint_path, images_of, picture, write_images
+from helpers import DIGITS, call
+from run_files import checkpoint_path, images_of, picture, write_images
 
 
 @pytest.fixture(scope="session")

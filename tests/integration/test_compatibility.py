@@ -7,7 +7,8 @@ import torch
 
 from common.checkpoint_io import load_checkpoint
 from data.latent_cache.reader import LatentCache, verify
-from helpers import DIGITS, ROOT, TINY, differences, pixels, stored
+from helpers import DIGITS, ROOT, TINY
+from run_files import differences, pixels, stored
 
 FIXTURES = ROOT / "tests" / "fixtures"
 RUN = [*DIGITS, "--num-workers", 0, "--schedule-sampler", "loss-second-moment", "--max-steps", 6]

@@ -13,8 +13,9 @@ from evaluation.features import load_feature_space
 from evaluation.image_sources import GeneratedImages
 from evaluation.metrics import precision_recall
 from evaluation.reference import open_reference
-from helpers import FEW_SAMPLES as FEW
-from helpers import PIXELS, images_of, picture, random_inception, write_images, write_noise
+from helpers import FEW_SAMPLES, PIXELS
+from run_files import images_of, picture, write_images, write_noise
+from tiny_models import random_inception
 
 
 @pytest.fixture(scope="module")
@@ -181,9 +182,9 @@ def test_arrays_that_are_not_images_are_refused(score, sets, tmp_path, images, p
 
 def test_samples_that_do_not_fit_the_reference_are_refused_before_sampling(score, trained, sets, monkeypatch):
     monkeypatch.setattr(GeneratedImages, "batch", lambda *_: pytest.fail("samples were made"))
-    err = score(trained, "--reference", sets[0], *PIXELS, *FEW, fails=True)
+    err = score(trained, "--reference", sets[0], *PIXELS, *FEW_SAMPLES, fails=True)
     assert "48 numbers" in err and "192" in err
-    err = score(trained, "--reference", "digits", *PIXELS, *FEW, "--num-fid-samples", 3, fails=True)
+    err = score(trained, "--reference", "digits", *PIXELS, *FEW_SAMPLES, "--num-fid-samples", 3, fails=True)
     assert "--num-fid-samples 3: " in err
 
 
@@ -202,11 +203,11 @@ def test_the_folder_of_a_run_is_refused(score, trained, sets):
 
 
 def test_samples_of_a_checkpoint_are_those_of_sample_ddp(run_ok, score, trained, tmp_path):
-    run_ok("sample_ddp", "--ckpt", trained, *FEW, "--sample-dir", tmp_path / "samples")
+    run_ok("sample_ddp", "--ckpt", trained, *FEW_SAMPLES, "--sample-dir", tmp_path / "samples")
     (npz,) = (tmp_path / "samples").glob("*.npz")
     before = sorted(os.listdir(os.path.dirname(trained)))
     flags = ["--reference", "digits-held-out", *PIXELS, "--per-proc-batch-size", 4]
-    (direct, out), (written, _) = score(trained, *FEW, *flags), score(npz, *flags)
+    (direct, out), (written, _) = score(trained, *FEW_SAMPLES, *flags), score(npz, *flags)
     assert direct["scores"] == pytest.approx(written["scores"], abs=1e-12)
     assert "ema weights of DiT-S/2 after 20 steps" in out and sorted(os.listdir(os.path.dirname(trained))) == before
     made = direct["samples"]["made"]
@@ -219,21 +220,21 @@ def test_samples_of_a_checkpoint_are_those_of_sample_ddp(run_ok, score, trained,
 
 
 def test_metadata_of_a_set_is_ignored_if_the_set_has_changed(run_ok, score, trained, tmp_path):
-    run_ok("sample_ddp", "--ckpt", trained, *FEW, "--sample-dir", tmp_path / "samples")
+    run_ok("sample_ddp", "--ckpt", trained, *FEW_SAMPLES, "--sample-dir", tmp_path / "samples")
     (npz,) = (tmp_path / "samples").glob("*.npz")
     np.savez(npz, arr_0=np.array(read_npz_array(str(npz), "arr_0"))[::-1], arr_1=np.zeros(16, dtype=np.int64))
     assert "made" not in score(npz, "--reference", "digits", *PIXELS)[0]["samples"]
 
 
 def test_balanced_labels_are_equally_many(run_ok, trained, tmp_path):
-    run_ok("sample_ddp", "--ckpt", trained, *FEW, "--label-distribution", "balanced", "--sample-dir", tmp_path)
+    run_ok("sample_ddp", "--ckpt", trained, *FEW_SAMPLES, "--label-distribution", "balanced", "--sample-dir", tmp_path)
     (npz,) = tmp_path.glob("*labels-balanced*.npz")
     assert read_npz_array(str(npz), "arr_1").tolist() == [i % 10 for i in range(16)]
 
 
 def test_scores_do_not_depend_on_the_number_of_ranks(children, trained, sets, tmp_path):
     for name, count in (("one", 1), ("two", 2)):
-        out = children.run("evaluate", "score", trained, "--reference", "digits-held-out", *PIXELS, *FEW, "--output",
+        out = children.run("evaluate", "score", trained, "--reference", "digits-held-out", *PIXELS, *FEW_SAMPLES, "--output",
                            tmp_path / f"{name}.json", processes=count)
         children.run("evaluate", "score", sets[0], "--reference", sets[1], *PIXELS, "--output",
                      tmp_path / f"{name}-set.json", processes=count)
@@ -305,8 +306,8 @@ def test_a_model_with_non_finite_weights_is_not_scored(run_error, score, trained
     state["ema"]["final_layer.linear.bias"] = torch.full_like(state["ema"]["final_layer.linear.bias"], float("nan"))
     save_checkpoint(str(tmp_path / "spoilt.pt"), state)
     assert "the model makes images that are not finite" in score(
-        tmp_path / "spoilt.pt", "--reference", "digits", *PIXELS, *FEW, fails=True)
-    err = run_error("sample_ddp", "--ckpt", tmp_path / "spoilt.pt", *FEW, "--sample-dir", tmp_path)
+        tmp_path / "spoilt.pt", "--reference", "digits", *PIXELS, *FEW_SAMPLES, fails=True)
+    err = run_error("sample_ddp", "--ckpt", tmp_path / "spoilt.pt", *FEW_SAMPLES, "--sample-dir", tmp_path)
     assert "the model makes images that are not finite" in err
 
 

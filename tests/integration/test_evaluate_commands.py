@@ -11,8 +11,7 @@ from PIL import Image
 from evaluate import translate_former_spelling
 from evaluation.feature_statistics import FeatureStatistics
 from evaluation.scores import compute_scores, distance_name
-from helpers import FEW_SAMPLES as FEW
-from helpers import PIXELS
+from helpers import FEW_SAMPLES, PIXELS
 
 
 @pytest.mark.parametrize("former, present", [
@@ -122,7 +121,7 @@ def test_records_are_written_beside_the_samples_and_never_overwritten(run_ok, se
 
 def test_diff_lists_the_fields_that_differ(run_ok, score, trained, tmp_path):
     for scale in (1, 2):
-        record, _ = score(trained, "--reference", "digits-held-out", *PIXELS, *FEW, "--cfg-scale", scale)
+        record, _ = score(trained, "--reference", "digits-held-out", *PIXELS, *FEW_SAMPLES, "--cfg-scale", scale)
         (tmp_path / f"{scale}.json").write_text(json.dumps(record))
     out = run_ok("evaluate", "diff", tmp_path / "1.json", tmp_path / "2.json")
     lines = dict(line.split(": ", 1) for line in out.splitlines())

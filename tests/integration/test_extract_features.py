@@ -16,7 +16,8 @@ from data.image_folder import ImageFolderDataset
 from data.latent_cache.manifest import ENCODED, new_manifest
 from data.latent_cache.reader import LatentCache, verify
 from data.latent_cache.writer import LatentCacheWriter
-from helpers import ROOT, AtCall, picture, read_files, wait_for, write_images
+from helpers import ROOT, AtCall, wait_for
+from run_files import picture, read_files, write_images
 
 # A run halts at its sixth batch, so that it does not end before it is killed, however long that takes.
 HALT = AtCall("data.latent_cache.writer.LatentCacheWriter.write", 6, partial(time.sleep, 600))

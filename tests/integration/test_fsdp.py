@@ -8,7 +8,8 @@ import torch
 
 import models
 from common import distributed
-from helpers import DIGITS, STATE, SpoilLoss, differences, folder_of, raises_argument, scalars, stored
+from helpers import DIGITS, SpoilLoss, raises_argument
+from run_files import STATE, differences, folder_of, scalars, stored
 from training.checkpoint_manager import CheckpointManager
 from training.fsdp import has_only_linear_weights, init_mesh, to_local
 

@@ -19,7 +19,8 @@ from data.image_folder import ImageFolderDataset
 from data.latent_cache.manifest import CORRUPT, ENCODED, MISSING, new_manifest, read_manifest, write_manifest
 from data.latent_cache.reader import LatentCache, verify
 from data.latent_cache.writer import LatentCacheWriter
-from helpers import raises_argument, read_files, write_images
+from helpers import raises_argument
+from run_files import read_files, write_images
 
 
 def test_too_small_disk_is_refused_before_writing(extract, few_images, tmp_path, monkeypatch):

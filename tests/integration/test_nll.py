@@ -19,8 +19,8 @@ from data.digits import DigitsDataset
 from data.image_folder import ImageFolderDataset
 from diffusion import create_diffusion
 from evaluation.nll import bits_per_dimension, plot_nll
-from helpers import random_model
 from sampling.load_model import LoadedModel
+from tiny_models import random_model
 
 STEPS = "8"
 

@@ -14,7 +14,8 @@ from PIL import Image
 from common.checkpoint_io import load_checkpoint
 from common.errors import EXIT_RESTARTABLE, UserError
 from evaluation.image_sources import GeneratedImages
-from helpers import DIGITS, call, differences, folder_of, scalars, steps_of, stored
+from helpers import DIGITS, call
+from run_files import differences, folder_of, scalars, steps_of, stored
 from training.checkpoint_manager import CheckpointManager
 from training.logger import MetricLogger
 

@@ -10,10 +10,12 @@ from torchvision.utils import save_image
 
 import models
 from diffusion import create_diffusion
-from helpers import TINY, call, pixels, raises_argument, random_weights, run_process
+from helpers import TINY, call, raises_argument, run_process
 from networks import build_dit
+from run_files import pixels
 from sampling.load_model import load_model
 from sampling.sample_set import SampleSet
+from tiny_models import random_weights
 
 FEW = ["--num-sampling-steps", 4]
 

@@ -5,8 +5,9 @@ import pytest
 import torch
 
 from common.cli import parse_args
-from helpers import DIGITS, TINY, differences, folder_of, largest_difference, losses, steps_of, stored
+from helpers import DIGITS, TINY
 from networks import build_dit
+from run_files import differences, folder_of, largest_difference, losses, steps_of, stored
 from training.cli import build_parser, choose_defaults
 from training.train_state import match_averages
 

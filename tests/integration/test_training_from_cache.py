@@ -9,7 +9,8 @@ from PIL import Image
 
 from autoencoder.vae import VAE, CachedLatents
 from data.image_folder import ImageFolderDataset
-from helpers import TINY, call, picture, trained, write_images
+from helpers import TINY, call
+from run_files import picture, stored, write_images
 from training.train_step import TrainStep
 
 FLAGS = ["--num-classes", 3, *TINY, "--global-batch-size", 8, "--log-every", 1, "--num-workers", 0]
@@ -26,10 +27,10 @@ def images(tmp_path_factory):
 def vae(vae_folder, tmp_path_factory):
     """A VAE whose latents have about the size that diffusion expects, and whose posterior is wide."""
     from diffusers import AutoencoderKL
-    vae = AutoencoderKL.from_pretrained(vae_folder)
+    vae = AutoencoderKL.from_prestored(vae_folder)
     vae.register_to_config(scaling_factor=2.0, shift_factor=0.1)
     folder = tmp_path_factory.mktemp("wide") / "vae"
-    vae.save_pretrained(folder)
+    vae.save_prestored(folder)
     return folder
 
 
@@ -130,9 +131,9 @@ def test_checkpoint_of_a_cached_run_knows_its_vae(run_ok, cache, vae, images, tm
            "--results-dir", tmp_path)
     (grid,) = tmp_path.glob("*/samples/0000001.png")
     assert Image.open(grid).size[0] > 128
-    stored = trained(tmp_path, 1)
-    assert stored["args"]["vae"] == str(vae) and stored["args"]["image_size"] == 32
-    assert stored["config"]["class_names"] == ["a", "b", "c"] and stored["config"]["image_channels"] == 3
+    checkpoint = stored(tmp_path, 1)
+    assert checkpoint["args"]["vae"] == str(vae) and checkpoint["args"]["image_size"] == 32
+    assert checkpoint["config"]["class_names"] == ["a", "b", "c"] and checkpoint["config"]["image_channels"] == 3
     monkeypatch.chdir(tmp_path)
     out = run_ok("sample", "--ckpt", next(tmp_path.glob("*/checkpoints/*.pt")), "--num-sampling-steps", 2)
     assert f"VAE {vae}" in out
@@ -166,9 +167,9 @@ def test_flips_need_mirror_images_in_the_cache(run_ok, run_error, images, vae, t
 ])
 def test_wrong_scale_or_shift_gives_a_warning_at_the_start(record, images, vae, tmp_path, scale, shift, warning):
     from diffusers import AutoencoderKL
-    model = AutoencoderKL.from_pretrained(vae)
+    model = AutoencoderKL.from_prestored(vae)
     model.register_to_config(scaling_factor=scale, shift_factor=shift)
-    model.save_pretrained(tmp_path / "vae")
+    model.save_prestored(tmp_path / "vae")
     make_cache(images, tmp_path / "vae", tmp_path / "cache")
     from_images = record("--data-path", images, "--image-size", 32, "--vae", tmp_path / "vae", "--max-steps", 1)[3]
     from_cache = record("--features-path", tmp_path / "cache", "--max-steps", 1)[3]

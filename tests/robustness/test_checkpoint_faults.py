@@ -16,20 +16,8 @@ import torch
 import training.checkpoint_manager
 import training.logger
 from common.checkpoint_io import latest_valid_checkpoint, load_checkpoint, save_checkpoint
-from helpers import (
-    DIGITS,
-    DROP,
-    ENDLESS,
-    AtCall,
-    checkpoint_path,
-    differences,
-    folder_of,
-    scalars,
-    send_signal,
-    steps_of,
-    stored,
-    wait_for,
-)
+from helpers import DIGITS, DROP, ENDLESS, AtCall, send_signal, wait_for
+from run_files import checkpoint_path, differences, folder_of, scalars, steps_of, stored
 
 
 def test_twenty_random_kills_lose_at_most_one_interval(children, tmp_path):

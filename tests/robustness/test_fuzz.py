@@ -21,7 +21,8 @@ from data.latent_cache.manifest import read_manifest, write_manifest
 from data.latent_cache.reader import LatentCache, verify
 from diffusion import create_diffusion
 from diffusion.timestep_sampler import create_named_schedule_sampler
-from helpers import DIGITS, TINY, call, raises_argument, stored
+from helpers import DIGITS, TINY, call, raises_argument
+from run_files import stored
 from training.checkpoint_manager import CheckpointManager
 from training.ema import EMA
 from training.nan_guard import NonFiniteGuard

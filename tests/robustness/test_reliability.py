@@ -23,24 +23,16 @@ from helpers import (
     DROP,
     ENDLESS,
     ROOT,
-    STATE,
     TINY,
     AtCall,
     AtTrainingLoss,
     SpoilLoss,
     call,
-    checkpoint_path,
-    differences,
-    folder_of,
     free_port,
-    picture,
-    scalars,
     send_signal,
-    steps_of,
-    stored,
     wait_for,
-    write_images,
 )
+from run_files import STATE, checkpoint_path, differences, folder_of, picture, scalars, steps_of, stored, write_images
 
 CASES = {
     "digits, in mid-epoch": ("digits", 3, 1, ["--schedule-sampler", "loss-second-moment", "--max-grad-norm", 0.5]),
@@ -259,7 +251,6 @@ import os, sys
 sys.path[:0] = {paths}
 import train
 from common.errors import run_command
-from helpers import AtTrainingLoss, send_signal
 if os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
     AtTrainingLoss(11, send_signal)(1)
 run_command(train.main)

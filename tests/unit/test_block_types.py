@@ -8,24 +8,22 @@ import torch
 
 from common.checkpoint_io import save_checkpoint
 from common.compute import ComputeConfig
-from helpers import (
-    DIGITS,
+from helpers import DIGITS
+from models import DiT, DiT_models
+from networks import CONDITIONINGS, build_dit, infer_conditioning, model_config
+from run_files import differences, pixels, stored
+from sampling.load_model import load_model
+from tiny_models import (
     MODEL_SIZES,
     TINY_MODEL,
     Recompilations,
-    differences,
     giga_multiply_adds,
     inputs,
-    pixels,
     random_model,
     random_weights,
     reference_attention,
     reference_mlp,
-    stored,
 )
-from models import DiT, DiT_models
-from networks import CONDITIONINGS, build_dit, infer_conditioning, model_config
-from sampling.load_model import load_model
 
 OTHERS = [name for name in CONDITIONINGS if name != "adaln-zero"]
 # XL/2 in the paper (table 4, figure 5): parameters in 1e6, multiply-adds in 1e9, of which 0.02 are not counted here.

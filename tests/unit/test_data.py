@@ -17,7 +17,8 @@ from data.loader import PrefetchLoader
 from data.path_list import PathList
 from data.sampler import StepBatchSampler
 from evaluation.digits_classifier import DigitsClassifier
-from helpers import picture, raises_argument, write_images
+from helpers import raises_argument
+from run_files import picture, write_images
 
 CPU = torch.device("cpu")
 forks = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")

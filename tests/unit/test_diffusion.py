@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from diffusion import GaussianDiffusion, create_diffusion
 from diffusion.losses import discretized_gaussian_log_likelihood, normal_kl
-from helpers import column, constant, every_step
+from tiny_models import column, constant, every_step
 
 BETAS = np.linspace(1e-4, 0.02, 1000)  # DDPM, section 4
 ALPHA_BAR = np.cumprod(1.0 - BETAS)

@@ -10,7 +10,9 @@ from torchvision.models import inception
 
 from common.errors import UserError
 from evaluation.features import INCEPTION_SHA256, InceptionFeatures, load_feature_space
-from helpers import picture, raises_argument, random_inception
+from helpers import raises_argument
+from run_files import picture
+from tiny_models import random_inception
 
 CPU = torch.device("cpu")
 

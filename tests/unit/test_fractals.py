@@ -19,7 +19,8 @@ from evaluation.feature_statistics import FeatureStatistics
 from evaluation.features import load_feature_space
 from evaluation.image_sources import open_image_source
 from evaluation.scores import compute_scores
-from helpers import ROOT, TINY, call, pixels
+from helpers import ROOT, TINY, call
+from run_files import pixels
 
 FRACTALS = ["--data-path", "fractals", "--num-classes", 3, "--image-size", 8, *TINY, "--global-batch-size", 8]
 

@@ -8,7 +8,7 @@ from PIL import Image, ImageOps
 
 from data.corrupt_images import CorruptImage
 from data.image_io import center_crop, read_image
-from helpers import picture, write_images
+from run_files import picture, write_images
 
 
 @pytest.mark.parametrize("width, height", [(8, 8), (9, 8), (5, 3), (3, 5), (15, 40), (40, 15), (16, 16), (100, 33)])

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import models
-from helpers import (
+from models import DiT, DiT_models, DiTConfig, LabelEmbedder, PatchEmbed, TimestepEmbedder, get_2d_sincos_pos_embed
+from tiny_models import (
     MODEL_SIZES,
     TINY_MODEL,
     giga_multiply_adds,
@@ -17,7 +18,6 @@ from helpers import (
     reference_attention,
     reference_mlp,
 )
-from models import DiT, DiT_models, DiTConfig, LabelEmbedder, PatchEmbed, TimestepEmbedder, get_2d_sincos_pos_embed
 
 
 def patches(x, p):

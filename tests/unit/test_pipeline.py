@@ -8,10 +8,11 @@ from autoencoder.vae import IdentityAutoencoder
 from common.errors import UserError
 from data.image_io import make_image_grid, save_image_grid, to_uint8
 from diffusion import create_diffusion
-from helpers import raises_argument, random_model
+from helpers import raises_argument
 from sampling.noise import GlobalRNG, PerSampleRNG
 from sampling.pipeline import SamplingPipeline, build_pipeline, sample_preview
 from sampling.trajectory import TrajectoryRecorder
+from tiny_models import random_model
 
 LABELS = torch.tensor([3, 0, 4])
 COND = dict(y=LABELS)

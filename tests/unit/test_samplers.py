@@ -11,7 +11,7 @@ import torch
 from torch.distributions import Normal, kl_divergence
 
 from diffusion import GaussianDiffusion, create_diffusion
-from helpers import column, constant, every_step
+from tiny_models import column, constant, every_step
 
 ALPHA_BAR = np.cumprod(1.0 - np.linspace(1e-4, 0.02, 1000))  # DDPM, section 4
 SHAPE = (3, 2, 4, 4)

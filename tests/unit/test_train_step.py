@@ -12,7 +12,8 @@ from autoencoder.vae import IdentityAutoencoder
 from common.seeding import BatchRNG
 from diffusion import create_diffusion
 from diffusion.timestep_sampler import create_named_schedule_sampler
-from helpers import DIGITS, STATE, SpoilLoss, differences, scalars, steps_of, stored
+from helpers import DIGITS, SpoilLoss
+from run_files import STATE, differences, scalars, steps_of, stored
 from training.ema import EMA
 from training.logger import MetricLogger
 from training.nan_guard import NonFiniteGuard
