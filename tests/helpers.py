@@ -160,7 +160,7 @@ class AtCall:
         setattr(owner, name, with_action)
 
 
-AtTrainingLoss = partial(AtCall, "diffusion.GaussianDiffusion.training_losses")  # once per microbatch
+AtLoss = partial(AtCall, "diffusion.GaussianDiffusion.training_losses")  # once per microbatch
 
 
 def send_signal(number=signal.SIGKILL):
@@ -196,3 +196,23 @@ def raises_argument(match="", **arguments):
     with pytest.raises(ArgumentError, match=match) as caught:
         yield
     assert caught.value.arguments == arguments
+
+
+class Recompilations:
+    """Count the graphs that are compiled in this context, and the breaks in them."""
+
+    def __enter__(self):
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        return self
+
+    def __exit__(self, *error):
+        torch._dynamo.reset()
+
+    @property
+    def graphs(self):
+        return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+    @property
+    def breaks(self):
+        return sum(torch._dynamo.utils.counters["graph_break"].values())

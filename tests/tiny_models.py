@@ -58,7 +58,7 @@ def inputs(model, n=3):
             torch.randint(model.config.num_classes, (n,)))
 
 
-def giga_multiply_adds(model):
+def count_gmacs(model):
     """Count the multiply-adds of a forward pass for one image, on the meta device."""
     with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
         model.eval()(torch.zeros(1, *model.sample_shape), torch.zeros(1), torch.zeros(1, dtype=torch.long))
@@ -92,23 +92,3 @@ def every_step(diffusion):
     """Return t = 0 .. T - 1 as one batch, with two random tensors of that batch size."""
     t = torch.arange(diffusion.num_timesteps)
     return t, torch.randn(len(t), 1, 2, 2), torch.randn(len(t), 1, 2, 2)
-
-
-class Recompilations:
-    """Count the graphs that are compiled in this context, and the breaks in them."""
-
-    def __enter__(self):
-        torch._dynamo.reset()
-        torch._dynamo.utils.counters.clear()
-        return self
-
-    def __exit__(self, *error):
-        torch._dynamo.reset()
-
-    @property
-    def graphs(self):
-        return torch._dynamo.utils.counters["stats"]["unique_graphs"]
-
-    @property
-    def breaks(self):
-        return sum(torch._dynamo.utils.counters["graph_break"].values())

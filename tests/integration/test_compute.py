@@ -9,12 +9,12 @@ from autoencoder.vae import IdentityAutoencoder
 from common import compute
 from common.compute import DEFAULT_COMPUTE, Bf16InferenceModel, ComputeConfig, fastest_config, find_compiler_error
 from diffusion import create_diffusion
-from helpers import DIGITS, raises_argument
+from helpers import DIGITS, Recompilations, raises_argument
 from networks import CONDITIONINGS
 from run_files import differences, scalars, stored
 from sampling.noise import PerSampleRNG
 from sampling.pipeline import build_pipeline
-from tiny_models import Recompilations, inputs, random_model
+from tiny_models import inputs, random_model
 
 CPU = torch.device("cpu")
 RUN = [*DIGITS, "--log-every", 1, "--lr", 1e-3, "--ema-decay", 0.9]

@@ -197,9 +197,11 @@ def test_misleading_distances_are_warned_of(score, sets, tmp_path):
     assert "WARNING: 40 reference images in 48 dimensions" in out and "71 samples in" not in out
 
 
-def test_the_folder_of_a_run_is_refused(score, trained, sets):
-    err = score(os.path.dirname(os.path.dirname(trained)), "--reference", sets[0], *PIXELS, fails=True)
-    assert "is the folder of a run" in err
+def test_folders_of_runs_or_without_images_are_refused(score, trained, sets, tmp_path):
+    (tmp_path / "empty").mkdir()
+    for folder, problem in ((os.path.dirname(os.path.dirname(trained)), "is the folder of a run"),
+                            (tmp_path / "empty", "empty holds no images")):
+        assert problem in score(folder, "--reference", sets[0], *PIXELS, fails=True)
 
 
 def test_samples_of_a_checkpoint_are_those_of_sample_ddp(run_ok, score, trained, tmp_path):
@@ -234,8 +236,8 @@ def test_balanced_labels_are_equally_many(run_ok, trained, tmp_path):
 
 def test_scores_do_not_depend_on_the_number_of_ranks(children, trained, sets, tmp_path):
     for name, count in (("one", 1), ("two", 2)):
-        out = children.run("evaluate", "score", trained, "--reference", "digits-held-out", *PIXELS, *FEW_SAMPLES, "--output",
-                           tmp_path / f"{name}.json", processes=count)
+        out = children.run("evaluate", "score", trained, "--reference", "digits-held-out", *PIXELS, *FEW_SAMPLES,
+                           "--output", tmp_path / f"{name}.json", processes=count)
         children.run("evaluate", "score", sets[0], "--reference", sets[1], *PIXELS, "--output",
                      tmp_path / f"{name}-set.json", processes=count)
         assert out.count("Frechet distance") == 1

@@ -90,11 +90,6 @@ def test_help_of_a_command_lists_its_flags_only(run_ok, name, flags, others):
     assert "--timeout" not in out and "--labels" not in out and "--nll-images" not in out
 
 
-def test_a_folder_without_images_is_refused(score, sets, tmp_path):
-    (tmp_path / "empty").mkdir()
-    assert "empty holds no images" in score(tmp_path / "empty", "--reference", sets[0], *PIXELS, fails=True)
-
-
 class StandardSpace:
     is_standard, device, class_logits, predict_class = True, "cpu", None, None
 
@@ -151,12 +146,9 @@ def test_nll_writes_a_record_and_a_plot(run_ok, trained, tmp_path):
         assert plot.width > 1000
 
 
-def test_nll_refuses_data_of_another_shape(run_error, trained, image_folder):
-    assert "8 pixels and 3 channels" in run_error("evaluate", "nll", trained, "--data", image_folder)
-
-
-def test_nll_names_the_flag_of_a_missing_folder(run_error, trained):
-    assert "--data nothing: " in run_error("evaluate", "nll", trained, "--data", "nothing")
+def test_nll_names_the_data_that_does_not_fit(run_error, trained, image_folder):
+    for data, problem in ((image_folder, "8 pixels and 3 channels"), ("nothing", "--data nothing: ")):
+        assert problem in run_error("evaluate", "nll", trained, "--data", data)
 
 
 PUBLISHED = {

@@ -32,7 +32,6 @@ def test_too_small_disk_is_refused_before_writing(extract, few_images, tmp_path,
 
 def test_full_disk_is_an_error_and_the_run_resumes(extract, few_images, cache, tmp_path, monkeypatch):
     pwrite, calls = os.pwrite, []
-
     def full(file, data, offset):
         calls.append(len(data))
         if len(calls) == 5:
@@ -207,7 +206,6 @@ def test_unreadable_file_stops_the_run_whatever_the_limit(extract, few_images, t
     shutil.copytree(few_images, tmp_path / "images")
     path = ImageFolderDataset(few_images, 32).paths[7]
     read = ImageFolderDataset.read
-
     def read_after_removal(self, index):
         if index == 7:
             os.remove(tmp_path / "images" / path)
@@ -375,7 +373,6 @@ def test_memory_does_not_grow_with_the_cache(tmp_path):
     writer.finish(images, {name: sha256_file(tmp_path / name) for name in writer.file_names()})
     cache, process = LatentCache(str(tmp_path)), psutil.Process()
     order = torch.randperm(1600, generator=torch.Generator().manual_seed(0)).tolist()
-
     def mapped():
         return sum(part.rss for part in process.memory_maps() if part.path.startswith(str(tmp_path)))
 

@@ -114,7 +114,6 @@ def test_predictions_are_clipped_in_pixel_space_only(request, space):
 def test_every_trained_timestep_is_evaluated_once(pixels):
     trained, dataset = pixels
     calls = []
-
     def watch(_, inputs, output):
         calls.extend(inputs[1].tolist())
         assert not output.requires_grad
@@ -244,13 +243,11 @@ def test_the_best_model_reaches_the_entropy():
     entropy = -(data.probability * data.probability.log2()).sum().item()
     assert 7.0 < entropy < 7.1 and data.bits == pytest.approx(entropy, abs=0.01)
     assert best["bits_per_dimension"] == pytest.approx(data.bits, abs=0.01)  # 0.003 is its standard deviation
-
     prior = 0.5 * (model.a2[-1] * (Normal.std**2 + Normal.mean**2) - model.a2[-1] - math.log(model.b2[-1]))
     assert best["prior"] == pytest.approx(prior / math.log(2), rel=0.05)
     kl = 0.5 * np.log2(model.variance[1:] / model.diffusion.posterior_variance[1:])
     assert np.allclose(best["per_timestep"][1:], kl, rtol=0.05, atol=1e-6)
     assert np.allclose(best["mse_per_timestep"], model.a2 * Normal.std**2 / model.total, rtol=0.05)
-
     for change in (dict(learn_sigma=False), dict(error=0.9)):
         _, worse = bits_of_normal(data, **change)
         assert worse["bits_per_dimension"] > data.bits + 0.03, change
@@ -293,7 +290,6 @@ def test_the_result_is_valid_json(latents):
 
 def test_plot_leaves_out_terms_below_zero(pixels, tmp_path):
     result = bits_per_dimension(*pixels, respacing=STEPS)
-
     def drawn(name, **change):
         plot_nll(result | change, tmp_path / "plots" / name)
         with Image.open(tmp_path / "plots" / name) as picture:

@@ -6,20 +6,19 @@ import os
 import re
 import signal
 import time
+from functools import partial
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from common.checkpoint_io import load_checkpoint
 from common.errors import EXIT_RESTARTABLE, UserError
-from evaluation.image_sources import GeneratedImages
-from helpers import DIGITS, call
-from run_files import differences, folder_of, scalars, steps_of, stored
-from training.checkpoint_manager import CheckpointManager
+from helpers import DIGITS, AtCall, call, send_signal
+from run_files import differences, folder_of, pixels, scalars, steps_of, stored
 from training.logger import MetricLogger
 
 RUN = [*DIGITS, "--lr", 0.01, "--ema-decay", 0.5, "--max-steps", 9, "--log-every", 3]
+BATCH = "evaluation.image_sources.GeneratedImages.batch"  # makes a batch of samples
 EVAL = ["--eval-features", "pixels", "--eval-samples", 12, "--eval-sampling-steps", "ddim3"]
 
 
@@ -51,7 +50,6 @@ def test_evaluation_does_not_change_the_run(children, reference, tmp_path, proce
     record = json.loads((folder_of(tmp_path / "watched") / "evaluations.json").read_text())
     assert record["samples"]["made"].items() >= dict(weights="ema", ema_decay=0.5, sampler="ddim", seed=0).items()
     assert record["reference"]["source"]["path"] == "digits-held-out"
-
     best = load_checkpoint(str(folder_of(tmp_path / "watched") / "checkpoints" / "best.pt"))
     assert best["step"] == min(distances, key=distances.get)
     if best["step"] % 4 == 0:
@@ -82,31 +80,13 @@ def test_a_resumed_run_replaces_the_rows_of_repeated_steps(run_ok, reference, tm
     assert [row["frechet_distance"] for row in again] == [row["frechet_distance"] for row in first]
 
 
-class DiesWhileKeepingTheBest:
-    """SIGKILL before the n-th best.pt is written."""
-
-    def __init__(self, call):
-        self.call = call
-
-    def __call__(self, rank):
-        save_best, count = CheckpointManager.save_best, [0]
-
-        def dies(*args):
-            count[0] += 1
-            if count[0] == self.call:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return save_best(*args)
-
-        CheckpointManager.save_best = dies
-
-
 @pytest.mark.parametrize("every", [2, 3])
 def test_a_run_killed_while_the_best_is_kept_ends_as_one_that_was_not(children, reference, tmp_path, every):
     """Tables and best checkpoint, also if the killed evaluation was of a step just saved (3 is, 2 is not)."""
     flags = [*RUN, *EVAL, "--eval-every", every, "--eval-reference", reference, "--ckpt-every", 3]
     children.run("train", *flags, "--results-dir", tmp_path / "alone")
-    children.run("train", *flags, "--results-dir", tmp_path / "killed", prepare=DiesWhileKeepingTheBest(2),
-                 status=-signal.SIGKILL)
+    children.run("train", *flags, "--results-dir", tmp_path / "killed", status=-signal.SIGKILL,
+                 prepare=AtCall("training.checkpoint_manager.CheckpointManager.save_best", 2, send_signal))
     children.run("train", *flags, "--results-dir", tmp_path / "killed", "--resume", "auto")
     scores = [[(row["step"], row["frechet_distance"]) for row in rows_of(tmp_path / name)]
               for name in ("alone", "killed")]
@@ -128,22 +108,8 @@ def test_other_settings_begin_new_tables(run_ok, reference, tmp_path):
     assert "settings of the evaluation" not in out and len(rows_of(tmp_path)) == 2
 
 
-class FailsOnOne:
-    """The n-th batch of samples fails on one process."""
-
-    def __init__(self, rank, error):
-        self.rank, self.error, self.count = rank, error, 0
-
-    def __call__(self, rank):
-        batch = GeneratedImages.batch
-
-        def fails(*args):
-            self.count += 1
-            if rank == self.rank and self.count == 2:
-                raise self.error("no memory for this")
-            return batch(*args)
-
-        GeneratedImages.batch = fails
+def raise_error(kind):
+    raise kind("no memory for this")
 
 
 @pytest.mark.parametrize("processes", [1, 2])
@@ -152,34 +118,18 @@ def test_a_failed_evaluation_does_not_change_the_run(children, reference, tmp_pa
     flags = [*EVAL, "--eval-samples", 64, "--eval-every", 4, "--eval-reference", reference]
     children.run("train", *RUN, "--results-dir", tmp_path / "quiet", processes=processes)
     out = children.run("train", *RUN, *flags, "--results-dir", tmp_path / "watched", processes=processes,
-                       prepare=FailsOnOne(processes - 1, error))
+                       prepare=AtCall(BATCH, 2, partial(raise_error, error), rank=processes - 1))
     assert (out.count("the evaluation failed") == 1 and "no memory for this" in out) or processes == 2
     assert [row["step"] for row in rows_of(tmp_path / "watched")] == ["8"]
     assert differences(stored(tmp_path / "quiet", 9), stored(tmp_path / "watched", 9)) == []
-
-
-class TerminatedWhileSampling:
-    """One rank gets SIGTERM while it makes the first samples."""
-
-    def __init__(self, rank):
-        self.rank = rank
-
-    def __call__(self, rank):
-        batch = GeneratedImages.batch
-
-        def terminated(*args):
-            if rank == self.rank:
-                os.kill(os.getpid(), signal.SIGTERM)
-            return batch(*args)
-
-        GeneratedImages.batch = terminated
 
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_signal_stops_an_evaluation_within_two_batches(children, reference, tmp_path, processes):
     out = children.run("train", *RUN, *EVAL, "--eval-samples", 8 * 5000, "--eval-every", 4, "--eval-reference",
                        reference, "--results-dir", tmp_path, processes=processes,
-                       prepare=TerminatedWhileSampling(processes - 1), status=EXIT_RESTARTABLE)
+                       status=EXIT_RESTARTABLE,
+                       prepare=AtCall(BATCH, 1, partial(send_signal, signal.SIGTERM), rank=processes - 1))
     assert "frechet_distance:" not in out and not (folder_of(tmp_path) / "evaluations.csv").exists()
     assert steps_of(tmp_path) in ([5], [6])  # the ranks agree on the signal one step after it came
 
@@ -233,15 +183,13 @@ def test_runs_are_plotted(run_ok, run_error, reference, tmp_path):
     for flags, path in (([one], one / "training.png"), ([two], two / "training.png"),
                         ([one, two, "--output", tmp_path / "both.png"], tmp_path / "both.png")):
         run_ok("tools.plot_run", *flags)
-        with Image.open(path) as picture:
-            sizes.append(picture.size)
-    assert sizes[0] == sizes[2] and sizes[0][0] == 2 * sizes[1][0]
+        sizes.append(pixels(path).shape[:2])
+    assert sizes[0] == sizes[2] and sizes[0][1] == 2 * sizes[1][1]
     (tmp_path / "folder.png").mkdir()
     run_ok("train", *RUN, *EVAL, "--eval-every", 4, "--eval-samples", 20, "--eval-reference", reference,
            "--results-dir", tmp_path)
     run_ok("tools.plot_run", one, folder_of(tmp_path, 2), "--output", tmp_path / "three.png")
-    with Image.open(tmp_path / "three.png") as picture:
-        assert picture.width > 2.5 * sizes[1][0]
+    assert pixels(tmp_path / "three.png").shape[1] > 2.5 * sizes[1][1]
     for flags, problem in (([one, two], "--output: several runs"), ([tmp_path], "is not a run of train.py"),
                             ([one, "--output", tmp_path / "x.what"], ".what"),
                             ([one, "--output", tmp_path / "folder.png"], "cannot write"),

@@ -18,20 +18,7 @@ from common.errors import EXIT_RESTARTABLE, UserError
 from data.image_folder import ImageFolderDataset
 from data.loader import PrefetchLoader
 from data.sampler import StepBatchSampler
-from helpers import (
-    DIGITS,
-    DROP,
-    ENDLESS,
-    ROOT,
-    TINY,
-    AtCall,
-    AtTrainingLoss,
-    SpoilLoss,
-    call,
-    free_port,
-    send_signal,
-    wait_for,
-)
+from helpers import DIGITS, DROP, ENDLESS, ROOT, TINY, AtCall, AtLoss, SpoilLoss, free_port, send_signal, wait_for
 from run_files import STATE, checkpoint_path, differences, folder_of, picture, scalars, steps_of, stored, write_images
 
 CASES = {
@@ -59,10 +46,10 @@ SECOND_MOMENT = [*DIGITS, *DROP, "--schedule-sampler", "loss-second-moment", "--
 
 
 @pytest.fixture(scope="module")
-def second_moment_run(tmp_path_factory):
+def second_moment_run(session_children, tmp_path_factory):
     """A run that has something in each part of its state, with checkpoints at 3 and 6."""
     results = tmp_path_factory.mktemp("second-moment")
-    call("train", *SECOND_MOMENT, "--ckpt-every", 3, "--results-dir", results)
+    session_children.run("train", *SECOND_MOMENT, "--ckpt-every", 3, "--results-dir", results)
     return results
 
 
@@ -118,7 +105,7 @@ ACCUMULATING = [*DIGITS, *DROP, "--grad-accum-steps", 4, "--ckpt-every", 2, "--m
 def test_run_cut_between_microbatches_resumes_exactly(children, accumulating_run, tmp_path, number, status, saved):
     """In the third of four microbatches of step 4: accumulated gradients are applied or lost, never saved."""
     children.run("train", *ACCUMULATING, "--results-dir", tmp_path, status=status,
-                 prepare=AtTrainingLoss(3 * 4 + 3, partial(send_signal, number)))
+                 prepare=AtLoss(3 * 4 + 3, partial(send_signal, number)))
     assert steps_of(tmp_path)[-1] == saved
     children.run("train", *ACCUMULATING, "--results-dir", tmp_path, "--resume", "auto")
     assert differences(stored(accumulating_run, 7), stored(tmp_path, 7)) == []
@@ -175,7 +162,7 @@ def test_signal_stops_all_ranks_with_everything_saved(children, sources, undistu
     """On the last rank and its workers, in the middle of step 8; the next start continues exactly."""
     flags = [*sources["cache"], "--num-workers", workers, "--results-dir", tmp_path]
     out = children.run("train", *flags, *ENDLESS, processes=processes, status=EXIT_RESTARTABLE,
-                       prepare=AtTrainingLoss(8, partial(signal_with_workers, number), rank=processes - 1))
+                       prepare=AtLoss(8, partial(signal_with_workers, number), rank=processes - 1))
     (done,) = steps_of(tmp_path)
     assert 8 <= done < 12 and f"after {done} steps; --resume auto continues" in out and "Traceback" not in out
     children.run("train", *flags, "--max-steps", done + 5, "--resume", "auto", processes=processes)
@@ -210,7 +197,7 @@ def test_data_fault_stops_all_ranks_with_everything_saved(children, image_folder
     action, cause = dict(image=(partial(truncate_image, image), str(image)),
                          worker=(kill_worker, "a process that loads data died"))[fault]
     out = children.run("train", *flags, *ENDLESS, processes=processes, status=2,
-                       prepare=AtTrainingLoss(5, action, rank=processes - 1))
+                       prepare=AtLoss(5, action, rank=processes - 1))
     assert out.count("error: ") == 1 and cause in out and "Traceback" not in out, out
     (done,) = steps_of(tmp_path / "cut")
     shutil.copy(image_folder / "bee" / "3.png", image)
@@ -238,7 +225,7 @@ def test_death_of_a_worker_is_raised_where_a_batch_is_waited_for(tmp_path):
 
 @pytest.mark.parametrize("fault, work", [
     (AtCall("train.prepare", 1, partial(time.sleep, 600), rank=1), "the start"),
-    (AtTrainingLoss(5, partial(send_signal, signal.SIGSTOP), rank=1), "training step 5")])
+    (AtLoss(5, partial(send_signal, signal.SIGSTOP), rank=1), "training step 5")])
 def test_rank_that_hangs_is_reported_by_the_others(children, tmp_path, fault, work):
     group = children.start("train", *DIGITS, *ENDLESS, "--dist-timeout", 0.2, "--results-dir", tmp_path, processes=2,
                            prepare=fault)
@@ -252,7 +239,7 @@ sys.path[:0] = {paths}
 import train
 from common.errors import run_command
 if os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
-    AtTrainingLoss(11, send_signal)(1)
+    AtLoss(11, send_signal)(1)
 run_command(train.main)
 """
 

@@ -212,7 +212,6 @@ def test_image_size_must_be_a_multiple_of_the_stride(tmp_path):
 def test_hub_names_may_end_in_a_folder(monkeypatch):
     from diffusers import AutoencoderKL
     requested = []
-
     def from_pretrained(name, subfolder=None):
         requested.append((name, subfolder))
         return AutoencoderKL(norm_num_groups=4, block_out_channels=(4,))

@@ -9,7 +9,6 @@ from common.files import BackgroundWriter
 
 def test_tasks_run_in_order_one_at_a_time_off_the_main_thread():
     done, running = [], threading.Semaphore(1)
-
     def task(i):
         assert running.acquire(blocking=False)
         time.sleep(0.01)

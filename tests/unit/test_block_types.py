@@ -8,22 +8,12 @@ import torch
 
 from common.checkpoint_io import save_checkpoint
 from common.compute import ComputeConfig
-from helpers import DIGITS
+from helpers import DIGITS, Recompilations
 from models import DiT, DiT_models
 from networks import CONDITIONINGS, build_dit, infer_conditioning, model_config
 from run_files import differences, pixels, stored
 from sampling.load_model import load_model
-from tiny_models import (
-    MODEL_SIZES,
-    TINY_MODEL,
-    Recompilations,
-    giga_multiply_adds,
-    inputs,
-    random_model,
-    random_weights,
-    reference_attention,
-    reference_mlp,
-)
+from tiny_models import MODEL_SIZES, TINY_MODEL, count_gmacs, inputs, random_model, reference_attention, reference_mlp
 
 OTHERS = [name for name in CONDITIONINGS if name != "adaln-zero"]
 # XL/2 in the paper (table 4, figure 5): parameters in 1e6, multiply-adds in 1e9, of which 0.02 are not counted here.
@@ -77,7 +67,7 @@ def test_parameters_and_multiply_adds_follow_the_formulas(name, conditioning, mo
     model = meta_model(name, conditioning=conditioning)
     assert sum(weight.numel() for weight in model.parameters() if weight.requires_grad) == want
     for latent in (32, 64):
-        one, two = (giga_multiply_adds(meta_model(name, conditioning=conditioning, input_size=latent, depth=count))
+        one, two = (count_gmacs(meta_model(name, conditioning=conditioning, input_size=latent, depth=count))
                     for count in (1, 2))
         want = expected_multiply_adds(conditioning, depth, width, patch, latent) / 1e9
         assert one + (depth - 1) * (two - one) == pytest.approx(want, rel=1e-9)
@@ -88,7 +78,7 @@ def test_full_xl_2_has_the_figures_of_the_paper(conditioning):
     parameters, multiply_adds = PAPER[conditioning]
     model = meta_model("DiT-XL/2", conditioning=conditioning)
     assert round(sum(weight.numel() for weight in model.parameters() if weight.requires_grad) / 1e6) == parameters
-    counted = giga_multiply_adds(model)
+    counted = count_gmacs(model)
     assert counted == pytest.approx(expected_multiply_adds(conditioning, 28, 1152, 2, 32) / 1e9, rel=1e-9)
     assert 0 < multiply_adds - counted < 0.025
 
@@ -232,8 +222,7 @@ def test_a_resumed_run_is_bit_equal_and_its_checkpoint_samples(run_ok, tmp_path,
     straight = stored(tmp_path / "straight", 6)
     assert differences(straight, stored(tmp_path / "cut", 6)) == []
     assert straight["config"]["model"]["conditioning"] == straight["args"]["conditioning"] == conditioning
-
-    straight["ema"] = random_weights(build_dit(**straight["config"]["model"])).state_dict()
+    straight["ema"] = random_model(**straight["config"]["model"]).state_dict()
     torch.save(straight, tmp_path / "x.pt")
     out = run_ok("sample", "--ckpt", tmp_path / "x.pt", "--num-sampling-steps", "ddim3", "--cfg-scale", 3,
                  "--output", tmp_path / "x.png")

@@ -133,15 +133,10 @@ def test_corrupt_image_is_replaced_by_the_next_with_its_label(tmp_path):
     assert [image.path for image in batch.corrupt] == [str(tmp_path / name) for name in names]
 
 
-@pytest.mark.parametrize("limit", [0, 1])
-def test_too_many_corrupt_images_end_the_batch(tmp_path, limit):
-    batch = numbered(tmp_path, bad=[2, 4], limit=limit).__getitems__([(0, False), (1, False)])
-    assert batch.images is None and len(batch.corrupt) == limit + 1
-
-
-def test_search_for_a_good_image_ends_if_there_is_none(tmp_path):
-    batch = numbered(tmp_path, bad=range(6), limit=100).__getitems__([(3, False)])
-    assert batch.images is None and len(batch.corrupt) == 6
+@pytest.mark.parametrize("bad, limit, found", [([2, 4], 0, 1), ([2, 4], 1, 2), (range(6), 100, 6)])
+def test_too_many_corrupt_images_end_the_batch(tmp_path, bad, limit, found):
+    batch = numbered(tmp_path, bad, limit=limit).__getitems__([(0, False), (1, False)])
+    assert batch.images is None and len(batch.corrupt) == found
 
 
 @forks
@@ -220,6 +215,7 @@ def test_order_depends_on_the_step_alone():
     full = batches()
     for step in (1, 5, 13):
         assert batches(start_step=step) == full[step:]
+        assert len(StepBatchSampler(23, 4, slice(0, 4), 0, step, 30, True)) == 30 - step
     assert batches(end_step=13) == full[:13]
 
 
@@ -242,10 +238,6 @@ def test_flips_are_independent_with_probability_one_half():
     without = batches(flips=False)
     assert not any(flip for batch in without for _, flip in batch)
     assert seen(without) == seen(batches())
-
-
-def test_length_is_the_number_of_steps():
-    assert len(StepBatchSampler(23, 4, slice(0, 4), 0, 3, 30, True)) == 27 == len(batches(start_step=3))
 
 
 def test_digits_are_split_without_overlap():

@@ -65,7 +65,6 @@ def test_crop_halves_only_while_twice_as_large():
 def test_crop_of_a_very_long_image_needs_little_memory(monkeypatch):
     """An image of 1 x 4000 pixels: the middle of it, by way of no more than 16 times its width."""
     pixels, sizes, resize = np.arange(4000)[:, None] // 16, [], Image.Image.resize
-
     def noted(self, size, *how):
         sizes.append(size)
         return resize(self, size, *how)
@@ -126,7 +125,6 @@ def test_16_bit_gray_keeps_its_range(tmp_path, name):
 def test_16_bit_color_keeps_its_range(tmp_path):
     """Encoded here, since Pillow cannot write one."""
     values = np.random.default_rng(0).integers(0, 65536, (4, 4, 3)).astype(">u2")
-
     def chunk(kind, content):
         return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
 

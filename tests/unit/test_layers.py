@@ -87,7 +87,6 @@ def test_no_import_cycle():
     """Also not by an import inside a function. Depth first over the modules; a package is its `__init__`."""
     modules = {module_name(path): path for path in project_files()}
     finished, active = set(), []
-
     def visit(name):
         if name in finished or name not in modules:
             return

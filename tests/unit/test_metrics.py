@@ -1,5 +1,5 @@
 """Distances and scores, against closed forms, textbook formulas and brute force in float64."""
-import os
+import sys
 
 import numpy as np
 import pytest
@@ -64,31 +64,21 @@ def test_running_moments_do_not_depend_on_the_batches(batch, mean):
         np.testing.assert_allclose(one, want, rtol=1e-9, atol=1e-9 * max(1, abs(mean)) ** 0.5)
 
 
-def reduce_moments(rank, folder):
+def main():
     """Reduce moments as one of two ranks with uneven parts of the rows; once, one of them has none."""
-    torch.set_num_threads(1)
-    os.environ.update(WORLD_SIZE="2", RANK=str(rank), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1")
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     distributed.init()
-    rows = torch.from_numpy(random_rows(1001, 17, 3))
-    assert distributed.world_size() == 2
+    rows, rank = torch.from_numpy(random_rows(1001, 17, 3)), distributed.rank()
     first, second = RunningMoments(17), RunningMoments(17)
     first.add(rows[:700] if rank == 0 else rows[700:])
     if rank == 1:
         second.add(rows)
     for number, moments in enumerate((first, second)):
         mean, covariance = moments.reduce().statistics()
-        np.savez(f"{folder}/{rank}-{number}.npz", mean=mean, covariance=covariance)
-    torch.distributed.destroy_process_group()
+        np.savez(f"{sys.argv[1]}/{rank}-{number}.npz", mean=mean, covariance=covariance)
 
 
 def test_moments_of_two_ranks_are_those_of_all_rows(children, tmp_path):
-    group = [children.context.Process(target=reduce_moments, args=(rank, str(tmp_path))) for rank in range(2)]
-    for child in group:
-        child.start()
-    for child in group:
-        child.join(60)
-        assert child.exitcode == 0
+    children.run("test_metrics", tmp_path, processes=2)
     want = statistics_of(random_rows(1001, 17, 3))
     for path in sorted(tmp_path.glob("*.npz")):
         with np.load(path) as found:

@@ -9,15 +9,7 @@ import torch
 
 import models
 from models import DiT, DiT_models, DiTConfig, LabelEmbedder, PatchEmbed, TimestepEmbedder, get_2d_sincos_pos_embed
-from tiny_models import (
-    MODEL_SIZES,
-    TINY_MODEL,
-    giga_multiply_adds,
-    inputs,
-    random_model,
-    reference_attention,
-    reference_mlp,
-)
+from tiny_models import MODEL_SIZES, TINY_MODEL, count_gmacs, inputs, random_model, reference_attention, reference_mlp
 
 
 def patches(x, p):
@@ -64,13 +56,13 @@ def test_weights_parameters_and_multiply_adds_are_the_published_ones(name):
     assert sum(weight.numel() for weight in model.parameters() if weight.requires_grad) == parameters
     assert (model.num_heads, model.patch_size, len(model.blocks)) == (heads, patch, depth)
     assert {block.attn.num_heads for block in model.blocks} == {heads}
-    assert giga_multiply_adds(model) == pytest.approx(multiply_adds, abs=0.0051)  # the reference has two decimals
+    assert count_gmacs(model) == pytest.approx(multiply_adds, abs=0.0051)  # the reference has two decimals
 
 
 def test_multiply_adds_at_512_pixels():
     with torch.device("meta"):
         model = models.DiT_XL_2(input_size=64)
-    assert giga_multiply_adds(model) == pytest.approx(524.54, abs=0.0051)
+    assert count_gmacs(model) == pytest.approx(524.54, abs=0.0051)
 
 
 def test_published_names_exist():

@@ -44,16 +44,17 @@ def samples(tmp_path):
     return SampleSet(str(tmp_path / "samples" / "DiT"))
 
 
-def test_all_images_of_an_empty_set_are_missing(samples):
-    assert samples.num_finished() == 0
-    assert samples.missing(10, 4) == [(0, 4), (4, 8), (8, 10)]
-
-
-def test_parts_may_be_made_in_any_order(samples):
-    make(samples, [(8, 10), (0, 4), (4, 8)])
-    assert samples.missing(10, 4) == []
-    samples.assemble(10)
-    check(samples, 10)
+@pytest.mark.parametrize("ranges, count", [
+    ([(8, 10), (0, 4), (4, 8)], 10),
+    ([(0, 600), (600, 601)], 601),  # larger than the block that is copied
+    ([(0, 4), (2, 7), (3, 5), (4, 8), (6, 10)], 10),  # two runs with different batch sizes may have written them
+], ids=["in any order", "large", "overlapping"])
+def test_parts_are_assembled_to_a_set_with_each_image_once(samples, ranges, count):
+    assert samples.num_finished() == 0 and samples.missing(10, 4) == [(0, 4), (4, 8), (8, 10)]
+    make(samples, ranges)
+    assert samples.missing(count, 5) == []
+    samples.assemble(count)
+    check(samples, count)
 
 
 def test_parts_are_in_the_order_of_their_numbers(samples):
@@ -64,12 +65,6 @@ def test_parts_are_in_the_order_of_their_numbers(samples):
     assert [start for start, *_ in samples._list_parts()] == [0, 9_999_999, 10_000_000]
 
 
-def test_a_part_may_be_larger_than_the_block_that_is_copied(samples):
-    make(samples, [(0, 600), (600, 601)])
-    samples.assemble(601)
-    check(samples, 601)
-
-
 def test_finished_parts_are_not_made_again(samples):
     make(samples, [(4, 8)])
     assert samples.missing(10, 4) == [(0, 4), (8, 10)]
@@ -77,14 +72,6 @@ def test_finished_parts_are_not_made_again(samples):
     assert samples.missing(10, 100) == [(0, 4), (8, 10)]
     assert samples.missing(6, 4) == [(0, 4)]
     finish(samples, 10, batch_size=3)
-    check(samples, 10)
-
-
-def test_overlapping_parts_give_each_image_once(samples):
-    """Two runs with different batch sizes may have written them."""
-    make(samples, [(0, 4), (2, 7), (3, 5), (4, 8), (6, 10)])
-    assert samples.missing(10, 5) == []
-    samples.assemble(10)
     check(samples, 10)
 
 

@@ -251,7 +251,6 @@ def test_loops_start_from_the_noise_and_yield_every_step(sampler, kwargs):
     network = GaussianNetwork(0.7, 0.5)
     loop, progressive = (getattr(diffusion, f"{sampler}_sample_loop{suffix}") for suffix in ("", "_progressive"))
     noise, fresh = torch.randn(SHAPE), torch.randn(12, *SHAPE)
-
     def draws():
         rest = iter(fresh)
         return lambda x: next(rest)
@@ -334,7 +333,6 @@ def test_bpd_loop_clips_by_default():
 @pytest.mark.parametrize("std", [0.2, 0.3])
 def test_bound_of_an_optimal_network_is_tight(std):
     """If every reverse step is exact, the bound is -log2 of the probability of each x_0's pixel bin.
-
     The random noise of the terms leaves a standard error of 0.016 for each x_0.
     """
     diffusion, mean = create_diffusion("50"), 0.1
