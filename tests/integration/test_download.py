@@ -23,11 +23,8 @@ HASH = hashlib.sha256(BODY).hexdigest()
 class Mirror:
     """Local server of `files` (name: bytes) at `url`, which lists the names of its `requests`.
 
-    Attributes:
-        announce (int): Number of bytes that are announced, but not sent.
-        chunked (bool): Send chunks of unannounced length, and close the connection before the last one.
-        arrived (Event): Set when a request has arrived.
-        may_answer (Event): The server answers when it is set.
+    It announces `announce` bytes more than it sends; if `chunked`, it announces no length, and closes the connection
+    before the last chunk. `arrived` is set when a request has arrived; an answer waits until `may_answer` is set.
     """
 
     def __init__(self):

@@ -18,10 +18,9 @@ RUN = [*DIGITS, "--depth", 3, "--lr", 1e-3, "--ema-decay", 0.9, "--class-dropout
 
 
 class ReportShards:
-    """Let each rank print at the end of its run which share of the state it holds, and how often it was compiled.
+    """Let each rank print at its end which share of the state it holds, and how often it was compiled.
 
-    Args:
-        ranks_per_node (int): Pretend that a node has this many ranks.
+    With `ranks_per_node`, a rank takes that for the size of its node.
     """
 
     def __init__(self, ranks_per_node=None):
@@ -70,7 +69,6 @@ def assert_close(one, two, step, tolerance=2e-5):
 
 
 def test_fsdp_equals_ddp_and_each_resumes_the_other(children, run_ok, tmp_path):
-    """Losses, weights, EMA and moments; FSDP resumes its own checkpoints bit for bit."""
     reference = tmp_path / "held-out.npz"
     run_ok("evaluate", "--make-reference", "digits-held-out", "--features", "pixels", "--output", reference)
     extra = ["--fsdp", "--async-save", "--sample-every", 3, "--eval-every", 3, "--eval-reference", reference,

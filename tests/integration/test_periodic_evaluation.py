@@ -82,7 +82,6 @@ def test_a_resumed_run_replaces_the_rows_of_repeated_steps(run_ok, reference, tm
 
 @pytest.mark.parametrize("every", [2, 3])
 def test_a_run_killed_while_the_best_is_kept_ends_as_one_that_was_not(children, reference, tmp_path, every):
-    """Tables and best checkpoint, also if the killed evaluation was of a step just saved (3 is, 2 is not)."""
     flags = [*RUN, *EVAL, "--eval-every", every, "--eval-reference", reference, "--ckpt-every", 3]
     children.run("train", *flags, "--results-dir", tmp_path / "alone")
     children.run("train", *flags, "--results-dir", tmp_path / "killed", status=-signal.SIGKILL,
@@ -143,15 +142,16 @@ def test_training_continues_if_a_table_cannot_be_written(run_ok, reference, tmp_
     assert out.count("frechet_distance:") == 2
 
 
+SOUND = ["--eval-every", 5, "--eval-reference", "digits", "--eval-features", "pixels"]
+
+
 @pytest.mark.parametrize("flags, problem", [
     (["--eval-every", 5], "--eval-reference"),
     (["--eval-reference", "digits"], "--eval-every"),
-    (["--eval-every", 5, "--eval-reference", "nothing", "--eval-features", "pixels"], "nothing"),
-    (["--eval-every", 5, "--eval-reference", "digits", "--eval-features", "nothing"], "--eval-features nothing: "),
-    (["--eval-every", 5, "--eval-reference", "digits", "--eval-features", "pixels", "--eval-sampling-steps", 5000],
-     "--eval-sampling-steps 5000"),
-    (["--eval-every", 5, "--eval-reference", "digits", "--eval-features", "pixels", "--eval-samples", 3],
-     "--eval-samples 3"),
+    ([*SOUND, "--eval-reference", "nothing"], "nothing"),
+    ([*SOUND, "--eval-features", "nothing"], "--eval-features nothing: "),
+    ([*SOUND, "--eval-sampling-steps", 5000], "--eval-sampling-steps 5000"),
+    ([*SOUND, "--eval-samples", 3], "--eval-samples 3"),
 ])
 def test_mistakes_are_reported_before_the_first_step(command, tmp_path, flags, problem):
     status, out, err = command("train", *RUN, *flags, "--results-dir", tmp_path)

@@ -62,7 +62,6 @@ def test_checkpoint_has_the_published_keys(run_ok, tmp_path):
 
 
 def test_images_train_through_a_vae_on_two_processes(children, image_folder, vae_folder, tmp_path):
-    """As ImageNet does: an image folder, crops and flips in worker processes, a VAE, DDP."""
     flags = ["--data-path", image_folder, "--image-size", 32, "--num-classes", 3, "--vae", vae_folder, *TINY,
              "--global-batch-size", 8, "--max-steps", 4, "--log-every", 1]
     children.run("train", *flags, "--num-workers", 1, "--results-dir", tmp_path / "two", processes=2)

@@ -156,7 +156,6 @@ def test_retention_keeps_the_latest_milestones_and_the_resumed_checkpoint(run_ok
 
 
 def test_retention_does_not_count_later_steps(run_ok, tmp_path):
-    """Damaged checkpoints of later steps do not displace valid ones."""
     flags = [*DIGITS, "--ckpt-every", 1, "--keep-checkpoints", 2, "--results-dir", tmp_path]
     run_ok("train", *flags, "--max-steps", 3)
     for step in (98, 99):

@@ -79,7 +79,6 @@ WEIGHTS = dict(model={"w": torch.arange(40.0)}, ema={"w": torch.ones(3)}, step=7
 @given(mutate=mutations())
 @examples(200)
 def test_damaged_checkpoints_are_refused_or_intact(folder, is_zip, mutate):
-    """What passes its checksums and loads is what was saved."""
     torch.save(WEIGHTS, folder / "intact.pt", _use_new_zipfile_serialization=is_zip)
     path = folder / "damaged.pt"
     path.write_bytes(mutate((folder / "intact.pt").read_bytes()))
@@ -164,7 +163,6 @@ tensors = st.sampled_from([torch.zeros(3), torch.zeros(2, 2, dtype=torch.long), 
 @given(data=st.data())
 @examples(150)
 def test_odd_training_states_are_refused_or_can_be_trained(folder, checkpoint, data):
-    """Intact files in which a value is another one, or missing."""
     place = data.draw(st.sampled_from(sorted(key_paths(checkpoint), key=str)))
     change = data.draw(st.just(remove) | st.builds(replace_by, values | tensors))
     path = str(folder / "changed.pt")
@@ -276,7 +274,6 @@ def is_equal_json(one, two):
 @given(data=st.data())
 @examples(150)
 def test_hostile_manifests_are_refused_or_read(cache, cache_copy, data):
-    """With a valid checksum, any value in any place."""
     manifest = read_manifest(str(cache))
     name = data.draw(st.sampled_from(sorted(manifest)))
     if isinstance(manifest[name], dict) and data.draw(st.booleans()):

@@ -128,7 +128,6 @@ def test_changed_flags_need_confirmation(command, run_ok, run_error, copied_run)
 
 
 def test_changed_data_need_confirmation(run_ok, run_error, image_folder, tmp_path):
-    """Another place is free; another number of images is not."""
     images = shutil.copytree(image_folder, tmp_path / "images")
     flags = ["--image-size", 32, "--vae", "none", "--num-classes", 3, *TINY, "--global-batch-size", 8, "--num-workers",
              0, "--results-dir", tmp_path / "results", "--model", "DiT-S/8"]

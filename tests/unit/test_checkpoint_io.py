@@ -128,7 +128,6 @@ def test_ema_comes_before_model_before_bare_weights(stored, expected):
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
 @pytest.mark.parametrize("wrap", [lambda state: state, lambda state: dict(model=state), lambda state: dict(ema=state)])
 def test_prefixes_of_wrappers_are_taken_off(prefix, wrap):
-    """Only at the front: a part of the model may be called `module`."""
     state = {f"{prefix}blocks.0.module.w": torch.ones(1), f"{prefix}b": torch.ones(1)}
     assert select_weights(wrap(state), "x.pt")[0].keys() == {"blocks.0.module.w", "b"}
 

@@ -182,7 +182,6 @@ def test_ranks_and_restarts_share_the_log_of_corrupt_images(tmp_path):
 
 
 def test_unreadable_file_is_never_replaced(tmp_path):
-    """It may be readable the next time."""
     data = numbered(tmp_path, bad=[], limit=5)
     (tmp_path / "0" / "2.png").unlink()
     batch = data.__getitems__([(1, False)])

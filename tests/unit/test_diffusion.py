@@ -59,7 +59,6 @@ def test_q_sample_is_the_closed_form():
 
 
 def test_q_mean_variance_describes_q_sample():
-    """Within 5 standard errors of 20,000 draws."""
     diffusion, n = create_diffusion(""), 20_000
     x_0, t = torch.full((n, 1), 0.8), at(300, n)
     mean, variance, log_variance = (value[0].item() for value in diffusion.q_mean_variance(x_0, t))

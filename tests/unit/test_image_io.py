@@ -40,7 +40,6 @@ def test_crop_scales_and_takes_the_center(size):
 
 
 def test_crop_removes_the_larger_half_on_the_right():
-    """Three columns too many: one goes on the left, two on the right."""
     pixels = picture(8, 11, 3)
     assert np.array_equal(center_crop(Image.fromarray(pixels), 8), pixels[:, 1:9])
 
