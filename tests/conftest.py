@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 from helpers import ROOT, Children
+from tiny_models import random_inception
 
 
 @pytest.fixture(autouse=True)
@@ -95,6 +96,14 @@ def vae_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("vae") / "small-vae"
     vae.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def inception_weights(tmp_path_factory):
+    """A file of random weights for torch-fidelity's Inception."""
+    path = tmp_path_factory.mktemp("inception") / "random.pth"
+    torch.save(random_inception().state_dict(), path)
+    return str(path)
 
 
 def pytest_collection_modifyitems(items):

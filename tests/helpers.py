@@ -90,6 +90,16 @@ class Children:
         assert [child.exitcode for child in group] == [status] * len(group), text
         return text
 
+    def kill_during(self, name, *flags, when, delay, prepare=None):
+        """Start a command, kill it `delay` seconds after `when(its output)` is true, and return its output."""
+        (child,) = self.start(name, *flags, prepare=prepare)
+        wait_for(lambda: when(child.log.read_text()) or not child.is_alive())
+        time.sleep(delay)
+        assert child.is_alive(), child.log.read_text()
+        child.kill()
+        child.join()
+        return child.log.read_text()
+
     def close(self):
         """Kill what still runs."""
         for child in self.started:

@@ -15,19 +15,9 @@ from evaluation.metrics import precision_recall
 from evaluation.reference import open_reference
 from helpers import FEW_SAMPLES, PIXELS
 from run_files import images_of, picture, write_images, write_noise
-from tiny_models import random_inception
-
-
-@pytest.fixture(scope="module")
-def inception(tmp_path_factory):
-    """A file of random weights for torch-fidelity's Inception."""
-    path = tmp_path_factory.mktemp("inception") / "inception.pth"
-    torch.save(random_inception().state_dict(), path)
-    return str(path)
 
 
 def scipy_pixel_distance(one, two):
-    """Compute the Frechet distance of two arrays of images in pixel space with SciPy's matrix root."""
     import scipy.linalg
     one, two = (images.reshape(len(images), -1) / 255.0 for images in (one, two))
     (mean_one, cov_one), (mean_two, cov_two) = ((rows.mean(axis=0), np.cov(rows, rowvar=False)) for rows in (one, two))
@@ -111,9 +101,9 @@ def test_a_saved_reference_scores_as_its_images(run_ok, score, sets, tmp_path):
     assert made["reference"]["images"] == 72 and made["reference"]["source"]["sha256"] == direct["reference"]["sha256"]
 
 
-def test_adm_statistics_agree_with_their_images(run_ok, score, sets, inception, tmp_path):
+def test_adm_statistics_agree_with_their_images(run_ok, score, sets, inception_weights, tmp_path):
     """Without `arr_0` there is no precision, without `mu_s` no sFID."""
-    flags = ["--inception", inception]
+    flags = ["--inception", inception_weights]
     for name, images in (("samples", images_of(6, 1)), ("real", images_of(7, 2))):
         np.savez(tmp_path / f"{name}.npz", arr_0=images)
     run_ok("evaluate", "reference", tmp_path / "real.npz", *flags, "--output", tmp_path / "own.npz")
@@ -121,7 +111,7 @@ def test_adm_statistics_agree_with_their_images(run_ok, score, sets, inception, 
         statistics = {name: own[name] for name in ("mu", "sigma", "mu_s", "sigma_s")}
     np.savez(tmp_path / "adm.npz", **statistics, arr_0=images_of(7, 2))
     np.savez(tmp_path / "bare.npz", mu=statistics["mu"], sigma=statistics["sigma"])
-    features = load_feature_space("inception", torch.device("cpu"), inception)
+    features = load_feature_space("inception", torch.device("cpu"), inception_weights)
     real, own, adm, bare = (open_reference(str(tmp_path / f"{name}.npz"), features, 4)[0]
                             for name in ("real", "own", "adm", "bare"))
     for other in (own, adm):

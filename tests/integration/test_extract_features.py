@@ -155,12 +155,8 @@ def test_ten_kills_leave_no_trace(children, many_images, vae_folder, whole_cache
     chance, seen = random.Random(0), [0]
     for kill in range(10):
         workers = int(kill == 5)  # once: a worker that lost its master takes five seconds to see it
-        (child,) = children.start("extract_features", *flags, "--num-workers", workers, prepare=HALT)
-        wait_for(lambda child=child: count_encoded(tmp_path / "cache") > seen[-1] or not child.is_alive())
-        time.sleep(chance.random() * 0.1)
-        assert child.is_alive(), child.log.read_text()
-        child.kill()
-        child.join()
+        children.kill_during("extract_features", *flags, "--num-workers", workers, prepare=HALT,
+                             when=lambda _: count_encoded(tmp_path / "cache") > seen[-1], delay=chance.random() * 0.1)
         seen.append(count_encoded(tmp_path / "cache"))
     assert seen == sorted(seen) and 0 < seen[1] < seen[-1] < 2000
     children.run("extract_features", *flags)

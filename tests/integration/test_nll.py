@@ -45,13 +45,11 @@ class SomeDigits(DigitsDataset):
 
 @pytest.fixture(scope="module")
 def pixels():
-    """A model of pixels, and its data."""
     return load_as(digits_model(), IdentityAutoencoder(1)), SomeDigits()
 
 
 @pytest.fixture(scope="module")
 def latents(vae_folder, image_folder):
-    """A model of latents, and its data."""
     model = digits_model(in_channels=4, num_classes=3)
     loaded = load_as(model, load_autoencoder(str(vae_folder)), 32, ["ant", "bee", "cat"])
     return loaded, ImageFolderDataset(image_folder, 32)
@@ -72,7 +70,6 @@ def loop_terms(trained, dataset, index, seed=0, steps=STEPS, clip=None, **proces
 
 
 def check(result, terms, rel=1e-5):
-    """Compare a result with the terms of single images."""
     totals = np.array([term["total_bpd"].item() for term in terms])
     assert result["images"] == len(terms)
     assert result["bits_per_dimension"] == pytest.approx(totals.mean(), rel)

@@ -30,7 +30,6 @@ def digits_checkpoint(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def latent_checkpoint(image_folder, vae_folder, tmp_path_factory):
-    """A checkpoint of a model of VAE latents."""
     results = tmp_path_factory.mktemp("latents")
     call("train", "--data-path", image_folder, "--image-size", 32, "--num-classes", 3, "--vae", vae_folder, *TINY,
          "--global-batch-size", 4, "--max-steps", 1, "--num-workers", 0, "--results-dir", results)
@@ -47,7 +46,6 @@ def replace_ema(results):
 
 
 def ema_model(path):
-    """Build the model of a checkpoint with its EMA weights."""
     stored = torch.load(path, weights_only=True)
     model = build_dit(**stored["config"]["model"])
     model.load_state_dict(stored["ema"])

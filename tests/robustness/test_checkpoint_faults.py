@@ -16,7 +16,7 @@ import torch
 import training.checkpoint_manager
 import training.logger
 from common.checkpoint_io import latest_valid_checkpoint, load_checkpoint, save_checkpoint
-from helpers import DIGITS, DROP, ENDLESS, AtCall, send_signal, wait_for
+from helpers import DIGITS, DROP, ENDLESS, AtCall, send_signal
 from run_files import checkpoint_path, differences, folder_of, scalars, steps_of, stored
 
 
@@ -25,14 +25,10 @@ def test_twenty_random_kills_lose_at_most_one_interval(children, tmp_path):
     undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
     generator = random.Random(0)
     for kill in range(20):
-        (child,) = children.start("train", *flags, *ENDLESS, "--results-dir", killed, "--resume", "auto")
         sign = "step=0000006)" if kill == 0 else "Training for"  # when the first checkpoint exists
-        wait_for(lambda child=child, sign=sign: sign in child.log.read_text() or not child.is_alive())
-        time.sleep(generator.random() * 0.15)
-        assert child.is_alive(), child.log.read_text()
-        child.kill()
-        child.join()
-        logged = max(map(int, re.findall(r"\(step=(\d+)\)", child.log.read_text())), default=0)
+        out = children.kill_during("train", *flags, *ENDLESS, "--results-dir", killed, "--resume", "auto",
+                                   when=lambda out, sign=sign: sign in out, delay=generator.random() * 0.15)
+        logged = max(map(int, re.findall(r"\(step=(\d+)\)", out)), default=0)
         warnings = []
         path = latest_valid_checkpoint(str(folder_of(killed)), warnings.append)
         assert warnings == [] and int(re.findall(r"(\d+)\.pt", path)[0]) >= logged - 5
@@ -95,11 +91,8 @@ def truncate(path):
     os.truncate(path, path.stat().st_size // 2)
 
 
-def empty(path):
-    path.write_bytes(b"")
-
-
-DAMAGES = {"truncated": truncate, "a bit flipped": flip_bit, "empty": empty, "missing": os.remove}
+DAMAGES = {"truncated": truncate, "a bit flipped": flip_bit, "empty": partial(os.truncate, length=0),
+           "missing": os.remove}
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
@@ -121,8 +114,8 @@ def test_all_ranks_resume_the_same_checkpoint(children, copied_run):
 
 def test_run_with_only_damaged_checkpoints_is_an_error(run_error, copied_run):
     shutil.copytree(folder_of(copied_run), copied_run / "001-DiT-S-2")
-    for step, damage in zip((2, 4, 6), (truncate, flip_bit, empty)):
-        damage(checkpoint_path(copied_run, step, 1))
+    for step, damage in zip((2, 4, 6), DAMAGES):
+        DAMAGES[damage](checkpoint_path(copied_run, step, 1))
     for resume in ("auto", copied_run / "001-DiT-S-2"):
         err = run_error("train", *DIGITS, "--max-steps", 8, "--results-dir", copied_run, "--resume", resume)
         assert str(copied_run / "001-DiT-S-2") in err and "damaged" in err
@@ -236,14 +229,13 @@ def test_sample_set_survives_ten_random_kills(children, three_checkpoints, tmp_p
     children.run("sample_ddp", *flags, "--sample-dir", tmp_path / "straight")
     halt = AtCall("os.replace", 3, partial(time.sleep, 600), after=True)
     generator = random.Random(0)
+    def count_parts():
+        return len(list((tmp_path / "killed").glob("*/parts/*.npz")))
+
     for _ in range(10):
-        (child,) = children.start("sample_ddp", *flags, "--sample-dir", tmp_path / "killed", prepare=halt)
-        before = len(list((tmp_path / "killed").glob("*/parts/*.npz")))
-        wait_for(lambda before=before: len(list((tmp_path / "killed").glob("*/parts/*.npz"))) > before)
-        time.sleep(generator.random() * 0.05)
-        assert child.is_alive(), child.log.read_text()
-        child.kill()
-        child.join()
+        before = count_parts()
+        children.kill_during("sample_ddp", *flags, "--sample-dir", tmp_path / "killed", prepare=halt,
+                             when=lambda _, before=before: count_parts() > before, delay=generator.random() * 0.05)
     children.run("sample_ddp", *flags, "--sample-dir", tmp_path / "killed")
     (straight,), (killed,) = (list((tmp_path / name).glob("*.npz")) for name in ("straight", "killed"))
     assert sorted(path.suffix for path in (tmp_path / "killed").iterdir()) == [".json", ".npz"]

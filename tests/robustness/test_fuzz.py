@@ -95,7 +95,6 @@ def test_damaged_checkpoints_are_refused_or_intact(folder, is_zip, mutate):
 
 @pytest.fixture(scope="module")
 def checkpoint(folder):
-    """A training state after two steps of a real run."""
     call("train", *DIGITS, "--schedule-sampler", "loss-second-moment", "--max-steps", 2, "--results-dir", folder)
     return stored(folder, 2)
 
@@ -111,14 +110,12 @@ class Run:
         self.args, self.config = dict(checkpoint["args"]), checkpoint["config"]
 
     def restore(self, path):
-        """Restore as train.py does with --allow-config-change."""
         manager = CheckpointManager(os.path.dirname(path), {}, model=ModelState(self.model),
                                     ema=ModelState(self.ema.model), opt=OptimizerState(self.optimizer, self.model),
                                     schedule_sampler=self.sampler, guard=self.guard)
         return manager.restore(path, lambda stored: find_config_changes(stored, self.args, self.config))
 
     def step(self):
-        """Take an optimizer step, and all that follows it."""
         for weight in self.model.parameters():
             weight.grad = torch.ones_like(weight)
         self.guard.check(0, torch.tensor(1.0), torch.tensor(1.0), torch.ones(4))

@@ -91,7 +91,6 @@ def test_resuming_on_another_number_of_processes_changes_only_rounding(children,
 
 @pytest.fixture(scope="module")
 def accumulating_run(session_children, tmp_path_factory):
-    """A run of seven steps of four microbatches."""
     results = tmp_path_factory.mktemp("accumulating")
     session_children.run("train", *ACCUMULATING, "--results-dir", results)
     return results
@@ -176,10 +175,6 @@ def test_signal_during_startup_is_not_lost(children, tmp_path, processes):
     assert steps_of(tmp_path) == [processes]
 
 
-def truncate_image(path):
-    path.write_bytes(path.read_bytes()[:50])
-
-
 def kill_worker():
     psutil.Process().children()[0].kill()
 
@@ -193,7 +188,7 @@ def test_data_fault_stops_all_ranks_with_everything_saved(children, image_folder
     image = tmp_path / "images" / "bee" / "3.png"
     flags = [*sources["images"], "--data-path", tmp_path / "images", "--num-workers", workers, "--results-dir",
              tmp_path / "cut"]
-    action, cause = dict(image=(partial(truncate_image, image), str(image)),
+    action, cause = dict(image=(partial(os.truncate, image, 50), str(image)),
                          worker=(kill_worker, "a process that loads data died"))[fault]
     out = children.run("train", *flags, *ENDLESS, processes=processes, status=2,
                        prepare=AtLoss(5, action, rank=processes - 1))

@@ -21,7 +21,6 @@ def _offline(monkeypatch):
 
 
 def saved_vae(folder, **config):
-    """A small VAE of random weights, as a directory."""
     from diffusers import AutoencoderKL
     torch.manual_seed(0)
     levels = config.pop("levels", 2)

@@ -9,6 +9,7 @@ from torch import nn
 
 from common.checkpoint_io import latest_checkpoint, load_checkpoint, load_weights, save_checkpoint, select_weights
 from common.errors import UserError
+from run_files import Payload
 
 
 def fails_half_way(error):
@@ -70,16 +71,6 @@ def test_safetensors_are_loaded(tmp_path):
     path = str(tmp_path / "x.safetensors")
     save_file({"w": torch.arange(3.0)}, path)
     assert torch.equal(load_checkpoint(path)["w"], torch.arange(3.0))
-
-
-class Payload:
-    """Object that creates a file if it is unpickled."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.system, (f"touch '{self.path}'",)
 
 
 @pytest.mark.parametrize("wrap", [lambda payload: payload, lambda payload: dict(model={}, args=payload),

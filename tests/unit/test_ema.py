@@ -16,7 +16,6 @@ def model():
 
 
 def change(net):
-    """Change all parameters and buffers, trained or not."""
     with torch.no_grad():
         for tensor in (*net.parameters(), *net.buffers()):
             tensor.add_(torch.randn(tensor.shape))

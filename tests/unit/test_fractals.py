@@ -230,10 +230,11 @@ def test_the_classifier_of_digits(run_ok, tmp_path):
     assert features.metadata()["space"] == "a classifier of digits (10 classes)"
 
 
-def test_a_classifier_of_a_folder(run_ok, image_folder, tmp_path):
-    out = run_ok("tools.train_classifier", "--data-path", image_folder, "--val-path", image_folder, "--image-size", 16,
-                 "--num-workers", 0, "--width", 4, "--steps", 3, "--batch-size", 8, "--output", tmp_path / "c.pt")
-    assert "on 24 images" in out
+def test_a_classifier_of_a_folder_needs_a_validation_folder(run_ok, run_error, image_folder, tmp_path):
+    flags = ["--data-path", image_folder, "--image-size", 16, "--num-workers", 0, "--width", 4, "--steps", 3,
+             "--batch-size", 8, "--output", tmp_path / "c.pt"]
+    assert "--val-path" in run_error("tools.train_classifier", *flags)
+    assert "on 24 images" in run_ok("tools.train_classifier", *flags, "--val-path", image_folder)
 
 
 def test_classifier_is_a_function_of_its_seed():
@@ -282,11 +283,6 @@ def test_wrong_flags_are_refused(run_error, tmp_path, monkeypatch, name, flags, 
     monkeypatch.chdir(tmp_path)
     assert re.search(problem, run_error(name, *flags))
     assert not list(tmp_path.glob("*.pt"))
-
-
-def test_classifier_of_a_folder_needs_held_out_images(run_error, image_folder, tmp_path):
-    err = run_error("tools.train_classifier", "--data-path", image_folder, "--output", tmp_path / "c.pt")
-    assert "--val-path" in err
 
 
 def test_corrupt_image_is_named(tmp_path):

@@ -250,7 +250,6 @@ def test_a_model_without_dropout_trains_on_the_labels():
 
 
 def guided(model, x, t, y, scale, **kwargs):
-    """Call forward_with_cfg on a batch as the samplers build it."""
     null = torch.full_like(y, model.y_embedder.num_classes)
     return model.forward_with_cfg(torch.cat([x, x]), torch.cat([t, t]), torch.cat([y, null]), scale, **kwargs)
 

@@ -41,7 +41,6 @@ class GaussianNetwork:
 
 
 def fixed(noise):
-    """Return a noise_fn that returns the same noise at every step."""
     return lambda x: noise
 
 
