@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 import download as command
 from common.download import download
 from common.errors import ArgumentError, UserError
-from helpers import ROOT, free_port
+from helpers import ROOT, call, free_port
 from sampling.load_model import PUBLISHED_CHECKPOINTS, find_checkpoint, find_model, published_checkpoint_name
 
 BODY = bytes(range(256)) * 5000  # more than one block
@@ -204,26 +204,21 @@ def test_find_model_prints_which_weights_it_took(tmp_path, capsys):
         command.find_model(str(tmp_path / "none.pt"))
 
 
-def run(monkeypatch, *arguments):
-    monkeypatch.setattr(sys, "argv", ["download.py", *map(str, arguments)])
-    command.main()
-
-
 def test_the_command_downloads_the_published_checkpoints(mirror, folder, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     mirror.files |= dict.fromkeys(PUBLISHED_CHECKPOINTS, b"weights")
-    run(monkeypatch, "--base-url", mirror.url)
+    call("download", "--base-url", mirror.url)
     assert sorted(mirror.requests) == sorted(PUBLISHED_CHECKPOINTS)
     assert [(folder / name).read_bytes() for name in PUBLISHED_CHECKPOINTS] == [b"weights"] * 2
     assert capsys.readouterr().out.split() == [f"pretrained_models/{name}" for name in PUBLISHED_CHECKPOINTS]
-    run(monkeypatch, "a.pt", "--base-url", mirror.url, "--folder", tmp_path / "other", "--sha256", HASH)
+    call("download", "a.pt", "--base-url", mirror.url, "--folder", tmp_path / "other", "--sha256", HASH)
     assert (tmp_path / "other" / "a.pt").read_bytes() == BODY
     with pytest.raises(UserError, match="SHA-256"):
-        run(monkeypatch, "a.pt", "--base-url", mirror.url, "--folder", folder, "--sha256", "0" * 64)
+        call("download", "a.pt", "--base-url", mirror.url, "--folder", folder, "--sha256", "0" * 64)
 
 
 @pytest.mark.parametrize("names", [[], ["a.pt", "b.pt"]])
-def test_a_hash_needs_a_single_name(mirror, folder, monkeypatch, names):
+def test_a_hash_needs_a_single_name(mirror, folder, names):
     with pytest.raises(ArgumentError, match="--sha256"):
-        run(monkeypatch, *names, "--base-url", mirror.url, "--folder", folder, "--sha256", HASH)
+        call("download", *names, "--base-url", mirror.url, "--folder", folder, "--sha256", HASH)
     assert mirror.requests == []

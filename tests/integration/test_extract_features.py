@@ -222,8 +222,7 @@ def test_folder_of_another_cache_is_refused_and_unchanged(extract, few_images, c
     assert read_files(cache) == before
 
 
-def test_other_images_or_another_vae_are_refused(extract, few_images, image_folder, vae_folder, other_vae, cache,
-                                                 tmp_path):
+def test_other_images_or_vaes_are_refused(extract, few_images, image_folder, vae_folder, other_vae, cache, tmp_path):
     assert "begun with other images, classes or another order" in extract(image_folder, cache, fails=True)
     shutil.copytree(few_images, tmp_path / "moved")
     extract(tmp_path / "moved", cache)  # the same images in another place

@@ -126,8 +126,7 @@ def test_a_failed_evaluation_does_not_change_the_run(children, reference, tmp_pa
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_signal_stops_an_evaluation_within_two_batches(children, reference, tmp_path, processes):
     out = children.run("train", *RUN, *EVAL, "--eval-samples", 8 * 5000, "--eval-every", 4, "--eval-reference",
-                       reference, "--results-dir", tmp_path, processes=processes,
-                       status=EXIT_RESTARTABLE,
+                       reference, "--results-dir", tmp_path, processes=processes, status=EXIT_RESTARTABLE,
                        prepare=AtCall(BATCH, 1, partial(send_signal, signal.SIGTERM), rank=processes - 1))
     assert "frechet_distance:" not in out and not (folder_of(tmp_path) / "evaluations.csv").exists()
     assert steps_of(tmp_path) in ([5], [6])  # the ranks agree on the signal one step after it came

@@ -165,8 +165,7 @@ def test_a_larger_set_begins_with_the_smaller_one(run_ok, digits_checkpoint, tmp
     assert "holds 10 images" in out and "first 7" in out
 
 
-def test_a_run_killed_before_its_npz_was_written_only_assembles_it(command, run_ok, digits_checkpoint, tmp_path,
-                                                                   monkeypatch):
+def test_a_run_killed_before_its_npz_only_assembles_it(command, run_ok, digits_checkpoint, tmp_path, monkeypatch):
     flags = ["--ckpt", digits_checkpoint, "--num-fid-samples", 6, "--per-proc-batch-size", 4, *FEW,
              "--sample-dir", tmp_path]
     with monkeypatch.context() as patch:

@@ -79,8 +79,7 @@ def test_control_a_lost_part_of_the_state_changes_the_run(run_ok, second_moment_
 
 
 @pytest.mark.parametrize("before, after", [(2, 1), (1, 2)])
-def test_resuming_on_another_number_of_processes_changes_only_rounding(children, sources, undisturbed, tmp_path, before,
-                                                                       after):
+def test_another_number_of_processes_changes_only_rounding(children, sources, undisturbed, tmp_path, before, after):
     """Samples and noise are the same; sums are rounded differently."""
     children.run("train", *sources["cache"], "--num-workers", 0, "--log-every", 1, "--max-steps", 7, "--resume",
                  checkpoint_path(undisturbed("cache", before), 4), "--results-dir", tmp_path, processes=after)
@@ -155,8 +154,7 @@ def signal_with_workers(number):
 
 @pytest.mark.parametrize("number, processes, workers", [
     (signal.SIGTERM, 1, 0), (signal.SIGUSR1, 1, 2), (signal.SIGTERM, 2, 1), (signal.SIGUSR1, 2, 0)])
-def test_signal_stops_all_ranks_with_everything_saved(children, sources, undisturbed, tmp_path, number, processes,
-                                                      workers):
+def test_signal_stops_all_ranks_and_saves(children, sources, undisturbed, tmp_path, number, processes, workers):
     """On the last rank and its workers, in the middle of step 8; the next start continues exactly."""
     flags = [*sources["cache"], "--num-workers", workers, "--results-dir", tmp_path]
     out = children.run("train", *flags, *ENDLESS, processes=processes, status=EXIT_RESTARTABLE,
@@ -181,8 +179,8 @@ def kill_worker():
 
 @pytest.mark.parametrize("fault, processes, workers", [
     ("image", 1, 0), ("image", 1, 2), ("image", 2, 0), ("image", 2, 1), ("worker", 1, 2), ("worker", 2, 1)])
-def test_data_fault_stops_all_ranks_with_everything_saved(children, image_folder, sources, undisturbed, tmp_path, fault,
-                                                          processes, workers):
+def test_data_fault_stops_all_ranks_and_saves(children, image_folder, sources, undisturbed, tmp_path, fault, processes,
+                                              workers):
     """On the last rank, in the middle of step 5: an error and status 2; once repaired, the run continues exactly."""
     shutil.copytree(image_folder, tmp_path / "images")
     image = tmp_path / "images" / "bee" / "3.png"

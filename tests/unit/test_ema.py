@@ -54,7 +54,7 @@ def test_average_follows_its_formula():
 
 
 @pytest.mark.parametrize("decay", [0, 1])
-def test_extreme_decays(decay):
+def test_decay_0_keeps_the_weights_and_1_the_initial_ones(decay):
     net = model()
     ema = EMA(net, decay)
     start = copy_of(net)
