@@ -85,6 +85,9 @@ def test_every_flag_has_a_help_text(run_ok, name):
     ([*DIGITS, "--timeout", "1e15"], "--dist-timeout: 1e15 minutes"),
     ([*DIGITS, "--max-bad-steps", "x"], "--max-bad-steps: invalid number value: 'x'"),
     ([*DIGITS, "--eval-cfg-scale", "0.5"], "--eval-cfg-scale: "),
+    ([*DIGITS, "--ema-decay", "0.9", "0.5", "0.5"], "--ema-decay 0.9 0.5 0.5"),
+    ([*DIGITS, "--fsdp"], "--fsdp all: a single process"),
+    ([*DIGITS, "--fsdp", "zero"], "--fsdp: invalid choice: 'zero'"),
     ([], "--data-path --features-path"),
 ])
 def test_train_names_the_argument_that_does_not_fit(run_error, tmp_path, flags, named):

@@ -133,14 +133,6 @@ def test_only_blocks_of_linear_layers_are_gathered_in_bf16():
     assert not has_only_linear_weights(block)
 
 
-def test_fsdp_needs_several_ranks(run_error, tmp_path):
-    err = run_error("train", *DIGITS, "--fsdp", "--results-dir", tmp_path / "results")
-    assert "--fsdp all: a single process" in err
-    assert not (tmp_path / "results").exists()
-    err = run_error("train", *DIGITS, "--fsdp", "zero", "--results-dir", tmp_path / "results")
-    assert "argument --fsdp: invalid choice: 'zero'" in err
-
-
 @pytest.mark.parametrize("per_node", ["1", "3", "8", "x", None])
 def test_nodes_need_equal_numbers_of_ranks(monkeypatch, per_node):
     monkeypatch.setattr(distributed, "assert_same_on_all_ranks", lambda *_: None)

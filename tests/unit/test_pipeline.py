@@ -179,10 +179,6 @@ def test_an_argument_that_does_not_fit_is_named(name, value, arguments):
         build(**arguments)
 
 
-def test_a_model_without_null_class_samples_at_scale_1():
-    assert build(tiny_model(class_dropout_prob=0))(COND, GlobalRNG(1, "cpu")).shape == (3, 4, 4, 4)
-
-
 class Doubling(IdentityAutoencoder):
     def decode(self, latents):
         return 2 * latents

@@ -159,11 +159,6 @@ def test_ddim_inversion_returns_to_x_0():
     torch.testing.assert_close(back, x_0, rtol=0, atol=1e-2)
 
 
-def test_ddim_with_noise_cannot_be_reversed():
-    with pytest.raises(ValueError, match=r"eta.*0\.5"):
-        create_diffusion("").ddim_reverse_sample(constant(torch.tensor(0.0)), torch.zeros(SHAPE), at(0), eta=0.5)
-
-
 class GaussianClassifier:
     """Gradient of log p(y | x_t) for y = x_0 + N(0, tau^2) noise and x_0 ~ N(mean, std^2)."""
 
@@ -285,11 +280,13 @@ def test_global_generator_is_used_in_the_published_order(loop, kwargs):
     assert torch.equal(torch.rand(()), after)
 
 
-def test_loops_refuse_noise_of_another_shape():
+def test_noise_of_another_shape_and_reversed_noisy_steps_are_refused():
     diffusion = create_diffusion("5")
     for loop in (diffusion.p_sample_loop, diffusion.ddim_sample_loop):
         with pytest.raises(ValueError, match=r"\(1, 2, 4, 4\).*\(3, 2, 4, 4\)"):
             loop(constant(torch.zeros(1), torch.zeros(1)), SHAPE, torch.zeros(1, 2, 4, 4))
+    with pytest.raises(ValueError, match=r"eta.*0\.5"):
+        diffusion.ddim_reverse_sample(constant(torch.tensor(0.0)), torch.zeros(SHAPE), at(0), eta=0.5)
 
 
 def test_bpd_loop_sums_the_terms_of_training_and_the_prior():
