@@ -19,7 +19,7 @@ COND = dict(y=LABELS)
 
 
 def tiny_model(channels=4, **config):
-    return random_model(scale=0.1, in_channels=channels, num_classes=5, **config)
+    return random_model(scale=0.1, **dict(in_channels=channels, num_classes=5) | config)
 
 
 def build(model=None, steps=5, cfg_scale=1.0, **arguments):
