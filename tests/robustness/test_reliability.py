@@ -219,10 +219,10 @@ def test_death_of_a_worker_is_raised_where_a_batch_is_waited_for(tmp_path):
     (AtCall("train.prepare", 1, partial(time.sleep, 600), rank=1), "the start"),
     (AtLoss(5, partial(send_signal, signal.SIGSTOP), rank=1), "training step 5")])
 def test_rank_that_hangs_is_reported_by_the_others(children, tmp_path, fault, work):
-    group = children.start("train", *DIGITS, *ENDLESS, "--dist-timeout", 0.2, "--results-dir", tmp_path, processes=2,
+    group = children.start("train", *DIGITS, *ENDLESS, "--dist-timeout", 0.4, "--results-dir", tmp_path, processes=2,
                            prepare=fault)
     out = children.join(group[:1], status=2)
-    assert f"error: {work}: " in out and "0.2 minutes" in out and "Traceback" not in out, out
+    assert f"error: {work}: " in out and "0.4 minutes" in out and "Traceback" not in out, out
 
 
 RESTARTED = """
