@@ -51,11 +51,9 @@ def test_image_is_a_function_of_its_class_and_index():
 
 def test_images_do_not_change():
     """Sums of pixels computed once: another value would change the data of every measurement."""
-    for (label, index), sums in PIXEL_SUMS.items():
+    pixel_sums = {(0, 0): [18638, 25787, 45240], (1, 1000): [111338, 86845, 45344], (999, 7): [43184, 74099, 92035]}
+    for (label, index), sums in pixel_sums.items():
         assert draw(label, index, 32).sum(axis=(1, 2)).tolist() == sums
-
-
-PIXEL_SUMS = {(0, 0): [18638, 25787, 45240], (1, 1000): [111338, 86845, 45344], (999, 7): [43184, 74099, 92035]}
 
 
 def test_workers_do_not_change_the_images():
