@@ -82,8 +82,8 @@ def test_images_of_several_sizes_are_refused_for_any_batch_size(score, sets, tmp
 
 
 def test_folders_are_cropped_to_the_image_size(score, sets, tmp_path):
-    photos = write_noise(tmp_path / "photos", 9, 20, 30, 3)
-    write_noise(tmp_path / "photos", 4, 29, 30, 3)  # 0 .. 3 have another size
+    photos = write_images(tmp_path / "photos", {f"{i}.png": Image.fromarray(picture(20 + i, 30, 3, seed=i))
+                                                for i in range(9)})
     score(sets[0], "--reference", photos, *PIXELS)
     err = score(photos, "--reference", sets[0], *PIXELS, fails=True)
     assert "pixels" in err and "--image-size" in err
