@@ -201,7 +201,7 @@ class SpoilLoss:
 
 
 @contextlib.contextmanager
-def raises_argument(match="", **arguments):
+def raises_argument(match=None, **arguments):
     """Expect an `ArgumentError` about these parameters and values."""
     with pytest.raises(ArgumentError, match=match) as caught:
         yield

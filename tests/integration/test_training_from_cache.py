@@ -27,10 +27,10 @@ def images(tmp_path_factory):
 def vae(vae_folder, tmp_path_factory):
     """A VAE whose latents have about the size that diffusion expects, and whose posterior is wide."""
     from diffusers import AutoencoderKL
-    vae = AutoencoderKL.from_prestored(vae_folder)
+    vae = AutoencoderKL.from_pretrained(vae_folder)
     vae.register_to_config(scaling_factor=2.0, shift_factor=0.1)
     folder = tmp_path_factory.mktemp("wide") / "vae"
-    vae.save_prestored(folder)
+    vae.save_pretrained(folder)
     return folder
 
 
@@ -164,9 +164,9 @@ def test_flips_need_mirror_images_in_the_cache(run_ok, run_error, images, vae, t
 ])
 def test_wrong_scale_or_shift_gives_a_warning_at_the_start(record, images, vae, tmp_path, scale, shift, warning):
     from diffusers import AutoencoderKL
-    model = AutoencoderKL.from_prestored(vae)
+    model = AutoencoderKL.from_pretrained(vae)
     model.register_to_config(scaling_factor=scale, shift_factor=shift)
-    model.save_prestored(tmp_path / "vae")
+    model.save_pretrained(tmp_path / "vae")
     make_cache(images, tmp_path / "vae", tmp_path / "cache")
     from_images = record("--data-path", images, "--image-size", 32, "--vae", tmp_path / "vae", "--max-steps", 1)[3]
     from_cache = record("--features-path", tmp_path / "cache", "--max-steps", 1)[3]
