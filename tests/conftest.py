@@ -8,6 +8,13 @@ import torch
 from PIL import Image
 
 from helpers import ROOT, Children
+from tiny_models import random_inception
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    """Give each test the same random numbers, whichever tests ran before it."""
+    torch.manual_seed(0)
 
 
 @pytest.fixture
@@ -28,9 +35,29 @@ def command(monkeypatch, capfd):
     return run
 
 
-@pytest.fixture(scope="module")
-def module_children(tmp_path_factory):
-    """Run commands in child processes, for fixtures of a module."""
+@pytest.fixture
+def run_ok(command):
+    """Run a command in this process that succeeds, and return its output: run_ok("train", "--flag", ...)."""
+    def run(name, *flags):
+        status, out, err = command(name, *flags)
+        assert status == 0, out + err
+        return out
+    return run
+
+
+@pytest.fixture
+def run_error(command):
+    """Run a command in this process that ends with an error message and status 2, and return the message."""
+    def run(name, *flags):
+        status, out, err = command(name, *flags)
+        assert status == 2 and "Traceback" not in err, out + err
+        return err
+    return run
+
+
+@pytest.fixture(scope="session")
+def session_children(tmp_path_factory):
+    """Run commands in child processes, for fixtures of a session."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(ROOT))  # for the server, which does not know pytest's path
         patch.setenv("OMP_NUM_THREADS", "1")
@@ -38,10 +65,10 @@ def module_children(tmp_path_factory):
 
 
 @pytest.fixture
-def children(module_children):
+def children(session_children):
     """Run commands in child processes; those that still run at the end of the test are killed."""
-    yield module_children
-    module_children.close()
+    yield session_children
+    session_children.close()
 
 
 @pytest.fixture(scope="session")
@@ -69,6 +96,14 @@ def vae_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("vae") / "small-vae"
     vae.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def inception_weights(tmp_path_factory):
+    """A file of random weights for torch-fidelity's Inception."""
+    path = tmp_path_factory.mktemp("inception") / "random.pth"
+    torch.save(random_inception().state_dict(), path)
+    return str(path)
 
 
 def pytest_collection_modifyitems(items):

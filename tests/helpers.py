@@ -1,30 +1,31 @@
-"""Running commands, planting faults in them, and comparing what they write."""
+"""Running commands, and planting faults in them."""
 import contextlib
 import importlib
 import itertools
-import math
 import multiprocessing
 import os
-import re
+import pkgutil
+import signal
 import socket
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
-from torch.utils.flop_counter import FlopCounterMode
 
-from common.checkpoint_io import list_checkpoints, load_checkpoint
+from common.errors import ArgumentError
 from diffusion import GaussianDiffusion
-from networks import build_dit
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ["--model", "DiT-S/2", "--depth", "1", "--hidden-size", "16", "--num-heads", "2"]
 DIGITS = ["--data-path", "digits", *TINY, "--global-batch-size", "8"]
+DROP = ["--class-dropout-prob", 0.5]
+ENDLESS = ["--max-steps", 10**6]
+PIXELS = ["--features", "pixels"]
+FEW_SAMPLES = ["--num-fid-samples", 16, "--per-proc-batch-size", 4, "--num-sampling-steps", "ddim3", "--cfg-scale", 2]
 
 
 def call(name, *flags):
@@ -48,14 +49,8 @@ def run_process(script, *flags, processes=None, check=True, **kwargs):
     return done
 
 
-# ---------------------------------------------------------------- commands in child processes
-
 class Children:
-    """Run commands in processes that start quickly: they are forked by a server that has imported everything.
-
-    Args:
-        folder (Path): Where their output goes.
-    """
+    """Run commands in processes that a server forks, which has imported everything; their output goes to a folder."""
 
     def __init__(self, folder):
         self.folder, self.started = folder, []
@@ -67,11 +62,7 @@ class Children:
     def start(self, name, *flags, processes=1, prepare=None):
         """Start a command on several gloo processes and return them; each has the path of its output in `log`.
 
-        Args:
-            name (str): Module of the command.
-            *flags: Its command line.
-            processes (int): Number of ranks.
-            prepare (callable): Called with the rank before the command begins, to plant a fault; must be picklable.
+        `prepare` is called with the rank before the command begins, to plant a fault; it must be picklable.
         """
         port, group = str(free_port()), []
         for rank in range(processes):
@@ -98,6 +89,16 @@ class Children:
         text = "".join(child.log.read_text() for child in group)
         assert [child.exitcode for child in group] == [status] * len(group), text
         return text
+
+    def kill_during(self, name, *flags, when, delay, prepare=None):
+        """Start a command, kill it `delay` seconds after `when(its output)` is true, and return its output."""
+        (child,) = self.start(name, *flags, prepare=prepare)
+        wait_for(lambda: when(child.log.read_text()) or not child.is_alive())
+        time.sleep(delay)
+        assert child.is_alive(), child.log.read_text()
+        child.kill()
+        child.join()
+        return child.log.read_text()
 
     def close(self):
         """Kill what still runs."""
@@ -141,42 +142,44 @@ def free_port():
             return port
 
 
-# ---------------------------------------------------------------- faults, planted in a child process
+class AtCall:
+    """Call `action`, which must be picklable, at the n-th call of a function (None: each), on one rank or on all.
 
-class AtTrainingLoss:
-    """Do something at the n-th computation of a training loss, which is once per microbatch.
-
-    Args:
-        count (int): Which computation, counted from 1.
-        action (callable): Called without arguments, before the loss is computed; must be picklable.
-        rank (int): The rank that does it. Default: all.
+    `function` is its full name, such as "os.fsync"; with `after`, the action follows the call.
     """
 
-    def __init__(self, count, action, rank=None):
-        self.count, self.action, self.rank = count, action, rank
+    def __init__(self, function, count, action, rank=None, after=False):
+        self.function, self.count, self.action, self.rank, self.after = function, count, action, rank, after
 
     def __call__(self, rank):
         if self.rank not in (None, rank):
             return
-        training_losses, calls = GaussianDiffusion.training_losses, itertools.count(1)
+        owner, _, name = self.function.rpartition(".")
+        owner = pkgutil.resolve_name(owner)
+        function, calls = getattr(owner, name), itertools.count(1)
 
         def with_action(*args, **kwargs):
-            if next(calls) == self.count:
+            is_due = next(calls) == self.count or self.count is None
+            if is_due and not self.after:
                 self.action()
-            return training_losses(*args, **kwargs)
+            result = function(*args, **kwargs)
+            if is_due and self.after:
+                self.action()
+            return result
 
-        GaussianDiffusion.training_losses = with_action
+        setattr(owner, name, with_action)
+
+
+AtLoss = partial(AtCall, "diffusion.GaussianDiffusion.training_losses")  # once per microbatch
+
+
+def send_signal(number=signal.SIGKILL):
+    """Send a signal to this process."""
+    os.kill(os.getpid(), number)
 
 
 class SpoilLoss:
-    """Multiply the loss of one sample by a value, in some steps.
-
-    Args:
-        steps (iterable): The steps, counted from 0.
-        value (float): The factor.
-        rank (int): The rank of the sample. Default: all.
-        row (int): The row of the sample in the local batch.
-    """
+    """Multiply the loss of a row of the local batch by a value, in some steps (from 0), on one rank or on all."""
 
     def __init__(self, steps, value, rank=None, row=1):
         self.steps, self.value, self.rank, self.row = set(steps), value, rank, row
@@ -197,147 +200,12 @@ class SpoilLoss:
         GaussianDiffusion.training_losses = spoiled
 
 
-# ---------------------------------------------------------------- what a run leaves behind
-
-STATE = ("/model", "/ema", "/opt", "/schedule_sampler")  # in `differences` of checkpoints: what a step changes
-
-
-def folder_of(results, number=0):
-    """Return the folder of the run with a number."""
-    return next(results.glob(f"{number:03d}-*"))
-
-
-def stored(results, step, number=0):
-    """Load the checkpoint of a run after `step` steps."""
-    return load_checkpoint(str(folder_of(results, number) / "checkpoints" / f"{step:07d}.pt"))
-
-
-def trained(results, step):
-    """Load the checkpoint after `step` steps of the only run in a folder."""
-    return stored(results, step)
-
-
-def steps_of(results, number=0):
-    """List the steps of a run's checkpoints, ascending."""
-    return sorted(list_checkpoints(str(folder_of(results, number))))
-
-
-def losses(results):
-    """List the losses in log.txt."""
-    (log,) = results.glob("*/log.txt")
-    return [float(loss) for loss in re.findall(r"Train Loss: (\S+),", log.read_text())]
-
-
-def scalars(results, name="train/loss"):
-    """Return {step: value} of a TensorBoard tag; of a step that was logged twice, the last value."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-    events = EventAccumulator(str(folder_of(results) / "tensorboard")).Reload()
-    return {event.step: event.value for event in events.Scalars(name)}
-
-
-def largest_difference(a, b, part="model"):
-    """Return the largest absolute difference of weights in two checkpoints."""
-    return max((a[part][name] - b[part][name]).abs().max().item() for name in a[part])
-
-
-def differences(one, two, path=""):
-    """List the paths of values that differ between two checkpoints, bit for bit; their flags may differ."""
-    if torch.is_tensor(one):
-        return [] if torch.is_tensor(two) and torch.equal(one, two) else [path]
-    if isinstance(one, dict):
-        names = [name for name in one if not (path == "" and name == "args")]
-        missing = [f"{path}/{name}" for name in set(one) ^ set(two)]
-        return missing + [inner for name in names if name in two
-                          for inner in differences(one[name], two[name], f"{path}/{name}")]
-    if isinstance(one, (list, tuple)):
-        return [path] if len(one) != len(two) else [
-            inner for i, pair in enumerate(zip(one, two)) for inner in differences(*pair, f"{path}/{i}")]
-    return [] if one == two else [path]
-
-
-# ---------------------------------------------------------------- images
-
-def picture(*shape, seed=0):
-    """Return uint8 noise of shape (H, W, ...)."""
-    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
-
-
-def write_images(root, files):
-    """Write {"class/name.png": PIL image or bytes} and return the folder's path as text."""
-    for name, content in files.items():
-        path = root / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content) if isinstance(content, bytes) else content.save(path)
-    return str(root)
-
-
-def pixels(path):
-    """Read an image as integers, shape (H, W, ...)."""
-    with Image.open(path) as image:
-        return np.asarray(image).astype(int)
-
-
-# ---------------------------------------------------------------- models
-
-MODEL_SIZES = {
-    "DiT-XL/2": (28, 1152, 16, 2, 674_834_720, 118.62),
-    "DiT-XL/4": (28, 1152, 16, 4, 675_000_704, 29.04),
-    "DiT-XL/8": (28, 1152, 16, 8, 675_664_640, 7.39),
-    "DiT-L/2": (24, 1024, 16, 2, 457_840_672, 80.70),
-    "DiT-L/4": (24, 1024, 16, 4, 457_988_224, 19.70),
-    "DiT-L/8": (24, 1024, 16, 8, 458_578_432, 5.01),
-    "DiT-B/2": (12, 768, 12, 2, 130_315_808, 23.01),
-    "DiT-B/4": (12, 768, 12, 4, 130_426_496, 5.57),
-    "DiT-B/8": (12, 768, 12, 8, 130_869_248, 1.42),
-    "DiT-S/2": (12, 384, 6, 2, 32_865_056, 6.06),
-    "DiT-S/4": (12, 384, 6, 4, 32_920_448, 1.41),
-    "DiT-S/8": (12, 384, 6, 8, 33_142_016, 0.36),
-}
-TINY_MODEL = dict(input_size=4, patch_size=2, hidden_size=16, depth=1, num_heads=2, num_classes=7)
-
-
-def random_model(**config):
-    """Return a tiny DiT whose output depends on all weights; with its initial weights it would be zero."""
-    model = build_dit(**TINY_MODEL | config).eval()
-    for weight in model.parameters():
-        if weight.requires_grad:
-            torch.nn.init.normal_(weight, std=0.3)
-    return model
-
-
-def random_weights(model, seed=0, scale=0.2):
-    """Fill a model with random weights, so that its output depends on all of them, and return it."""
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data.normal_(std=scale, generator=generator)
-    return model
-
-
-def inputs(model, n=3):
-    """Draw latents, timesteps and labels for a model, n of each; no label is the null class."""
-    return (torch.randn(n, *model.sample_shape), torch.randint(1000, (n,)),
-            torch.randint(model.config.num_classes, (n,)))
-
-
-def giga_multiply_adds(model):
-    """Count the multiply-adds of a forward pass for one image, on the meta device."""
-    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model.eval()(torch.zeros(1, *model.sample_shape), torch.zeros(1), torch.zeros(1, dtype=torch.long))
-    return counter.get_total_flops() / 2 / 1e9
-
-
-def reference_attention(layer, x, heads):
-    """Compute softmax(q k / sqrt(head width)) v; the rows of the qkv weight are q, k, v, each head by head."""
-    q, k, v = layer.qkv(x).unflatten(-1, (3, heads, -1)).unbind(2)
-    weights = torch.einsum("nqhd,nkhd->nhqk", q, k).div(math.sqrt(q.shape[-1])).softmax(-1)
-    return layer.proj(torch.einsum("nhqk,nkhd->nqhd", weights, v).flatten(2))
-
-
-def reference_mlp(layer, x):
-    """Compute an MLP with the tanh approximation of GELU."""
-    h = layer.fc1(x)
-    return layer.fc2(0.5 * h * (1 + torch.tanh(math.sqrt(2 / math.pi) * (h + 0.044715 * h**3))))
+@contextlib.contextmanager
+def raises_argument(match=None, **arguments):
+    """Expect an `ArgumentError` about these parameters and values."""
+    with pytest.raises(ArgumentError, match=match) as caught:
+        yield
+    assert caught.value.arguments == arguments
 
 
 class Recompilations:

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 import download as command
 from common.download import download
 from common.errors import ArgumentError, UserError
-from helpers import ROOT, free_port
+from helpers import ROOT, call, free_port
 from sampling.load_model import PUBLISHED_CHECKPOINTS, find_checkpoint, find_model, published_checkpoint_name
 
 BODY = bytes(range(256)) * 5000  # more than one block
@@ -23,11 +23,8 @@ HASH = hashlib.sha256(BODY).hexdigest()
 class Mirror:
     """Local server of `files` (name: bytes) at `url`, which lists the names of its `requests`.
 
-    Attributes:
-        announce (int): Number of bytes that are announced, but not sent.
-        chunked (bool): Send chunks of unannounced length, and close the connection before the last one.
-        arrived (Event): Set when a request has arrived.
-        may_answer (Event): The server answers when it is set.
+    It announces `announce` bytes more than it sends; if `chunked`, it announces no length, and closes the connection
+    before the last chunk. `arrived` is set when a request has arrived; an answer waits until `may_answer` is set.
     """
 
     def __init__(self):
@@ -87,8 +84,6 @@ def kept(folder):
     """Names of the files of a download, without its lock."""
     return sorted(name for name in os.listdir(folder) if not name.endswith(".lock"))
 
-
-# ---------------------------------------------------------------- download
 
 def test_a_file_is_downloaded_once_and_its_hash_recorded(mirror, folder):
     for _ in range(2):
@@ -177,8 +172,6 @@ def test_two_processes_download_a_file_once(mirror, folder):
     assert (folder / "a.pt").read_bytes() == BODY
 
 
-# ---------------------------------------------------------------- finding
-
 def test_published_checkpoints_have_published_names():
     assert [published_checkpoint_name("DiT-XL/2", size, 1000) for size in (512, 256)] == list(PUBLISHED_CHECKPOINTS)
     for wrong in (("DiT-XL/4", 256, 1000), ("DiT-XL/2", 128, 1000), ("DiT-XL/2", 256, 10)):
@@ -188,7 +181,6 @@ def test_published_checkpoints_have_published_names():
 
 
 def test_published_names_are_files_here_then_in_the_folder(folder, tmp_path, monkeypatch):
-    """Neither needs a network."""
     monkeypatch.chdir(tmp_path)
     folder.mkdir()
     name = PUBLISHED_CHECKPOINTS[0]
@@ -212,29 +204,21 @@ def test_find_model_prints_which_weights_it_took(tmp_path, capsys):
         command.find_model(str(tmp_path / "none.pt"))
 
 
-# ---------------------------------------------------------------- the command
-
-def run(monkeypatch, *arguments):
-    monkeypatch.setattr(sys, "argv", ["download.py", *map(str, arguments)])
-    command.main()
-
-
 def test_the_command_downloads_the_published_checkpoints(mirror, folder, tmp_path, monkeypatch, capsys):
-    """To pretrained_models/, without arguments; one by name, with its hash."""
     monkeypatch.chdir(tmp_path)
     mirror.files |= dict.fromkeys(PUBLISHED_CHECKPOINTS, b"weights")
-    run(monkeypatch, "--base-url", mirror.url)
+    call("download", "--base-url", mirror.url)
     assert sorted(mirror.requests) == sorted(PUBLISHED_CHECKPOINTS)
     assert [(folder / name).read_bytes() for name in PUBLISHED_CHECKPOINTS] == [b"weights"] * 2
     assert capsys.readouterr().out.split() == [f"pretrained_models/{name}" for name in PUBLISHED_CHECKPOINTS]
-    run(monkeypatch, "a.pt", "--base-url", mirror.url, "--folder", tmp_path / "other", "--sha256", HASH)
+    call("download", "a.pt", "--base-url", mirror.url, "--folder", tmp_path / "other", "--sha256", HASH)
     assert (tmp_path / "other" / "a.pt").read_bytes() == BODY
     with pytest.raises(UserError, match="SHA-256"):
-        run(monkeypatch, "a.pt", "--base-url", mirror.url, "--folder", folder, "--sha256", "0" * 64)
+        call("download", "a.pt", "--base-url", mirror.url, "--folder", folder, "--sha256", "0" * 64)
 
 
 @pytest.mark.parametrize("names", [[], ["a.pt", "b.pt"]])
-def test_a_hash_needs_a_single_name(mirror, folder, monkeypatch, names):
+def test_a_hash_needs_a_single_name(mirror, folder, names):
     with pytest.raises(ArgumentError, match="--sha256"):
-        run(monkeypatch, *names, "--base-url", mirror.url, "--folder", folder, "--sha256", HASH)
+        call("download", *names, "--base-url", mirror.url, "--folder", folder, "--sha256", HASH)
     assert mirror.requests == []

@@ -8,8 +8,8 @@ import torch
 
 import models
 from common import distributed
-from common.errors import ArgumentError
-from helpers import DIGITS, STATE, SpoilLoss, differences, folder_of, scalars, stored
+from helpers import DIGITS, SpoilLoss, raises_argument
+from run_files import STATE, differences, folder_of, scalars, stored
 from training.checkpoint_manager import CheckpointManager
 from training.fsdp import has_only_linear_weights, init_mesh, to_local
 
@@ -18,10 +18,9 @@ RUN = [*DIGITS, "--depth", 3, "--lr", 1e-3, "--ema-decay", 0.9, "--class-dropout
 
 
 class ReportShards:
-    """Let each rank print at the end of its run which share of the state it holds, and how often it was compiled.
+    """Let each rank print at its end which share of the state it holds, and how often it was compiled.
 
-    Args:
-        ranks_per_node (int): Pretend that a node has this many ranks.
+    With `ranks_per_node`, a rank takes that for the size of its node.
     """
 
     def __init__(self, ranks_per_node=None):
@@ -69,10 +68,9 @@ def assert_close(one, two, step, tolerance=2e-5):
             torch.testing.assert_close(left[name], right[name], rtol=1e-3, atol=tolerance)
 
 
-def test_fsdp_equals_ddp_and_each_resumes_the_other(children, command, tmp_path):
-    """Losses, weights, EMA and moments; FSDP resumes its own checkpoints bit for bit."""
+def test_fsdp_equals_ddp_and_each_resumes_the_other(children, run_ok, tmp_path):
     reference = tmp_path / "held-out.npz"
-    command("evaluate", "--make-reference", "digits-held-out", "--features", "pixels", "--output", reference)
+    run_ok("evaluate", "--make-reference", "digits-held-out", "--features", "pixels", "--output", reference)
     extra = ["--fsdp", "--async-save", "--sample-every", 3, "--eval-every", 3, "--eval-reference", reference,
             "--eval-features", "pixels", "--eval-samples", 65, "--eval-sampling-steps", "ddim2"]
     children.run("train", *RUN, "--max-steps", 6, "--results-dir", tmp_path / "ddp", processes=2)
@@ -99,9 +97,8 @@ def test_fsdp_equals_ddp_and_each_resumes_the_other(children, command, tmp_path)
         assert "at step 3" in out and ("graphs 0 breaks 0" in out) == (flags != compiled) and "breaks 1" not in out
         assert_close(tmp_path / "ddp", tmp_path / name, 6)
     assert differences(stored(tmp_path / "fsdp", 6), stored(tmp_path / "again", 6)) == []
-    status, out, err = command(
-        "sample", "--ckpt", path, "--num-sampling-steps", "ddim2", "--output", tmp_path / "x.png")
-    assert status == 0 and "ema weights of DiT-S/2 after 3 steps" in out, out + err
+    out = run_ok("sample", "--ckpt", path, "--num-sampling-steps", "ddim2", "--output", tmp_path / "x.png")
+    assert "ema weights of DiT-S/2 after 3 steps" in out
 
 
 @pytest.mark.parametrize("where, count", [("all", 2), ("node", 4)])
@@ -136,22 +133,13 @@ def test_only_blocks_of_linear_layers_are_gathered_in_bf16():
     assert not has_only_linear_weights(block)
 
 
-def test_fsdp_needs_several_ranks(command, tmp_path):
-    status, _, err = command("train", *DIGITS, "--fsdp", "--results-dir", tmp_path / "results")
-    assert status == 2 and "--fsdp all: a single process" in err
-    assert not (tmp_path / "results").exists()
-    status, _, err = command("train", *DIGITS, "--fsdp", "zero", "--results-dir", tmp_path / "results")
-    assert status == 2 and "argument --fsdp: invalid choice: 'zero'" in err
-
-
 @pytest.mark.parametrize("per_node", ["1", "3", "8", "x", None])
 def test_nodes_need_equal_numbers_of_ranks(monkeypatch, per_node):
     monkeypatch.setattr(distributed, "assert_same_on_all_ranks", lambda *_: None)
     monkeypatch.setattr(distributed, "world_size", lambda: 4)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", per_node) if per_node else monkeypatch.delenv("LOCAL_WORLD_SIZE", False)
-    with pytest.raises(ArgumentError, match=f"LOCAL_WORLD_SIZE.* {per_node or 'none'} of 4") as caught:
+    with raises_argument(f"LOCAL_WORLD_SIZE.* {per_node or 'none'} of 4", fsdp="node"):
         init_mesh("node")
-    assert caught.value.arguments == dict(fsdp="node")
 
 
 def test_full_average_takes_memory_only_while_it_is_sampled(children, tmp_path):

@@ -19,20 +19,15 @@ from data.digits import DigitsDataset
 from data.image_folder import ImageFolderDataset
 from diffusion import create_diffusion
 from evaluation.nll import bits_per_dimension, plot_nll
-from models import DiT
 from sampling.load_model import LoadedModel
+from tiny_models import random_model
 
 STEPS = "8"
 
 
 def digits_model(**config):
     """Return a DiT for the digits with random weights: a new one predicts zero for any input."""
-    torch.manual_seed(0)
-    model = DiT(**dict(input_size=8, patch_size=4, in_channels=1, hidden_size=16, depth=1, num_heads=2,
-                       num_classes=10) | config).eval()
-    for weight in model.parameters():
-        torch.nn.init.normal_(weight, std=0.1)
-    return model
+    return random_model(scale=0.1, **dict(input_size=8, patch_size=4, in_channels=1, num_classes=10) | config)
 
 
 def load_as(model, autoencoder, image_size=8, class_names=None):
@@ -50,13 +45,11 @@ class SomeDigits(DigitsDataset):
 
 @pytest.fixture(scope="module")
 def pixels():
-    """A model of pixels, and its data."""
     return load_as(digits_model(), IdentityAutoencoder(1)), SomeDigits()
 
 
 @pytest.fixture(scope="module")
 def latents(vae_folder, image_folder):
-    """A model of latents, and its data."""
     model = digits_model(in_channels=4, num_classes=3)
     loaded = load_as(model, load_autoencoder(str(vae_folder)), 32, ["ant", "bee", "cat"])
     return loaded, ImageFolderDataset(image_folder, 32)
@@ -77,7 +70,6 @@ def loop_terms(trained, dataset, index, seed=0, steps=STEPS, clip=None, **proces
 
 
 def check(result, terms, rel=1e-5):
-    """Compare a result with the terms of single images."""
     totals = np.array([term["total_bpd"].item() for term in terms])
     assert result["images"] == len(terms)
     assert result["bits_per_dimension"] == pytest.approx(totals.mean(), rel)
@@ -89,11 +81,8 @@ def check(result, terms, rel=1e-5):
     assert result["decoder_t0"] == result["per_timestep"][0]
 
 
-# ---------------------------------------------------------------- equal to the loop
-
 @pytest.mark.parametrize("batch_size", [1, 3, 5])
 def test_terms_agree_with_the_loop_for_any_batch_size(pixels, batch_size):
-    """The noise of image i is a function of (seed, i)."""
     result = bits_per_dimension(*pixels, batch_size=batch_size, seed=3, respacing=STEPS)
     check(result, [loop_terms(*pixels, index, seed=3) for index in range(5)])
     assert result["space"] == "pixels" and result["dimensions"] == 64
@@ -104,6 +93,7 @@ def test_terms_of_latents_agree_with_the_loop(latents):
     result = bits_per_dimension(*latents, num_images=4, batch_size=3, respacing=STEPS)
     check(result, [loop_terms(*latents, index) for index in (0, 7, 15, 23)])
     assert result["space"] == f"latents of {latents[0].autoencoder.name}" and result["dimensions"] == 4 * 8 * 8
+    assert json.loads(json.dumps(result, allow_nan=False)) == result
 
 
 @pytest.mark.parametrize("space", ["pixels", "latents"])
@@ -120,10 +110,8 @@ def test_predictions_are_clipped_in_pixel_space_only(request, space):
 
 
 def test_every_trained_timestep_is_evaluated_once(pixels):
-    """Without autograd."""
     trained, dataset = pixels
     calls = []
-
     def watch(_, inputs, output):
         calls.extend(inputs[1].tolist())
         assert not output.requires_grad
@@ -136,7 +124,6 @@ def test_every_trained_timestep_is_evaluated_once(pixels):
 
 
 def test_some_images_are_evenly_spaced(pixels):
-    """A number larger than the data set means all."""
     result = bits_per_dimension(*pixels, num_images=3, respacing=STEPS)
     check(result, [loop_terms(*pixels, index) for index in (0, 2, 4)])
     assert bits_per_dimension(*pixels, num_images=50, respacing=STEPS)["images"] == 5
@@ -166,8 +153,6 @@ def test_classes_are_matched_by_name(latents, image_folder, tmp_path):
     assert abs(loop_terms(trained, part, 0)["total_bpd"].item() - want["total_bpd"].item()) > 1e-3  # label 0
 
 
-# ---------------------------------------------------------------- several processes
-
 def main():
     """Compute bits on all ranks; `children` runs this."""
     distributed.init()
@@ -194,8 +179,6 @@ def test_two_ranks_agree_with_one(children, pixels, tmp_path):
     assert text.count("rank 1 of 2: cannot read the image d/3.png (cut off)") == 1
     assert text.count("error:") == 1 and "Traceback" not in text
 
-
-# ---------------------------------------------------------------- a known distribution
 
 class Normal(LabeledImageDataset):
     """Images of independent 8-bit pixels, from a normal distribution rounded to the 256 values."""
@@ -249,30 +232,24 @@ class BestPrediction(torch.nn.Module):
 
 def bits_of_normal(data, **model):
     model = BestPrediction("20", **model)
-    return model, bits_per_dimension(load_as(model, IdentityAutoencoder(1)), data, batch_size=len(data),
-                                     respacing="20")
+    return model, bits_per_dimension(load_as(model, IdentityAutoencoder(1)), data, batch_size=len(data), respacing="20")
 
 
 def test_the_best_model_reaches_the_entropy():
-    """Each term of its bound has the closed form, and any other prediction needs more bits."""
     data = Normal(2000)
     model, best = bits_of_normal(data)
     entropy = -(data.probability * data.probability.log2()).sum().item()
     assert 7.0 < entropy < 7.1 and data.bits == pytest.approx(entropy, abs=0.01)
     assert best["bits_per_dimension"] == pytest.approx(data.bits, abs=0.01)  # 0.003 is its standard deviation
-
     prior = 0.5 * (model.a2[-1] * (Normal.std**2 + Normal.mean**2) - model.a2[-1] - math.log(model.b2[-1]))
     assert best["prior"] == pytest.approx(prior / math.log(2), rel=0.05)
     kl = 0.5 * np.log2(model.variance[1:] / model.diffusion.posterior_variance[1:])
     assert np.allclose(best["per_timestep"][1:], kl, rtol=0.05, atol=1e-6)
     assert np.allclose(best["mse_per_timestep"], model.a2 * Normal.std**2 / model.total, rtol=0.05)
-
     for change in (dict(learn_sigma=False), dict(error=0.9)):
         _, worse = bits_of_normal(data, **change)
         assert worse["bits_per_dimension"] > data.bits + 0.03, change
 
-
-# ---------------------------------------------------------------- mistakes
 
 @pytest.mark.parametrize("damaged", [True, False])
 def test_a_corrupt_image_is_named(pixels, damaged):
@@ -304,16 +281,8 @@ def test_a_bound_that_is_not_finite_is_refused():
         bits_per_dimension(load_as(model, IdentityAutoencoder(1)), SomeDigits(), respacing=STEPS)
 
 
-# ---------------------------------------------------------------- what is written
-
-def test_the_result_is_valid_json(latents):
-    result = bits_per_dimension(*latents, num_images=2, respacing=STEPS)
-    assert json.loads(json.dumps(result, allow_nan=False)) == result
-
-
 def test_plot_leaves_out_terms_below_zero(pixels, tmp_path):
     result = bits_per_dimension(*pixels, respacing=STEPS)
-
     def drawn(name, **change):
         plot_nll(result | change, tmp_path / "plots" / name)
         with Image.open(tmp_path / "plots" / name) as picture:

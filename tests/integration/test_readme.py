@@ -26,7 +26,6 @@ def test_links_lead_to_files():
 
 
 def test_code_spans_name_files_that_exist():
-    """A path in backticks is that of a file, seen from the root or from the page's folder."""
     for page in PAGES:
         for path in re.findall(r"`((?:[a-z_]+/)+[a-z_]+\.(?:py|md|json))`", page.read_text()):
             assert (ROOT / path).exists() or (page.parent / path).exists(), f"{page.name}: {path}"

@@ -1,10 +1,6 @@
 """sample.py and sample_ddp.py: published pictures of published seeds, and sets that any ranks make alike."""
 import argparse
 import json
-import signal
-import subprocess
-import sys
-import time
 
 import numpy as np
 import pytest
@@ -13,12 +9,13 @@ from PIL import Image
 from torchvision.utils import save_image
 
 import models
-from common.errors import ArgumentError
 from diffusion import create_diffusion
-from helpers import ROOT, TINY, call, pixels, random_weights, run_process
+from helpers import TINY, call, raises_argument, run_process
 from networks import build_dit
+from run_files import pixels
 from sampling.load_model import load_model
 from sampling.sample_set import SampleSet
+from tiny_models import random_weights
 
 FEW = ["--num-sampling-steps", 4]
 
@@ -33,7 +30,6 @@ def digits_checkpoint(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def latent_checkpoint(image_folder, vae_folder, tmp_path_factory):
-    """A checkpoint of a model of VAE latents."""
     results = tmp_path_factory.mktemp("latents")
     call("train", "--data-path", image_folder, "--image-size", 32, "--num-classes", 3, "--vae", vae_folder, *TINY,
          "--global-batch-size", 4, "--max-steps", 1, "--num-workers", 0, "--results-dir", results)
@@ -50,7 +46,6 @@ def replace_ema(results):
 
 
 def ema_model(path):
-    """Build the model of a checkpoint with its EMA weights."""
     stored = torch.load(path, weights_only=True)
     model = build_dit(**stored["config"]["model"])
     model.load_state_dict(stored["ema"])
@@ -70,12 +65,12 @@ def published_latents(model, labels, cfg_scale, steps, seed):
 
 
 @pytest.mark.parametrize("cfg_scale", [4.0, 1.0])
-def test_a_seed_gives_the_published_picture(command, latent_checkpoint, vae_folder, tmp_path, cfg_scale):
+def test_a_seed_gives_the_published_picture(run_ok, latent_checkpoint, vae_folder, tmp_path, cfg_scale):
     """Also at guidance 1, where the null half of the batch is not computed but its noise is drawn."""
     from diffusers import AutoencoderKL
-    status, out, _ = command("sample", "--ckpt", latent_checkpoint, "--class-labels", 2, 0, 1, "--seed", 3, *FEW,
-                             "--cfg-scale", cfg_scale, "--columns", 3, "--output", tmp_path / "ours.png")
-    assert status == 0 and "ema weights" in out
+    out = run_ok("sample", "--ckpt", latent_checkpoint, "--class-labels", 2, 0, 1, "--seed", 3, *FEW,
+                 "--cfg-scale", cfg_scale, "--columns", 3, "--output", tmp_path / "ours.png")
+    assert "ema weights" in out
     model, vae = ema_model(latent_checkpoint), AutoencoderKL.from_pretrained(vae_folder)
     with torch.no_grad():
         images = vae.decode(published_latents(model, [2, 0, 1], cfg_scale, 4, 3) / 0.5).sample
@@ -91,10 +86,9 @@ def test_a_checkpoint_needs_no_other_flag(digits_checkpoint, tmp_path):
     assert pixels(tmp_path / "sample.png").shape == (3 * 66 + 2, 4 * 66 + 2, 3)  # ten classes, four a row
 
 
-def test_labels_are_rows_and_the_trajectory_is_an_animation(command, digits_checkpoint, tmp_path):
-    status, *_ = command("sample", "--ckpt", digits_checkpoint, "--class-labels", "7", "1", *FEW,
-                         "--samples-per-label", 3, "--trajectory", "--output", tmp_path / "grid.png")
-    assert status == 0
+def test_labels_are_rows_and_the_trajectory_is_an_animation(run_ok, digits_checkpoint, tmp_path):
+    run_ok("sample", "--ckpt", digits_checkpoint, "--class-labels", "7", "1", *FEW, "--samples-per-label", 3,
+           "--trajectory", "--output", tmp_path / "grid.png")
     grid = pixels(tmp_path / "grid.png")
     assert grid.shape == (2 * 66 + 2, 3 * 66 + 2, 3)
     with Image.open(tmp_path / "grid.gif") as animation:
@@ -103,38 +97,35 @@ def test_labels_are_rows_and_the_trajectory_is_an_animation(command, digits_chec
         assert np.abs(np.asarray(animation.convert("RGB")).astype(int) - grid).mean() < 3
 
 
-def test_samplers_and_guidance_change_the_picture(command, digits_checkpoint, tmp_path):
+def test_samplers_and_guidance_change_the_picture(run_ok, digits_checkpoint, tmp_path):
     variants = {"ddpm": [], "ddim": ["--sampler", "ddim"], "eta": ["--sampler", "ddim", "--eta", 1],
                 "ddim4": ["--num-sampling-steps", "ddim4"], "unguided": ["--cfg-scale", 1], "seed": ["--seed", 1]}
     pictures = {}
     for name, flags in variants.items():
-        status, _, err = command("sample", "--ckpt", digits_checkpoint, *FEW, *flags, "--output", tmp_path / "x.png")
-        assert status == 0, err
+        run_ok("sample", "--ckpt", digits_checkpoint, *FEW, *flags, "--output", tmp_path / "x.png")
         pictures[name] = pixels(tmp_path / "x.png").tobytes()
     assert len(set(pictures.values())) == len(variants)
 
 
-def test_three_of_four_latent_channels_are_guided_by_default(command, latent_checkpoint, tmp_path):
+def test_three_of_four_latent_channels_are_guided_by_default(run_ok, latent_checkpoint, tmp_path):
     pictures = []
     for flags in ([], ["--cfg-channels", 3], ["--cfg-channels", "all"]):
-        command("sample", "--ckpt", latent_checkpoint, *FEW, *flags, "--output", tmp_path / "x.png")
+        run_ok("sample", "--ckpt", latent_checkpoint, *FEW, *flags, "--output", tmp_path / "x.png")
         pictures.append(pixels(tmp_path / "x.png"))
     assert np.array_equal(pictures[0], pictures[1]) and not np.array_equal(pictures[0], pictures[2])
 
 
-def test_bare_weights_and_published_namespaces_are_loaded(command, tmp_path):
-    """As files of other projects have them."""
+def test_bare_weights_and_published_namespaces_are_loaded(run_ok, tmp_path):
     model = random_weights(models.DiT_models["DiT-S/8"](input_size=16, in_channels=3), scale=0.05)
     torch.save(model.state_dict(), tmp_path / "bare.pt")
     args = argparse.Namespace(model="DiT-S/8", image_size=16, num_classes=1000)
     torch.save(dict(ema=model.state_dict(), model={}, opt={}, args=args), tmp_path / "published.pt")
     say = ["--vae", "none", "--num-sampling-steps", 2, "--class-labels", "golden retriever", 88]
-    status, out, err = command("sample", "--ckpt", tmp_path / "bare.pt", "--model", "DiT-S/8", "--image-size", 16, *say,
-                               "--output", tmp_path / "bare.png")
-    assert status == 0 and "bare weights" in out, err
-    status, out, err = command("sample", "--ckpt", tmp_path / "published.pt", *say,
-                               "--output", tmp_path / "published.png")
-    assert status == 0 and "ema weights" in out, err
+    out = run_ok("sample", "--ckpt", tmp_path / "bare.pt", "--model", "DiT-S/8", "--image-size", 16, *say,
+                 "--output", tmp_path / "bare.png")
+    assert "bare weights" in out
+    out = run_ok("sample", "--ckpt", tmp_path / "published.pt", *say, "--output", tmp_path / "published.png")
+    assert "ema weights" in out
     assert np.array_equal(pixels(tmp_path / "bare.png"), pixels(tmp_path / "published.png"))
 
 
@@ -160,82 +151,57 @@ def test_a_set_does_not_depend_on_processes_or_batch_size(children, digits_check
         assert difference.max() <= (0 if other == "two" else 1) and (difference > 0).mean() < 0.01
 
 
-def test_a_larger_set_begins_with_the_smaller_one(command, digits_checkpoint, tmp_path):
-    """No image is made twice: the second call makes five, and the PNG files hold the images of the set."""
+def test_a_larger_set_begins_with_the_smaller_one(run_ok, digits_checkpoint, tmp_path):
     flags = ["--ckpt", digits_checkpoint, "--per-proc-batch-size", 5, "--sample-dir", tmp_path, *FEW]
-    command("sample_ddp", *flags, "--num-fid-samples", 5)
+    run_ok("sample_ddp", *flags, "--num-fid-samples", 5)
     _, first, _ = sample_set(tmp_path)
-    status, out, _ = command("sample_ddp", *flags, "--num-fid-samples", 10, "--png")
-    assert status == 0 and "5 of 10 samples are there" in out
+    assert "5 of 10 samples are there" in run_ok("sample_ddp", *flags, "--num-fid-samples", 10, "--png")
     _, images, labels = sample_set(tmp_path)
     assert len(labels) == 10 and (images[:5] == first).all()
     pngs = sorted(tmp_path.glob("*/*.png"))
     assert [path.name for path in pngs] == [f"{i:06d}.png" for i in range(10)]
     assert all((pixels(path) == image).all() for path, image in zip(pngs, images))
-    status, out, _ = command("sample_ddp", *flags, "--num-fid-samples", 7)
-    assert status == 0 and "holds 10 images" in out and "first 7" in out
+    out = run_ok("sample_ddp", *flags, "--num-fid-samples", 7)
+    assert "holds 10 images" in out and "first 7" in out
 
 
-def test_a_killed_run_continues_where_it_stopped(command, digits_checkpoint, tmp_path):
-    """After SIGKILL the rest is made, and the set is that of an undisturbed run."""
-    flags = ["--ckpt", str(digits_checkpoint), "--num-fid-samples", "40", "--per-proc-batch-size", "4",
-             "--num-sampling-steps", "100"]
-    victim = subprocess.Popen([sys.executable, ROOT / "sample_ddp.py", *flags, "--sample-dir", tmp_path / "cut"],
-                              stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.time() + 300
-    while len(list(tmp_path.glob("cut/*/parts/*.npz"))) < 3 and time.time() < deadline and victim.poll() is None:
-        time.sleep(0.02)
-    victim.send_signal(signal.SIGKILL)
-    victim.wait()
-    assert 3 <= len(list(tmp_path.glob("cut/*/parts/*.npz"))) < 10 and not list(tmp_path.glob("cut/*.npz"))
-    status, out, _ = command("sample_ddp", *flags, "--sample-dir", tmp_path / "cut")
-    assert status == 0 and "0 of 40 samples" not in out
-    command("sample_ddp", *flags, "--sample-dir", tmp_path / "straight")
-    for ours, want in zip(sample_set(tmp_path / "cut"), sample_set(tmp_path / "straight")):
-        assert np.array_equal(ours, want)
-    assert not list(tmp_path.glob("cut/*/parts"))
-
-
-def test_a_run_killed_before_its_npz_was_written_only_assembles_it(command, digits_checkpoint, tmp_path, monkeypatch):
+def test_a_run_killed_before_its_npz_only_assembles_it(command, run_ok, digits_checkpoint, tmp_path, monkeypatch):
     flags = ["--ckpt", digits_checkpoint, "--num-fid-samples", 6, "--per-proc-batch-size", 4, *FEW,
              "--sample-dir", tmp_path]
     with monkeypatch.context() as patch:
         patch.setattr(SampleSet, "assemble", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         assert command("sample_ddp", *flags)[0] == 130
     assert len(list(tmp_path.glob("*/parts/*.npz"))) == 2 and not list(tmp_path.glob("*.npz"))
-    status, out, _ = command("sample_ddp", *flags)
-    assert status == 0 and "6 of 6 samples are there" in out
+    assert "6 of 6 samples are there" in run_ok("sample_ddp", *flags)
     assert len(sample_set(tmp_path)[1]) == 6 and not list(tmp_path.glob("*/parts"))
 
 
-def test_classes_without_images_are_not_sampled(command, image_folder, tmp_path):
+def test_classes_without_images_are_not_sampled(run_ok, run_error, image_folder, tmp_path):
     """The published default of 1000 classes, trained on a folder of three."""
     flags = ["--data-path", image_folder, "--image-size", 8, "--vae", "none", *TINY, "--global-batch-size", 8,
              "--num-workers", 0, "--max-steps", 1, "--results-dir", tmp_path]
-    assert command("train", *flags)[0] == 0
+    run_ok("train", *flags)
     checkpoint = tmp_path / "000-DiT-S-2" / "checkpoints" / "0000001.pt"
-    command("sample_ddp", "--ckpt", checkpoint, "--num-fid-samples", 20, *FEW, "--sample-dir", tmp_path)
+    run_ok("sample_ddp", "--ckpt", checkpoint, "--num-fid-samples", 20, *FEW, "--sample-dir", tmp_path)
     assert set(sample_set(tmp_path)[2]) == {0, 1, 2}
-    status, _, err = command("sample", "--ckpt", checkpoint, *FEW, "--class-labels", 3, "--output", tmp_path / "x.png")
-    assert status == 2 and "--class-labels 3" in err and "0 .. 2" in err
-    status, _, err = command("sample", "--ckpt", checkpoint, *FEW, "--class-labels", "bee",
-                             "--output", tmp_path / "x.png")
-    assert status == 0, err
+    err = run_error("sample", "--ckpt", checkpoint, *FEW, "--class-labels", 3, "--output", tmp_path / "x.png")
+    assert "--class-labels 3" in err and "0 .. 2" in err
+    run_ok("sample", "--ckpt", checkpoint, *FEW, "--class-labels", "bee", "--output", tmp_path / "x.png")
 
 
-def test_a_picture_holds_the_metadata_of_its_sampling(command, digits_checkpoint, tmp_path):
-    command("sample", "--ckpt", digits_checkpoint, *FEW, "--seed", 5, "--cfg-scale", 2, "--output", tmp_path / "x.png")
+def test_a_picture_holds_the_metadata_of_its_sampling(run_ok, digits_checkpoint, tmp_path):
+    run_ok("sample", "--ckpt", digits_checkpoint, *FEW, "--seed", 5, "--cfg-scale", 2, "--output", tmp_path / "x.png")
     with Image.open(tmp_path / "x.png") as picture:
         record = json.loads(picture.text["DiT"])
     assert record["seed"] == 5 and record["cfg_scale"] == 2 and record["cfg_channels"] == 1 and record["steps"] == 4
 
 
-def test_the_name_of_a_set_holds_what_changes_its_images(command, digits_checkpoint, tmp_path):
+def test_the_name_of_a_set_holds_what_changes_its_images(run_ok, digits_checkpoint, tmp_path):
     base = ["--ckpt", digits_checkpoint, "--num-fid-samples", 1, "--sample-dir", tmp_path, "--num-sampling-steps", 2]
     variants = [[], ["--cfg-scale", 2], ["--global-seed", 1], ["--sampler", "ddim"], ["--num-sampling-steps", 3],
                 ["--sampler", "ddim", "--eta", 0.5], ["--no-tf32"]]
     for flags in variants:
-        assert command("sample_ddp", *base, *flags)[0] == 0
+        run_ok("sample_ddp", *base, *flags)
     assert len(list(tmp_path.glob("*.npz"))) == len(variants)
 
 
@@ -250,16 +216,14 @@ def averages_checkpoint(digits_checkpoint, tmp_path_factory):
     return path
 
 
-def test_one_of_several_averages_is_chosen_by_its_decay(command, digits_checkpoint, averages_checkpoint, tmp_path):
-    """The first by default, under the name that a set of a single average has; each set records its decay."""
+def test_one_of_several_averages_is_chosen_by_its_decay(run_ok, digits_checkpoint, averages_checkpoint, tmp_path):
     few = ["--num-fid-samples", 2, *FEW, "--sample-dir"]
-    assert command("sample_ddp", "--ckpt", digits_checkpoint, *few, tmp_path / "single")[0] == 0
+    run_ok("sample_ddp", "--ckpt", digits_checkpoint, *few, tmp_path / "single")
     expected = sample_set(tmp_path / "single")
     names = []
     for folder, flags, decay in (("default", [], 0.9999), ("first", ["--ema-decay", 0.9999], 0.9999),
                                  ("other", ["--ema-decay", 0.999], 0.999)):
-        status, _, err = command("sample_ddp", "--ckpt", averages_checkpoint, *flags, *few, tmp_path / folder)
-        assert status == 0, err
+        run_ok("sample_ddp", "--ckpt", averages_checkpoint, *flags, *few, tmp_path / folder)
         name, images, _ = sample_set(tmp_path / folder)
         names.append(name)
         assert np.array_equal(images, expected[1]) == (decay == 0.9999)
@@ -272,6 +236,5 @@ def test_a_decay_without_an_average_is_an_error_that_lists_the_others(digits_che
     torch.save(ema_model(digits_checkpoint).state_dict(), tmp_path / "bare.pt")
     for path, averages in ((averages_checkpoint, "0.9999, 0.999"), (digits_checkpoint, "0.9999"),
                            (tmp_path / "bare.pt", "none")):
-        with pytest.raises(ArgumentError, match=f"it has {averages}") as caught:
+        with raises_argument(f"it has {averages}", ema_decay=0.5):
             load_model(str(path), "DiT-S/2", 8, 10, "none", set(), "cpu", ema_decay=0.5)
-        assert caught.value.arguments == dict(ema_decay=0.5)

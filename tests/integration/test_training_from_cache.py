@@ -9,7 +9,8 @@ from PIL import Image
 
 from autoencoder.vae import VAE, CachedLatents
 from data.image_folder import ImageFolderDataset
-from helpers import TINY, call, largest_difference, losses, picture, trained, write_images
+from helpers import TINY, call
+from run_files import picture, stored, write_images
 from training.train_step import TrainStep
 
 FLAGS = ["--num-classes", 3, *TINY, "--global-batch-size", 8, "--log-every", 1, "--num-workers", 0]
@@ -78,15 +79,11 @@ def record(command, monkeypatch, tmp_path):
     return run
 
 
-ROUNDING = {"fp32": 2**-20, "fp16": 2**-10, "bf16": 2**-7}
-
-
 def test_cached_training_sees_what_training_from_images_sees(record, images, vae, cache):
-    """The same flips, posterior samples and labels; the same losses. Over three epochs and a half."""
     dtype, folder = cache
     want = record("--data-path", images, "--image-size", 32, "--vae", vae, "--max-steps", 17, results="images")
     got = record("--features-path", folder, "--max-steps", 17, results="cache")
-    tolerance = ROUNDING[dtype]
+    tolerance = {"fp32": 2**-20, "fp16": 2**-10, "bf16": 2**-7}[dtype]
     assert want[0].std() > 0.5 and want[0].shape == (17, 8, 4, 8, 8)
     torch.testing.assert_close(got[0], want[0], rtol=tolerance, atol=2 * tolerance)
     assert torch.equal(got[1], want[1])
@@ -111,7 +108,6 @@ def test_cache_on_the_device_gives_the_same_run(record, cache):
 
 
 def test_corrupt_images_are_replaced_alike(record, images, vae, tmp_path):
-    """With --max-bad-images, either way of training takes the same other image."""
     shutil.copytree(images, tmp_path / "spoilt")
     names = ImageFolderDataset(images, 32).paths
     for index in (3, 4, 44):
@@ -127,38 +123,17 @@ def test_corrupt_images_are_replaced_alike(record, images, vae, tmp_path):
     assert 0 < len(listed) == want[3].count("WARNING: skipped the image")
 
 
-def test_resumed_run_equals_the_undisturbed_one(command, cache, tmp_path):
-    """In the middle of an epoch, with workers: bit for bit the undisturbed run."""
-    flags = ["--features-path", cache[1], *FLAGS, "--ckpt-every", 3, "--num-workers", 1]
-    command("train", *flags, "--max-steps", 8, "--results-dir", tmp_path / "straight")
-    command("train", *flags, "--max-steps", 3, "--results-dir", tmp_path / "cut")
-    status, out, _ = command("train", *flags, "--max-steps", 8, "--results-dir", tmp_path / "cut", "--resume", "auto")
-    assert status == 0 and "at step 3" in out
-    assert losses(tmp_path / "straight") == losses(tmp_path / "cut")
-    assert largest_difference(trained(tmp_path / "straight", 8), trained(tmp_path / "cut", 8)) == 0
-
-
-def test_two_processes_have_the_losses_of_one(children, vae, images, tmp_path):
-    make_cache(images, vae, tmp_path / "cache")
-    flags = ["--features-path", tmp_path / "cache", *FLAGS, "--max-steps", 4]
-    children.run("train", *flags, "--results-dir", tmp_path / "one")
-    children.run("train", *flags, "--num-workers", 1, "--results-dir", tmp_path / "two", processes=2)
-    assert losses(tmp_path / "one") == pytest.approx(losses(tmp_path / "two"), abs=1.1e-4)
-
-
-def test_checkpoint_of_a_cached_run_knows_its_vae(command, cache, vae, images, tmp_path, monkeypatch):
-    """Sampling needs no other flag, and grids are drawn during training."""
-    status, out, err = command("train", "--features-path", cache[1], *FLAGS, "--max-steps", 1, "--sample-every", 1,
-                               "--results-dir", tmp_path)
-    assert status == 0, err
+def test_checkpoint_of_a_cached_run_knows_its_vae(run_ok, cache, vae, images, tmp_path, monkeypatch):
+    run_ok("train", "--features-path", cache[1], *FLAGS, "--max-steps", 1, "--sample-every", 1,
+           "--results-dir", tmp_path)
     (grid,) = tmp_path.glob("*/samples/0000001.png")
     assert Image.open(grid).size[0] > 128
-    stored = trained(tmp_path, 1)
-    assert stored["args"]["vae"] == str(vae) and stored["args"]["image_size"] == 32
-    assert stored["config"]["class_names"] == ["a", "b", "c"] and stored["config"]["image_channels"] == 3
+    checkpoint = stored(tmp_path, 1)
+    assert checkpoint["args"]["vae"] == str(vae) and checkpoint["args"]["image_size"] == 32
+    assert checkpoint["config"]["class_names"] == ["a", "b", "c"] and checkpoint["config"]["image_channels"] == 3
     monkeypatch.chdir(tmp_path)
-    status, out, err = command("sample", "--ckpt", next(tmp_path.glob("*/checkpoints/*.pt")), "--num-sampling-steps", 2)
-    assert status == 0 and f"VAE {vae}" in out, err
+    out = run_ok("sample", "--ckpt", next(tmp_path.glob("*/checkpoints/*.pt")), "--num-sampling-steps", 2)
+    assert f"VAE {vae}" in out
     assert Image.open("sample.png").size[0] > 32
 
 
@@ -169,20 +144,17 @@ def test_checkpoint_of_a_cached_run_knows_its_vae(command, cache, vae, images, t
     (["--global-batch-size", "100"], "--global-batch-size 100: {cache} has 45 images"),
     (["--data-path", "digits"], "--data-path: not allowed with argument --features-path"),
 ])
-def test_flags_that_contradict_the_cache_are_refused(command, cache, vae, tmp_path, flags, sentence):
-    status, _, err = command("train", "--features-path", cache[1], *FLAGS, *flags,
-                             "--results-dir", tmp_path / "results")
-    assert status == 2 and sentence.format(cache=cache[1], vae=vae) in err, err
+def test_flags_that_contradict_the_cache_are_refused(run_error, cache, vae, tmp_path, flags, sentence):
+    err = run_error("train", "--features-path", cache[1], *FLAGS, *flags, "--results-dir", tmp_path / "results")
+    assert sentence.format(cache=cache[1], vae=vae) in err
     assert not (tmp_path / "results").exists()
 
 
-def test_flips_need_mirror_images_in_the_cache(command, images, vae, tmp_path):
+def test_flips_need_mirror_images_in_the_cache(run_ok, run_error, images, vae, tmp_path):
     make_cache(images, vae, tmp_path / "cache", "--no-flip")
     flags = ["--features-path", tmp_path / "cache", *FLAGS, "--max-steps", 1, "--results-dir", tmp_path / "results"]
-    status, _, err = command("train", *flags, "--flip")
-    assert status == 2 and "made without mirror images" in err
-    status, out, _ = command("train", *flags)
-    assert status == 0 and "flip=False" in out
+    assert "made without mirror images" in run_error("train", *flags, "--flip")
+    assert "flip=False" in run_ok("train", *flags)
 
 
 @pytest.mark.parametrize("scale, shift, warning", [
@@ -191,7 +163,6 @@ def test_flips_need_mirror_images_in_the_cache(command, images, vae, tmp_path):
     (2.0, 9.0, "mean of .* shift_factor 9"),
 ])
 def test_wrong_scale_or_shift_gives_a_warning_at_the_start(record, images, vae, tmp_path, scale, shift, warning):
-    """From images and from a cache."""
     from diffusers import AutoencoderKL
     model = AutoencoderKL.from_pretrained(vae)
     model.register_to_config(scaling_factor=scale, shift_factor=shift)

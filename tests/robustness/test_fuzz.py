@@ -15,13 +15,14 @@ from hypothesis import strategies as st
 import networks
 from common.checkpoint_io import load_checkpoint, save_checkpoint, select_weights, verify_checkpoint
 from common.cli import parse_args
-from common.errors import ArgumentError, UserError
+from common.errors import UserError
 from common.files import read_npz_array
 from data.latent_cache.manifest import read_manifest, write_manifest
 from data.latent_cache.reader import LatentCache, verify
 from diffusion import create_diffusion
 from diffusion.timestep_sampler import create_named_schedule_sampler
-from helpers import DIGITS, TINY, call, stored
+from helpers import DIGITS, TINY, call, raises_argument
+from run_files import stored
 from training.checkpoint_manager import CheckpointManager
 from training.ema import EMA
 from training.nan_guard import NonFiniteGuard
@@ -70,8 +71,6 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("fuzz")
 
 
-# ---------------------------------------------------------------- checkpoints
-
 WEIGHTS = dict(model={"w": torch.arange(40.0)}, ema={"w": torch.ones(3)}, step=7, args=dict(model="DiT-S/2", lr=0.1))
 
 
@@ -80,7 +79,6 @@ WEIGHTS = dict(model={"w": torch.arange(40.0)}, ema={"w": torch.ones(3)}, step=7
 @given(mutate=mutations())
 @examples(200)
 def test_damaged_checkpoints_are_refused_or_intact(folder, is_zip, mutate):
-    """What passes its checksums and loads is what was saved."""
     torch.save(WEIGHTS, folder / "intact.pt", _use_new_zipfile_serialization=is_zip)
     path = folder / "damaged.pt"
     path.write_bytes(mutate((folder / "intact.pt").read_bytes()))
@@ -97,7 +95,6 @@ def test_damaged_checkpoints_are_refused_or_intact(folder, is_zip, mutate):
 
 @pytest.fixture(scope="module")
 def checkpoint(folder):
-    """A training state after two steps of a real run."""
     call("train", *DIGITS, "--schedule-sampler", "loss-second-moment", "--max-steps", 2, "--results-dir", folder)
     return stored(folder, 2)
 
@@ -113,14 +110,12 @@ class Run:
         self.args, self.config = dict(checkpoint["args"]), checkpoint["config"]
 
     def restore(self, path):
-        """Restore as train.py does with --allow-config-change."""
         manager = CheckpointManager(os.path.dirname(path), {}, model=ModelState(self.model),
                                     ema=ModelState(self.ema.model), opt=OptimizerState(self.optimizer, self.model),
                                     schedule_sampler=self.sampler, guard=self.guard)
         return manager.restore(path, lambda stored: find_config_changes(stored, self.args, self.config))
 
     def step(self):
-        """Take an optimizer step, and all that follows it."""
         for weight in self.model.parameters():
             weight.grad = torch.ones_like(weight)
         self.guard.check(0, torch.tensor(1.0), torch.tensor(1.0), torch.ones(4))
@@ -165,7 +160,6 @@ tensors = st.sampled_from([torch.zeros(3), torch.zeros(2, 2, dtype=torch.long), 
 @given(data=st.data())
 @examples(150)
 def test_odd_training_states_are_refused_or_can_be_trained(folder, checkpoint, data):
-    """Intact files in which a value is another one, or missing."""
     place = data.draw(st.sampled_from(sorted(key_paths(checkpoint), key=str)))
     change = data.draw(st.just(remove) | st.builds(replace_by, values | tensors))
     path = str(folder / "changed.pt")
@@ -201,12 +195,10 @@ REFUSED = {
 
 @pytest.mark.parametrize("place, value", REFUSED.values(), ids=REFUSED)
 def test_training_states_that_cannot_be_resumed_are_refused(folder, checkpoint, place, value):
-    """The error names the flag and the file."""
     path = str(folder / "refused.pt")
     save_checkpoint(path, changed(checkpoint, place, replace_by(value)))
-    with pytest.raises(ArgumentError) as caught:
+    with raises_argument(resume=path):
         Run(checkpoint).restore(path)
-    assert caught.value.arguments == dict(resume=path)
 
 
 def test_control_an_unchanged_training_state_is_restored(folder, checkpoint):
@@ -218,8 +210,6 @@ def test_control_an_unchanged_training_state_is_restored(folder, checkpoint):
     save_checkpoint(path, fresh)
     assert Run(checkpoint).restore(path) == 2
 
-
-# ---------------------------------------------------------------- sample sets, latent caches
 
 @given(mutate=mutations())
 @examples(200)
@@ -258,7 +248,6 @@ def read_all(path):
 @given(mutate=mutations())
 @examples(100)
 def test_verification_finds_damage_to_a_latent_cache(cache, cache_copy, name, mutate):
-    """Reading a damaged file raises nothing but a `UserError`."""
     intact = (cache / name).read_bytes()
     damaged = mutate(intact)
     (cache_copy / name).write_bytes(damaged)
@@ -282,7 +271,6 @@ def is_equal_json(one, two):
 @given(data=st.data())
 @examples(150)
 def test_hostile_manifests_are_refused_or_read(cache, cache_copy, data):
-    """With a valid checksum, any value in any place."""
     manifest = read_manifest(str(cache))
     name = data.draw(st.sampled_from(sorted(manifest)))
     if isinstance(manifest[name], dict) and data.draw(st.booleans()):
@@ -298,13 +286,10 @@ def test_hostile_manifests_are_refused_or_read(cache, cache_copy, data):
             use(cache_copy)
 
 
-# ---------------------------------------------------------------- flags
-
 @pytest.mark.parametrize("name", ["train", "sample", "sample_ddp", "extract_features", "download"])
 @given(data=st.data())
 @examples(150)
 def test_any_text_as_a_flag_is_parsed_or_refused(name, data):
-    """argparse reports the error and exits with status 2."""
     parser = importlib.import_module(name).build_parser()
     flags = sorted(option for action in parser._actions for option in action.option_strings if option.startswith("--"))
     text = st.text(max_size=12) | st.sampled_from(["nan", "inf", "-inf", "1e999", "-1", "0", str(2**70), "ddim",
@@ -330,7 +315,6 @@ FIXED = ["--data-path", "--features-path", "--results-dir", "--num-workers", "--
 @given(data=st.data())
 @examples(60)
 def test_runs_with_any_flags_train_or_are_refused(folder, data):
-    """train.py from start to end, with up to three flags of any value."""
     import train
     from training.cli import build_parser
     value_flags = sorted(flag for action in build_parser()._actions for flag in action.option_strings

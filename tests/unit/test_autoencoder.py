@@ -21,7 +21,6 @@ def _offline(monkeypatch):
 
 
 def saved_vae(folder, **config):
-    """A small VAE of random weights, as a directory."""
     from diffusers import AutoencoderKL
     torch.manual_seed(0)
     levels = config.pop("levels", 2)
@@ -122,7 +121,6 @@ def test_identity_autoencoder_passes_pixels(channels):
 
 
 def test_cached_moments_give_the_latents_of_the_images(case):
-    """Exactly in float32, up to rounding in half precision."""
     autoencoder, _ = case
     images = torch.rand(2, 3, 16, 16) * 2 - 1
     noise = torch.randn(2, autoencoder.channels, 16 // autoencoder.stride, 16 // autoencoder.stride)
@@ -151,8 +149,6 @@ def test_encoder_hash_depends_on_what_latents_depend_on(tmp_path):
     bare = load_autoencoder(saved_vae(tmp_path / "bare", use_quant_conv=False, use_post_quant_conv=False))
     assert bare.encoder_sha256 not in names and bare.moments(torch.zeros(1, 3, 8, 8)).shape == (1, 8, 4, 4)
 
-
-# ---------------------------------------------------------------- checks at the start
 
 class LinearVAE(torch.nn.Module):
     """An `AutoencoderKL` that restores every image, with latents of a chosen standard deviation."""
@@ -215,7 +211,6 @@ def test_image_size_must_be_a_multiple_of_the_stride(tmp_path):
 def test_hub_names_may_end_in_a_folder(monkeypatch):
     from diffusers import AutoencoderKL
     requested = []
-
     def from_pretrained(name, subfolder=None):
         requested.append((name, subfolder))
         return AutoencoderKL(norm_num_groups=4, block_out_channels=(4,))

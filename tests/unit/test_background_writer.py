@@ -9,7 +9,6 @@ from common.files import BackgroundWriter
 
 def test_tasks_run_in_order_one_at_a_time_off_the_main_thread():
     done, running = [], threading.Semaphore(1)
-
     def task(i):
         assert running.acquire(blocking=False)
         time.sleep(0.01)
@@ -23,7 +22,6 @@ def test_tasks_run_in_order_one_at_a_time_off_the_main_thread():
 
 
 def test_an_error_of_a_task_is_raised_by_the_next_call_or_the_end():
-    """Where the next is handed over, or at the end; an error of the block itself comes first."""
     def fail():
         raise OSError("disk full")
 

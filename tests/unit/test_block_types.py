@@ -8,24 +8,12 @@ import torch
 
 from common.checkpoint_io import save_checkpoint
 from common.compute import ComputeConfig
-from helpers import (
-    DIGITS,
-    MODEL_SIZES,
-    TINY_MODEL,
-    Recompilations,
-    differences,
-    giga_multiply_adds,
-    inputs,
-    pixels,
-    random_model,
-    random_weights,
-    reference_attention,
-    reference_mlp,
-    stored,
-)
+from helpers import DIGITS, Recompilations
 from models import DiT, DiT_models
 from networks import CONDITIONINGS, build_dit, infer_conditioning, model_config
+from run_files import differences, pixels, stored
 from sampling.load_model import load_model
+from tiny_models import MODEL_SIZES, TINY_MODEL, count_gmacs, inputs, random_model, reference_attention, reference_mlp
 
 OTHERS = [name for name in CONDITIONINGS if name != "adaln-zero"]
 # XL/2 in the paper (table 4, figure 5): parameters in 1e6, multiply-adds in 1e9, of which 0.02 are not counted here.
@@ -35,13 +23,6 @@ PAPER = {"in-context": (449, 119.37), "cross-attention": (598, 137.62), "adaln":
 INITIAL_WEIGHTS = {"adaln-zero": "57dcd8f8929286e2", "adaln": "ac90a09fe96a3ec4", "in-context": "2bd15803e619f604",
                    "cross-attention": "1ff90e00f57ac2d9", "adaln-single": "6de76d4174eef26f"}
 
-
-@pytest.fixture(autouse=True)
-def _seed():
-    torch.manual_seed(0)
-
-
-# ---------------------------------------------------------------- sizes
 
 def expected_parameters(conditioning, depth, d, patch):
     """In closed form. A linear from a to b has ab + b."""
@@ -86,7 +67,7 @@ def test_parameters_and_multiply_adds_follow_the_formulas(name, conditioning, mo
     model = meta_model(name, conditioning=conditioning)
     assert sum(weight.numel() for weight in model.parameters() if weight.requires_grad) == want
     for latent in (32, 64):
-        one, two = (giga_multiply_adds(meta_model(name, conditioning=conditioning, input_size=latent, depth=count))
+        one, two = (count_gmacs(meta_model(name, conditioning=conditioning, input_size=latent, depth=count))
                     for count in (1, 2))
         want = expected_multiply_adds(conditioning, depth, width, patch, latent) / 1e9
         assert one + (depth - 1) * (two - one) == pytest.approx(want, rel=1e-9)
@@ -97,12 +78,10 @@ def test_full_xl_2_has_the_figures_of_the_paper(conditioning):
     parameters, multiply_adds = PAPER[conditioning]
     model = meta_model("DiT-XL/2", conditioning=conditioning)
     assert round(sum(weight.numel() for weight in model.parameters() if weight.requires_grad) / 1e6) == parameters
-    counted = giga_multiply_adds(model)
+    counted = count_gmacs(model)
     assert counted == pytest.approx(expected_multiply_adds(conditioning, 28, 1152, 2, 32) / 1e9, rel=1e-9)
     assert 0 < multiply_adds - counted < 0.025
 
-
-# ---------------------------------------------------------------- initial weights
 
 @pytest.mark.parametrize("conditioning", CONDITIONINGS)
 def test_initial_weights_are_frozen(conditioning):
@@ -135,8 +114,6 @@ def test_tables_of_adaln_single_start_as_in_pixart_with_closed_gates():
     for table in (block[[0, 1, 3, 4]], last):
         assert table.std().item() == pytest.approx(1 / 32, rel=0.1)
 
-
-# ---------------------------------------------------------------- equations
 
 def normal(x):
     centered = x - x.mean(-1, keepdim=True)
@@ -190,7 +167,6 @@ def test_the_model_follows_the_equations(conditioning):
 
 @pytest.mark.parametrize("conditioning", OTHERS)
 def test_gradients_kernels_and_guidance_do_not_depend_on_the_block_type(conditioning):
-    """Gradients reach every weight, with and without activation checkpointing."""
     model = random_model(depth=2, conditioning=conditioning)
     x, t, y = inputs(model, n=4)
     out = model(x, t, y)
@@ -216,8 +192,6 @@ def test_unknown_names_are_refused():
         build_dit("DiT-M/2")
 
 
-# ---------------------------------------------------------------- building and storing
-
 @pytest.mark.parametrize("conditioning", CONDITIONINGS)
 def test_a_stored_configuration_builds_the_same_architecture(conditioning):
     model = build_dit(**TINY_MODEL | dict(input_size=(4, 6), learn_sigma=False), conditioning=conditioning)
@@ -240,23 +214,19 @@ def test_weights_of_an_unknown_block_type_count_as_adaln_zero():
     assert infer_conditioning({"x_embedder.proj.weight": torch.zeros(16, 4, 2, 2)}) == "adaln-zero"
 
 
-# ---------------------------------------------------------------- from training to samples
-
 @pytest.mark.parametrize("conditioning", OTHERS)
-def test_a_resumed_run_is_bit_equal_and_its_checkpoint_samples(command, tmp_path, conditioning):
+def test_a_resumed_run_is_bit_equal_and_its_checkpoint_samples(run_ok, tmp_path, conditioning):
     flags = [*DIGITS, "--conditioning", conditioning, "--lr", 1e-2, "--ema-decay", 0.5]
     for name, steps, more in (("straight", 6, []), ("cut", 3, []), ("cut", 6, ["--resume", "auto"])):
-        status, _, err = command("train", *flags, "--max-steps", steps, *more, "--results-dir", tmp_path / name)
-        assert status == 0, err
+        run_ok("train", *flags, "--max-steps", steps, *more, "--results-dir", tmp_path / name)
     straight = stored(tmp_path / "straight", 6)
     assert differences(straight, stored(tmp_path / "cut", 6)) == []
     assert straight["config"]["model"]["conditioning"] == straight["args"]["conditioning"] == conditioning
-
-    straight["ema"] = random_weights(build_dit(**straight["config"]["model"])).state_dict()
+    straight["ema"] = random_model(**straight["config"]["model"]).state_dict()
     torch.save(straight, tmp_path / "x.pt")
-    status, out, err = command("sample", "--ckpt", tmp_path / "x.pt", "--num-sampling-steps", "ddim3", "--cfg-scale",
-                               3, "--output", tmp_path / "x.png")
-    assert status == 0 and f", {conditioning} blocks" in out and pixels(tmp_path / "x.png").std() > 1, err
+    out = run_ok("sample", "--ckpt", tmp_path / "x.pt", "--num-sampling-steps", "ddim3", "--cfg-scale", 3,
+                 "--output", tmp_path / "x.png")
+    assert f", {conditioning} blocks" in out and pixels(tmp_path / "x.png").std() > 1
 
 
 @pytest.mark.parametrize("conditioning", CONDITIONINGS)
@@ -269,20 +239,19 @@ def test_block_type_of_bare_weights_is_inferred(tmp_path, monkeypatch, condition
     assert model_config(loaded.model) == model_config(model) and loaded.metadata()["conditioning"] == conditioning
 
 
-def test_a_checkpoint_without_a_block_type_is_adaln_zero(command, tmp_path):
-    """It samples and resumes, but not as another type."""
+def test_a_checkpoint_without_a_block_type_is_adaln_zero(run_ok, run_error, tmp_path):
     flags = [*DIGITS, "--results-dir", tmp_path]
-    command("train", *flags, "--max-steps", 1)
+    run_ok("train", *flags, "--max-steps", 1)
     old, path = stored(tmp_path, 1), str(next(tmp_path.glob("*/checkpoints/0000001.pt")))
     del old["config"]["model"]["conditioning"], old["args"]["conditioning"]
     save_checkpoint(path, old)
     again = [*flags, "--max-steps", 2, "--resume", "auto"]
-    status, _, err = command("train", *again, "--conditioning", "in-context", "--override")
-    assert status == 2 and "of another model (conditioning=adaln-zero; the flags give conditioning=in-context)" in err
-    status, out, err = command("sample", "--ckpt", path, "--num-sampling-steps", 2, "--output", tmp_path / "x.png")
-    assert status == 0 and ", adaln-zero blocks" in out and pixels(tmp_path / "x.png").any(), err
-    status, _, err = command("train", *again)
-    assert status == 0 and stored(tmp_path, 2)["config"]["model"]["conditioning"] == "adaln-zero", err
+    err = run_error("train", *again, "--conditioning", "in-context", "--override")
+    assert "of another model (conditioning=adaln-zero; the flags give conditioning=in-context)" in err
+    out = run_ok("sample", "--ckpt", path, "--num-sampling-steps", 2, "--output", tmp_path / "x.png")
+    assert ", adaln-zero blocks" in out and pixels(tmp_path / "x.png").any()
+    run_ok("train", *again)
+    assert stored(tmp_path, 2)["config"]["model"]["conditioning"] == "adaln-zero"
 
 
 @pytest.mark.parametrize("conditioning", OTHERS)

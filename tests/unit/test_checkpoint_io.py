@@ -9,6 +9,7 @@ from torch import nn
 
 from common.checkpoint_io import latest_checkpoint, load_checkpoint, load_weights, save_checkpoint, select_weights
 from common.errors import UserError
+from run_files import Payload
 
 
 def fails_half_way(error):
@@ -17,8 +18,6 @@ def fails_half_way(error):
         raise error
     return save
 
-
-# ---------------------------------------------------------------- writing
 
 @pytest.mark.parametrize("error", [RuntimeError("disk full"), OSError(28, "No space left on device")])
 def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch, error):
@@ -33,7 +32,6 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch, error):
 
 
 def test_an_interrupted_save_cannot_be_taken_for_a_checkpoint(tmp_path, monkeypatch):
-    """Ctrl-C while writing: no file with the name of a checkpoint is left."""
     monkeypatch.setattr(torch, "save", fails_half_way(KeyboardInterrupt()))
     with pytest.raises(KeyboardInterrupt):
         save_checkpoint(str(tmp_path / "checkpoints" / "0000001.pt"), dict(step=1))
@@ -54,8 +52,6 @@ def test_a_folder_that_cannot_be_made_is_an_error(tmp_path):
         save_checkpoint(str(tmp_path / "file" / "0000001.pt"), {})
 
 
-# ---------------------------------------------------------------- reading
-
 def test_tensors_and_plain_values_are_loaded(tmp_path):
     path = str(tmp_path / "x.pt")
     state = dict(model={"w": torch.arange(3.0)}, step=7, args=dict(lr=1e-4, names=["a", None], on=True))
@@ -75,16 +71,6 @@ def test_safetensors_are_loaded(tmp_path):
     path = str(tmp_path / "x.safetensors")
     save_file({"w": torch.arange(3.0)}, path)
     assert torch.equal(load_checkpoint(path)["w"], torch.arange(3.0))
-
-
-class Payload:
-    """Object that creates a file if it is unpickled."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.system, (f"touch '{self.path}'",)
 
 
 @pytest.mark.parametrize("wrap", [lambda payload: payload, lambda payload: dict(model={}, args=payload),
@@ -119,8 +105,6 @@ def test_a_missing_file_and_a_folder_are_errors(tmp_path):
             load_checkpoint(str(path))
 
 
-# ---------------------------------------------------------------- which weights
-
 ONE, TWO = {"w": torch.ones(1)}, {"w": torch.zeros(1)}
 
 
@@ -133,10 +117,8 @@ def test_ema_comes_before_model_before_bare_weights(stored, expected):
 
 
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
-@pytest.mark.parametrize("wrap", [lambda state: state, lambda state: dict(model=state),
-                                  lambda state: dict(ema=state)])
+@pytest.mark.parametrize("wrap", [lambda state: state, lambda state: dict(model=state), lambda state: dict(ema=state)])
 def test_prefixes_of_wrappers_are_taken_off(prefix, wrap):
-    """Only at the front: a part of the model may be called `module`."""
     state = {f"{prefix}blocks.0.module.w": torch.ones(1), f"{prefix}b": torch.ones(1)}
     assert select_weights(wrap(state), "x.pt")[0].keys() == {"blocks.0.module.w", "b"}
 
@@ -172,7 +154,6 @@ def test_weights_that_do_not_fit_are_named_and_not_loaded(change, sentence):
 
 
 def test_latest_checkpoint_has_the_highest_step(tmp_path):
-    """By number, not by name or time; other files do not count."""
     assert latest_checkpoint(str(tmp_path)) is None
     folder = tmp_path / "checkpoints"
     folder.mkdir()

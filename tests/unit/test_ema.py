@@ -8,7 +8,6 @@ from training.ema import EMA
 
 def model():
     """Return a network with two trained parameters, a fixed one and a buffer."""
-    torch.manual_seed(0)
     net = nn.Linear(3, 2)
     net.fixed = nn.Parameter(torch.randn(4), requires_grad=False)
     net.register_buffer("table", torch.randn(5))
@@ -16,7 +15,6 @@ def model():
 
 
 def change(net):
-    """Change all parameters and buffers, trained or not."""
     with torch.no_grad():
         for tensor in (*net.parameters(), *net.buffers()):
             tensor.add_(torch.randn(tensor.shape))
@@ -38,7 +36,6 @@ def test_average_starts_as_an_independent_copy():
 
 
 def test_average_follows_its_formula():
-    """Compared with float64; what is not trained is copied."""
     net = model()
     ema = EMA(net, 0.9)
     expected = {name: tensor.double() for name, tensor in copy_of(net).items()}
@@ -56,8 +53,7 @@ def test_average_follows_its_formula():
 
 
 @pytest.mark.parametrize("decay", [0, 1])
-def test_extreme_decays(decay):
-    """0 keeps the weights themselves, 1 the initial ones."""
+def test_decay_0_keeps_the_weights_and_1_the_initial_ones(decay):
     net = model()
     ema = EMA(net, decay)
     start = copy_of(net)

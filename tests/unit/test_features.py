@@ -1,6 +1,7 @@
 """Feature spaces: Inception against an independent implementation, its resizing against TensorFlow 1's rule."""
 import hashlib
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,9 +9,11 @@ import torch
 import torch.nn.functional as F
 from torchvision.models import inception
 
-from common.errors import ArgumentError, UserError
+from common.errors import UserError
 from evaluation.features import INCEPTION_SHA256, InceptionFeatures, load_feature_space
-from helpers import picture
+from helpers import raises_argument
+from run_files import picture
+from tiny_models import random_inception
 
 CPU = torch.device("cpu")
 
@@ -31,30 +34,8 @@ class TensorFlowFunctions:
 
 
 @pytest.fixture(scope="module")
-def independent():
-    """torchvision's Inception with random weights, and with activations of a sensible size."""
-    torch.manual_seed(0)
-    network = inception.inception_v3(weights=None, num_classes=1008, aux_logits=False, transform_input=False,
-                                     init_weights=False)
-    for module in network.modules():
-        if isinstance(module, torch.nn.Conv2d):
-            torch.nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
-        if isinstance(module, torch.nn.BatchNorm2d):
-            torch.nn.init.uniform_(module.running_mean, -0.2, 0.2)
-            torch.nn.init.uniform_(module.running_var, 0.7, 1.3)
-    return network.eval()
-
-
-@pytest.fixture(scope="module")
-def weights(independent, tmp_path_factory):
-    path = tmp_path_factory.mktemp("inception") / "random.pth"
-    torch.save(independent.state_dict(), path)
-    return str(path)
-
-
-@pytest.fixture(scope="module")
-def features(weights):
-    return InceptionFeatures(CPU, weights)
+def features(inception_weights):
+    return InceptionFeatures(CPU, inception_weights)
 
 
 def resized_by_hand(image, size=299):
@@ -74,7 +55,6 @@ def resized_by_hand(image, size=299):
 
 
 def seen_by(features, images):
-    """Return the input of the network's first layer."""
     seen = []
     handle = features.network.Conv2d_1a_3x3.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
     features(images)
@@ -91,20 +71,18 @@ def test_images_are_resized_as_tensorflow_did(features, shape):
     assert np.abs(found - (other.permute(1, 2, 0).numpy() - 128) / 128).max() > 0.01
 
 
-def test_features_and_logits_agree_with_an_independent_inception(independent, features, monkeypatch):
+def test_features_and_logits_agree_with_an_independent_inception(features, monkeypatch):
     """mixed_6/conv in the order height, width, channel; the logits without bias."""
-    images = torch.from_numpy(np.stack([picture(64, 48, 3, seed=seed) for seed in range(2)]))
+    images, independent = torch.from_numpy(np.stack([picture(64, 48, 3, seed=i) for i in range(2)])), random_inception()
     found = features(images)
     assert found.pool.shape == (2, 2048) and found.spatial.shape == (2, 17 * 17 * 7)
     functions, kept = TensorFlowFunctions(), {}
     monkeypatch.setattr(inception, "F", functions)
-    hooks = [independent.Mixed_7c.register_forward_pre_hook(lambda *_: setattr(functions, "last_block", True)),
-             independent.Mixed_6d.branch1x1.register_forward_hook(lambda *args: kept.update(mixed_6=args[2])),
-             independent.avgpool.register_forward_hook(lambda *args: kept.update(pool=args[2].flatten(1)))]
+    independent.Mixed_7c.register_forward_pre_hook(lambda *_: setattr(functions, "last_block", True))
+    independent.Mixed_6d.branch1x1.register_forward_hook(lambda *args: kept.update(mixed_6=args[2]))
+    independent.avgpool.register_forward_hook(lambda *args: kept.update(pool=args[2].flatten(1)))
     with torch.no_grad():
         logits = independent(seen_by(features, images))
-    for hook in hooks:
-        hook.remove()
 
     def error(one, two):
         return ((one - two).abs().max() / two.abs().max()).item()
@@ -126,7 +104,6 @@ def test_features_do_not_depend_on_the_batch(features):
 
 
 def test_features_are_never_in_tf32(features, monkeypatch):
-    """The precision around them is restored."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     torch.set_float32_matmul_precision("high")
@@ -144,9 +121,8 @@ def test_features_are_never_in_tf32(features, monkeypatch):
         torch.backends.cudnn.allow_tf32 = before[1]
 
 
-def test_distances_by_other_weights_are_not_called_fid(features, weights):
-    with open(weights, "rb") as file:
-        assert features.sha256 == hashlib.sha256(file.read()).hexdigest() != INCEPTION_SHA256
+def test_distances_by_other_weights_are_not_called_fid(features, inception_weights):
+    assert features.sha256 == hashlib.sha256(Path(inception_weights).read_bytes()).hexdigest() != INCEPTION_SHA256
     assert not features.is_standard and features.metadata()["space"] == "inception with other weights"
 
 
@@ -167,7 +143,7 @@ def test_weights_that_cannot_be_fetched_are_named_with_address_and_path(monkeypa
         load_feature_space("inception", CPU)
 
 
-def test_downloaded_weights_with_another_sha256_are_refused(monkeypatch, tmp_path, weights):
+def test_downloaded_weights_with_another_sha256_are_refused(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "pretrained_models").mkdir()
     (tmp_path / "pretrained_models" / "weights-inception-2015-12-05-6726825d.pth").write_bytes(b"no pickle at all")
@@ -175,15 +151,12 @@ def test_downloaded_weights_with_another_sha256_are_refused(monkeypatch, tmp_pat
         load_feature_space("inception", CPU)
 
 
-# ---------------------------------------------------------------- pixels and modules
-
 def test_pixel_features_are_flattened_pixels():
     images = torch.from_numpy(picture(2, 4, 5, 3))
     found = load_feature_space("pixels", CPU)(images)
     assert found.spatial is None and torch.equal(found.pool, images.flatten(1) / 255)
-    with pytest.raises(ArgumentError) as caught:
+    with raises_argument(features="pixels"):
         load_feature_space("pixels", CPU)(torch.zeros(1, 33, 64, 3, dtype=torch.uint8))
-    assert caught.value.arguments == dict(features="pixels")
 
 
 class MeanColor(torch.nn.Module):
@@ -219,9 +192,8 @@ def test_module_features_are_those_of_the_module(tmp_path):
 @pytest.mark.parametrize("module, problem", [(ReturnsImages(), r"\(2, 3, 4, 5\)"), (Fails(), r"\(2, 4, 5, 3\)")])
 def test_modules_that_return_no_features_are_refused(tmp_path, module, problem):
     path = save_module(module, tmp_path)
-    with pytest.raises(ArgumentError, match=problem) as caught:
+    with raises_argument(problem, features=path):
         load_feature_space(path, CPU)(torch.from_numpy(picture(2, 4, 5, 3)))
-    assert caught.value.arguments == dict(features=path)
 
 
 def test_unknown_feature_spaces_are_refused(tmp_path):
@@ -230,6 +202,5 @@ def test_unknown_feature_spaces_are_refused(tmp_path):
     for arguments, named in ((("nothing", CPU), dict(features="nothing")),
                              ((str(damaged), CPU), dict(features=str(damaged))),
                              (("pixels", CPU, "w"), dict(inception="w"))):
-        with pytest.raises(ArgumentError) as caught:
+        with raises_argument(**named):
             load_feature_space(*arguments)
-        assert caught.value.arguments == named

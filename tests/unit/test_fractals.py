@@ -19,12 +19,11 @@ from evaluation.feature_statistics import FeatureStatistics
 from evaluation.features import load_feature_space
 from evaluation.image_sources import open_image_source
 from evaluation.scores import compute_scores
-from helpers import ROOT, TINY, call, pixels
+from helpers import ROOT, TINY, call
+from run_files import pixels
 
 FRACTALS = ["--data-path", "fractals", "--num-classes", 3, "--image-size", 8, *TINY, "--global-batch-size", 8]
 
-
-# ---------------------------------------------------------------- images
 
 def test_splits_are_disjoint_and_balanced():
     train, held_out = FractalsDataset(8, 3), FractalsDataset(8, 3, "held-out")
@@ -39,7 +38,6 @@ def test_splits_are_disjoint_and_balanced():
 
 
 def test_image_is_a_function_of_its_class_and_index():
-    """Not of numpy's generator, of the images drawn before, or of the number of classes."""
     want = draw(5, 1003, 32)
     np.random.seed(7)
     get_system.cache_clear()
@@ -53,16 +51,13 @@ def test_image_is_a_function_of_its_class_and_index():
 
 def test_images_do_not_change():
     """Sums of pixels computed once: another value would change the data of every measurement."""
-    for (label, index), sums in PIXEL_SUMS.items():
+    pixel_sums = {(0, 0): [18638, 25787, 45240], (1, 1000): [111338, 86845, 45344], (999, 7): [43184, 74099, 92035]}
+    for (label, index), sums in pixel_sums.items():
         assert draw(label, index, 32).sum(axis=(1, 2)).tolist() == sums
-
-
-PIXEL_SUMS = {(0, 0): [18638, 25787, 45240], (1, 1000): [111338, 86845, 45344], (999, 7): [43184, 74099, 92035]}
 
 
 def test_workers_do_not_change_the_images():
     data = FractalsDataset(16, 20)
-
     def batches(workers):
         order = StepBatchSampler(len(data), 16, slice(0, 16), seed=1, start_step=0, end_step=4, flips=False)
         loader = PrefetchLoader(data, order, workers, torch.device("cpu"), print)
@@ -81,7 +76,6 @@ def test_images_have_any_size(size):
 
 
 def test_class_is_the_same_at_any_size():
-    """A large image, scaled down, is near the small one of its class and not of another."""
     small = [draw(label, 3, 16).astype(float) for label in range(4)]
     large = [draw(label, 3, 64).astype(float).reshape(3, 16, 4, 16, 4).mean(axis=(2, 4)) for label in range(4)]
     distances = np.array([[np.abs(one - other).mean() for other in large] for one in small])
@@ -102,7 +96,6 @@ def test_images_are_neither_empty_nor_full_and_classes_differ():
 
 
 def test_maps_of_every_image_contract():
-    """At the extremes of the factors that `draw` applies."""
     for label in range(50):
         linear = get_system(label).maps[:, :2]
         for signs in range(16):
@@ -134,13 +127,9 @@ def test_code_in_the_docs_draws_their_picture(tmp_path, monkeypatch):
     assert np.abs(pixels("docs/fractals.png") - pixels(ROOT / "docs" / "fractals.png")).mean() < 0.5
 
 
-# ---------------------------------------------------------------- commands
-
-def test_defaults_follow_from_the_data_set(command, tmp_path):
-    """32 x 32 pixels, 100 classes, no VAE, no flips; the model and the recipe are the paper's."""
-    status, out, err = command("train", "--data-path", "fractals", *TINY, "--global-batch-size", 4, "--max-steps", 1,
-                               "--num-workers", 0, "--results-dir", tmp_path)
-    assert status == 0, err
+def test_defaults_follow_from_the_data_set(run_ok, tmp_path):
+    out = run_ok("train", "--data-path", "fractals", *TINY, "--global-batch-size", 4, "--max-steps", 1,
+                 "--num-workers", 0, "--results-dir", tmp_path)
     assert "Dataset contains 100,000 images in 100 classes (fractals)" in out
     for name, value in dict(image_size=32, num_classes=100, vae="none", flip=False, lr=1e-4, ema_decay=0.9999,
                             epochs=1400, depth=1).items():
@@ -149,7 +138,6 @@ def test_defaults_follow_from_the_data_set(command, tmp_path):
 
 
 def test_tokens_are_as_many_as_in_the_paper():
-    """Patches of 2, 4 and 8 give 256, 64 and 16 tokens."""
     import models
     side = BUILTIN_DATASETS["fractals"]["image_size"]
     with torch.device("meta"):
@@ -174,17 +162,15 @@ def judge(tmp_path_factory):
     return path
 
 
-def test_class_names_come_from_the_checkpoint(command, trained, tmp_path):
-    status, _, err = command("sample", "--ckpt", trained, "--class-labels", "fractal 002", "0", "--num-sampling-steps",
-                             2, "--output", tmp_path / "x.png")
-    assert status == 0 and (tmp_path / "x.png").exists(), err
+def test_class_names_come_from_the_checkpoint(run_ok, trained, tmp_path):
+    run_ok("sample", "--ckpt", trained, "--class-labels", "fractal 002", "0", "--num-sampling-steps", 2,
+           "--output", tmp_path / "x.png")
+    assert (tmp_path / "x.png").exists()
 
 
-def test_checkpoint_is_scored_against_held_out_fractals(command, trained, judge, tmp_path):
-    """Of its size and number of classes."""
-    status, out, err = command("evaluate", "score", trained, "--reference", "fractals-held-out", "--features", judge,
-                               "--num-fid-samples", 20, "--num-sampling-steps", 2, "--output", tmp_path / "x.json")
-    assert status == 0, err
+def test_checkpoint_is_scored_against_held_out_fractals(run_ok, trained, judge, tmp_path):
+    out = run_ok("evaluate", "score", trained, "--reference", "fractals-held-out", "--features", judge,
+                 "--num-fid-samples", 20, "--num-sampling-steps", 2, "--output", tmp_path / "x.json")
     record = json.loads((tmp_path / "x.json").read_text())
     assert record["reference"] == dict(path="fractals-held-out", images=300, image_size=8, num_classes=3)
     assert record["features"]["space"] == "a classifier of fractals (3 classes)"
@@ -193,53 +179,46 @@ def test_checkpoint_is_scored_against_held_out_fractals(command, trained, judge,
     assert re.search(r"class agreement: \d+\.\d% \(of real images not trained on: \d+\.\d%\)", out)
 
 
-def test_agreement_of_real_images_is_the_accuracy(command, judge, tmp_path):
-    """Far above that of noise."""
+def test_agreement_of_real_images_is_the_accuracy(run_ok, judge, tmp_path):
     sizes = ["--num-classes", 3, "--image-size", 8]
-    command("evaluate", "reference", "fractals", *sizes, "--features", judge, "--output", tmp_path / "ref.npz")
-    status, _, err = command("evaluate", "score", "fractals-held-out", *sizes, "--reference", tmp_path / "ref.npz",
-                             "--features", judge, "--output", tmp_path / "x.json")
-    assert status == 0, err
+    run_ok("evaluate", "reference", "fractals", *sizes, "--features", judge, "--output", tmp_path / "ref.npz")
+    run_ok("evaluate", "score", "fractals-held-out", *sizes, "--reference", tmp_path / "ref.npz", "--features", judge,
+           "--output", tmp_path / "x.json")
     record = json.loads((tmp_path / "x.json").read_text())
     assert record["scores"]["class_agreement"] == pytest.approx(record["features"]["accuracy"], abs=0.004)
     assert record["features"]["accuracy"] > 0.8
     noise = np.random.default_rng(0).integers(0, 256, (300, 8, 8, 3), dtype=np.uint8)
     np.savez(tmp_path / "noise.npz", arr_0=noise, arr_1=np.arange(300) % 3)
-    command("evaluate", "score", tmp_path / "noise.npz", "--reference", tmp_path / "ref.npz", "--features", judge,
-            "--output", tmp_path / "y.json")
+    run_ok("evaluate", "score", tmp_path / "noise.npz", "--reference", tmp_path / "ref.npz", "--features", judge,
+           "--output", tmp_path / "y.json")
     other = json.loads((tmp_path / "y.json").read_text())
     assert other["scores"]["frechet_distance"] > 10 * record["scores"]["frechet_distance"]
     assert other["scores"]["class_agreement"] < 0.6
 
 
-def test_training_is_scored_periodically(command, judge, tmp_path):
-    status, _, err = command("train", *FRACTALS, "--max-steps", 2, "--num-workers", 0, "--eval-every", 2,
-                               "--eval-reference", "fractals-held-out", "--eval-features", judge, "--eval-samples", 12,
-                               "--eval-sampling-steps", 2, "--results-dir", tmp_path)
-    assert status == 0, err
+def test_training_is_scored_periodically(run_ok, judge, tmp_path):
+    run_ok("train", *FRACTALS, "--max-steps", 2, "--num-workers", 0, "--eval-every", 2,
+           "--eval-reference", "fractals-held-out", "--eval-features", judge, "--eval-samples", 12,
+           "--eval-sampling-steps", 2, "--results-dir", tmp_path)
     assert "class_agreement" in (tmp_path / "000-DiT-S-2" / "evaluations.csv").read_text()
 
 
-def test_nll_of_fractals(command, trained, tmp_path):
-    status, out, err = command("evaluate", "nll", trained, "--data", "fractals-held-out", "--num-images", 2, "--output",
-                               tmp_path / "x.json")
-    assert status == 0 and "bits" in out, err
+def test_nll_of_fractals(run_ok, trained, tmp_path):
+    out = run_ok("evaluate", "nll", trained, "--data", "fractals-held-out", "--num-images", 2,
+                 "--output", tmp_path / "x.json")
+    assert "bits" in out
 
 
-def test_latent_cache_of_fractals_has_no_mirror_images(command, vae_folder, tmp_path):
-    status, _, err = command("extract_features", "--data-path", "fractals", "--num-classes", 1, "--image-size", 8,
-                               "--vae", vae_folder, "--num-workers", 0, "--batch-size", 250, "--features-path",
-                               tmp_path / "cache")
-    assert status == 0, err
+def test_latent_cache_of_fractals_has_no_mirror_images(run_ok, vae_folder, tmp_path):
+    run_ok("extract_features", "--data-path", "fractals", "--num-classes", 1, "--image-size", 8, "--vae", vae_folder,
+           "--num-workers", 0, "--batch-size", 250, "--features-path", tmp_path / "cache")
     manifest = json.loads((tmp_path / "cache" / "manifest.json").read_text())
     assert (manifest["count"], manifest["orientations"], manifest["data_path"]) == (1000, 1, "fractals")
 
 
-def test_the_classifier_of_digits(command, tmp_path):
-    """The same commands serve the other data set: channels and sizes are the data's."""
-    status, _, err = command("tools.train_classifier", "--data-path", "digits", "--num-workers", 0, "--width", 8,
-                               "--steps", 60, "--batch-size", 64, "--lr", 0.01, "--output", tmp_path / "digits.pt")
-    assert status == 0, err
+def test_the_classifier_of_digits(run_ok, tmp_path):
+    run_ok("tools.train_classifier", "--data-path", "digits", "--num-workers", 0, "--width", 8, "--steps", 60,
+           "--batch-size", 64, "--lr", 0.01, "--output", tmp_path / "digits.pt")
     features = load_feature_space(str(tmp_path / "digits.pt"), "cpu")
     images = open_image_source("digits-held-out")
     pool = features(images.batch(0, len(images))).pool
@@ -249,11 +228,11 @@ def test_the_classifier_of_digits(command, tmp_path):
     assert features.metadata()["space"] == "a classifier of digits (10 classes)"
 
 
-def test_a_classifier_of_a_folder(command, image_folder, tmp_path):
-    status, out, err = command("tools.train_classifier", "--data-path", image_folder, "--val-path", image_folder,
-                               "--image-size", 16, "--num-workers", 0, "--width", 4, "--steps", 3, "--batch-size", 8,
-                               "--output", tmp_path / "c.pt")
-    assert status == 0 and "on 24 images" in out, err
+def test_a_classifier_of_a_folder_needs_a_validation_folder(run_ok, run_error, image_folder, tmp_path):
+    flags = ["--data-path", image_folder, "--image-size", 16, "--num-workers", 0, "--width", 4, "--steps", 3,
+             "--batch-size", 8, "--output", tmp_path / "c.pt"]
+    assert "--val-path" in run_error("tools.train_classifier", *flags)
+    assert "on 24 images" in run_ok("tools.train_classifier", *flags, "--val-path", image_folder)
 
 
 def test_classifier_is_a_function_of_its_seed():
@@ -264,11 +243,11 @@ def test_classifier_is_a_function_of_its_seed():
     assert not torch.equal(one["head.weight"], other["head.weight"])
 
 
-def test_labels_unknown_to_the_classifier_are_refused(command, judge, tmp_path):
+def test_labels_unknown_to_the_classifier_are_refused(run_error, judge, tmp_path):
     np.savez(tmp_path / "x.npz", arr_0=np.zeros((9, 8, 8, 3), dtype=np.uint8), arr_1=np.arange(9))
-    status, _, err = command("evaluate", "score", tmp_path / "x.npz", "--reference", "fractals-held-out",
-                             "--num-classes", 3, "--features", judge, "--output", tmp_path / "x.json")
-    assert status == 2 and "labels 0 .. 8" in err and "fractals (3 classes)" in err
+    err = run_error("evaluate", "score", tmp_path / "x.npz", "--reference", "fractals-held-out", "--num-classes", 3,
+                    "--features", judge, "--output", tmp_path / "x.json")
+    assert "labels 0 .. 8" in err and "fractals (3 classes)" in err
 
 
 def test_class_agreement_needs_labels(judge):
@@ -282,35 +261,26 @@ def test_class_agreement_needs_labels(judge):
     assert compute_scores(measured, measured, features, labels)["class_agreement"] == 0.5
 
 
-@pytest.mark.parametrize("name, flags, sentence", [
+CLASSIFIER = ["--output", "c.pt", "--data-path"]
+
+
+@pytest.mark.parametrize("name, flags, problem", [
     ("train", [*FRACTALS, "--patch-size", 3], r"--image-size 8: .*\(8, 8\) .* patch_size 3"),
-    ("train", [*FRACTALS, "--num-classes", 0], r"argument --num-classes: 0 is not a positive whole number"),
-    ("tools.train_classifier", ["--data-path", "nowhere", "--output", "c.pt"], r"--data-path nowhere: "),
-    ("tools.train_classifier", ["--data-path", "digits", "--num-classes", 9, "--output", "c.pt"],
-     r"--num-classes 9: "),
-    ("tools.train_classifier", ["--data-path", "fractals", "--output", "nowhere/c.pt"],
-     r"--output nowhere/c.pt: there is no folder"),
-    ("tools.train_classifier", ["--data-path", "digits", "--image-size", 9, "--output", "c.pt"],
-     r"--image-size 9: the digits are 8 pixels wide"),
-    ("tools.train_classifier", ["--data-path", "digits", "--val-path", "fractals", "--output", "c.pt"],
-     r"--val-path fractals: "),
-    ("tools.train_classifier", ["--data-path", "digits", "--batch-size", 2000, "--output", "c.pt"],
-     r"--batch-size 2000: there are 1438 images"),
-    ("extract_features", ["--data-path", "digits", "--num-classes", 9, "--features-path", "c"],
-     r"--num-classes 9: "),
+    ("train", [*FRACTALS, "--num-classes", 0], r"argument --num-classes: 0 "),
+    ("tools.train_classifier", [*CLASSIFIER, "nowhere"], r"--data-path nowhere: "),
+    ("tools.train_classifier", [*CLASSIFIER, "digits", "--num-classes", 9], r"--num-classes 9: "),
+    ("tools.train_classifier", [*CLASSIFIER, "fractals", "--output", "no/c.pt"], r"--output no/c.pt: "),
+    ("tools.train_classifier", [*CLASSIFIER, "digits", "--image-size", 9], r"--image-size 9: .* 8 pixels"),
+    ("tools.train_classifier", [*CLASSIFIER, "digits", "--val-path", "fractals"], r"--val-path fractals: "),
+    ("tools.train_classifier", [*CLASSIFIER, "digits", "--batch-size", 2000], r"--batch-size 2000: .* 1438 images"),
+    ("extract_features", ["--data-path", "digits", "--num-classes", 9, "--features-path", "c"], r"--num-classes 9: "),
     ("extract_features", ["--data-path", "fractals", "--vae", "none", "--features-path", "c"], r"--vae none"),
     ("evaluate", ["score", "x.npz", "--reference", "digits", "--num-classes", 3], r"--num-classes"),
 ])
-def test_wrong_flags_are_refused(command, tmp_path, monkeypatch, name, flags, sentence):
+def test_wrong_flags_are_refused(run_error, tmp_path, monkeypatch, name, flags, problem):
     monkeypatch.chdir(tmp_path)
-    status, _, err = command(name, *flags)
-    assert status == 2 and re.search(sentence, err), err
-    assert "Traceback" not in err and not list(tmp_path.glob("*.pt"))
-
-
-def test_classifier_of_a_folder_needs_held_out_images(command, image_folder, tmp_path):
-    status, _, err = command("tools.train_classifier", "--data-path", image_folder, "--output", tmp_path / "c.pt")
-    assert status == 2 and "--val-path" in err
+    assert re.search(problem, run_error(name, *flags))
+    assert not list(tmp_path.glob("*.pt"))
 
 
 def test_corrupt_image_is_named(tmp_path):

@@ -87,7 +87,6 @@ def test_no_import_cycle():
     """Also not by an import inside a function. Depth first over the modules; a package is its `__init__`."""
     modules = {module_name(path): path for path in project_files()}
     finished, active = set(), []
-
     def visit(name):
         if name in finished or name not in modules:
             return
@@ -118,7 +117,6 @@ def test_models_is_short_and_knows_one_block_type():
 
 
 def test_requirements_name_every_import():
-    """Each package that the code imports is required, and environment.yml takes the same list."""
     required = set(re.findall(r"^([\w-]+)", (ROOT / "requirements.txt").read_text(), re.MULTILINE))
     package = {"PIL": "pillow", "sklearn": "scikit-learn", "torch_fidelity": "torch-fidelity"}
     imported = set(itertools.chain.from_iterable(imported_packages(path) for path in project_files()))

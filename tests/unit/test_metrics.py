@@ -1,5 +1,5 @@
 """Distances and scores, against closed forms, textbook formulas and brute force in float64."""
-import os
+import sys
 
 import numpy as np
 import pytest
@@ -22,8 +22,6 @@ def statistics_of(rows):
     return rows.mean(axis=0), np.cov(rows, rowvar=False)
 
 
-# ---------------------------------------------------------------- Frechet distance
-
 def test_frechet_distance_agrees_with_the_closed_form():
     """Covariances that commute: |m1 - m2|^2 + sum (sqrt(l1) - sqrt(l2))^2, D = 64."""
     random = np.random.default_rng(0)
@@ -36,7 +34,6 @@ def test_frechet_distance_agrees_with_the_closed_form():
 
 @pytest.mark.parametrize("count", [200, 2000])
 def test_frechet_distance_agrees_with_scipy(count):
-    """With SciPy's matrix root, for fewer images than dimensions (512) and for more."""
     one, two = statistics_of(random_rows(count, 512, 1)), statistics_of(random_rows(count, 512, 2, 1.5, 0.1))
     root = scipy.linalg.sqrtm(one[1] @ two[1]).real
     want = ((one[0] - two[0]) ** 2).sum() + np.trace(one[1] + two[1] - 2 * root)
@@ -54,8 +51,6 @@ def test_frechet_distance_of_shifted_sets_is_the_squared_shift():
     assert abs(frechet_distance(one, shifted) - 32 * 4) < 1e-9
 
 
-# ---------------------------------------------------------------- moments
-
 @pytest.mark.parametrize("mean", [0.0, 1e4])
 @pytest.mark.parametrize("batch", [1, 64, 1001])
 def test_running_moments_do_not_depend_on_the_batches(batch, mean):
@@ -69,31 +64,21 @@ def test_running_moments_do_not_depend_on_the_batches(batch, mean):
         np.testing.assert_allclose(one, want, rtol=1e-9, atol=1e-9 * max(1, abs(mean)) ** 0.5)
 
 
-def reduce_moments(rank, folder):
+def main():
     """Reduce moments as one of two ranks with uneven parts of the rows; once, one of them has none."""
-    torch.set_num_threads(1)
-    os.environ.update(WORLD_SIZE="2", RANK=str(rank), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1")
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     distributed.init()
-    rows = torch.from_numpy(random_rows(1001, 17, 3))
-    assert distributed.world_size() == 2
+    rows, rank = torch.from_numpy(random_rows(1001, 17, 3)), distributed.rank()
     first, second = RunningMoments(17), RunningMoments(17)
     first.add(rows[:700] if rank == 0 else rows[700:])
     if rank == 1:
         second.add(rows)
     for number, moments in enumerate((first, second)):
         mean, covariance = moments.reduce().statistics()
-        np.savez(f"{folder}/{rank}-{number}.npz", mean=mean, covariance=covariance)
-    torch.distributed.destroy_process_group()
+        np.savez(f"{sys.argv[1]}/{rank}-{number}.npz", mean=mean, covariance=covariance)
 
 
 def test_moments_of_two_ranks_are_those_of_all_rows(children, tmp_path):
-    group = [children.context.Process(target=reduce_moments, args=(rank, str(tmp_path))) for rank in range(2)]
-    for child in group:
-        child.start()
-    for child in group:
-        child.join(60)
-        assert child.exitcode == 0
+    children.run("test_metrics", tmp_path, processes=2)
     want = statistics_of(random_rows(1001, 17, 3))
     for path in sorted(tmp_path.glob("*.npz")):
         with np.load(path) as found:
@@ -101,8 +86,6 @@ def test_moments_of_two_ranks_are_those_of_all_rows(children, tmp_path):
             np.testing.assert_allclose(found["covariance"], want[1], rtol=1e-9, atol=1e-9)
     assert len(list(tmp_path.glob("*.npz"))) == 4
 
-
-# ---------------------------------------------------------------- Inception Score
 
 def brute_inception_score(logits, split):
     p = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
@@ -113,7 +96,6 @@ def brute_inception_score(logits, split):
 
 @pytest.mark.parametrize("count", [40, 47])
 def test_inception_score_agrees_with_its_formula(count):
-    """In file order; the last part is shorter if the split does not divide."""
     logits = 3 * np.random.default_rng(0).standard_normal((count, 9))
     found = inception_score(torch.from_numpy(logits), split=10)
     np.testing.assert_allclose(found, brute_inception_score(logits, 10), rtol=1e-12)
@@ -126,8 +108,6 @@ def test_inception_score_is_between_one_and_the_number_of_classes():
     assert abs(inception_score(certain)[0] - 10) < 1e-9
     assert abs(inception_score(torch.zeros(50, 10))[0] - 1) < 1e-12
 
-
-# ---------------------------------------------------------------- precision and recall
 
 def brute_precision_recall(samples, reference, k=3):
     def distances(one, other):
@@ -142,7 +122,6 @@ def brute_precision_recall(samples, reference, k=3):
 
 @pytest.mark.parametrize("block", [7, 64, 1000])
 def test_precision_and_recall_agree_with_brute_force(block):
-    """Blocks that do not divide the number of images, sets of different sizes."""
     samples, reference = random_rows(83, 6, 1, 0.8), random_rows(101, 6, 2, mean=0.3)
     found = precision_recall(torch.from_numpy(samples), torch.from_numpy(reference), block)
     want = brute_precision_recall(samples, reference)

@@ -4,6 +4,7 @@ import pytest
 
 from common.errors import UserError
 from common.files import list_npz_arrays, read_npz_array
+from run_files import Payload
 
 ARRAY = np.arange(60, dtype=np.uint8).reshape(5, 4, 3)
 
@@ -22,16 +23,6 @@ def test_uncompressed_arrays_are_memory_mapped(tmp_path):
 def test_other_arrays_are_loaded(tmp_path, save, array):
     save(tmp_path / "a.npz", arr_0=array)
     assert np.array_equal(read_npz_array(str(tmp_path / "a.npz"), "arr_0"), ARRAY)
-
-
-class Payload:
-    """Would write a file if it were unpickled."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return open, (self.path, "w")
 
 
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])

@@ -44,18 +44,17 @@ def samples(tmp_path):
     return SampleSet(str(tmp_path / "samples" / "DiT"))
 
 
-# ---------------------------------------------------------------- making
-
-def test_all_images_of_an_empty_set_are_missing(samples):
-    assert samples.num_finished() == 0
-    assert samples.missing(10, 4) == [(0, 4), (4, 8), (8, 10)]
-
-
-def test_parts_may_be_made_in_any_order(samples):
-    make(samples, [(8, 10), (0, 4), (4, 8)])
-    assert samples.missing(10, 4) == []
-    samples.assemble(10)
-    check(samples, 10)
+@pytest.mark.parametrize("ranges, count", [
+    ([(8, 10), (0, 4), (4, 8)], 10),
+    ([(0, 600), (600, 601)], 601),  # larger than the block that is copied
+    ([(0, 4), (2, 7), (3, 5), (4, 8), (6, 10)], 10),  # two runs with different batch sizes may have written them
+], ids=["in any order", "large", "overlapping"])
+def test_parts_are_assembled_to_a_set_with_each_image_once(samples, ranges, count):
+    assert samples.num_finished() == 0 and samples.missing(10, 4) == [(0, 4), (4, 8), (8, 10)]
+    make(samples, ranges)
+    assert samples.missing(count, 5) == []
+    samples.assemble(count)
+    check(samples, count)
 
 
 def test_parts_are_in_the_order_of_their_numbers(samples):
@@ -66,28 +65,13 @@ def test_parts_are_in_the_order_of_their_numbers(samples):
     assert [start for start, *_ in samples._list_parts()] == [0, 9_999_999, 10_000_000]
 
 
-def test_a_part_may_be_larger_than_the_block_that_is_copied(samples):
-    make(samples, [(0, 600), (600, 601)])
-    samples.assemble(601)
-    check(samples, 601)
-
-
 def test_finished_parts_are_not_made_again(samples):
-    """After a kill, and with another batch size: the rest is cut at multiples of the new one."""
     make(samples, [(4, 8)])
     assert samples.missing(10, 4) == [(0, 4), (8, 10)]
     assert samples.missing(10, 3) == [(0, 3), (3, 4), (8, 9), (9, 10)]
     assert samples.missing(10, 100) == [(0, 4), (8, 10)]
     assert samples.missing(6, 4) == [(0, 4)]
     finish(samples, 10, batch_size=3)
-    check(samples, 10)
-
-
-def test_overlapping_parts_give_each_image_once(samples):
-    """Two runs with different batch sizes may have written them."""
-    make(samples, [(0, 4), (2, 7), (3, 5), (4, 8), (6, 10)])
-    assert samples.missing(10, 5) == []
-    samples.assemble(10)
     check(samples, 10)
 
 
@@ -122,8 +106,7 @@ def test_temporary_files_of_a_killed_run_do_not_count(samples):
     check(samples, 8)
 
 
-@pytest.mark.parametrize("there", [[(4, 8)], [(0, 4)], [(0, 2), (4, 8)], []],
-                         ids=["start", "end", "middle", "all"])
+@pytest.mark.parametrize("there", [[(4, 8)], [(0, 4)], [(0, 2), (4, 8)], []], ids=["start", "end", "middle", "all"])
 def test_a_set_with_a_gap_is_not_written(samples, there):
     """Missing parts may lie on the disk of another machine."""
     make(samples, there)
@@ -132,8 +115,6 @@ def test_a_set_with_a_gap_is_not_written(samples, there):
     assert not os.path.exists(samples.npz)
     assert samples.missing(8, 4) != []
 
-
-# ---------------------------------------------------------------- damage
 
 def test_a_failed_write_leaves_nothing(samples, monkeypatch):
     def full(file, **arrays):
@@ -175,8 +156,6 @@ def test_an_npz_of_something_else_is_an_error(samples, write, reason):
     with pytest.raises(UserError, match=f"{samples.npz}.*{reason}"):
         samples.num_finished()
 
-
-# ---------------------------------------------------------------- labels, names, pictures
 
 def test_random_labels_are_a_function_of_seed_and_sample():
     labels = sample_labels("uniform", 3, range(2000), 10)

@@ -28,7 +28,6 @@ DRAWS = {
 
 @pytest.mark.parametrize("draw", DRAWS.values(), ids=DRAWS)
 def test_draws_do_not_depend_on_the_number_of_ranks(draw):
-    """Nor on what was drawn before."""
     expected = draw(BatchRNG(3, 6, ALL_ROWS, "cpu"), 10)
     for cuts in ((0, 3, 6), (0, 2, 4, 6)):
         shares = []

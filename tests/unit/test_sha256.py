@@ -16,7 +16,6 @@ def test_hash_of_a_file_is_that_of_its_blocks(tmp_path):
 
 
 def test_hash_of_weights_depends_on_values_names_and_order():
-    """Buffers included."""
     torch.manual_seed(0)
     one, two = nn.BatchNorm2d(3), nn.Linear(2, 2)
     first = sha256_weights(one, two)

@@ -1,7 +1,5 @@
 """Timestep samplers: what they draw, and that their weights leave the expected loss unchanged."""
 import math
-import pathlib
-import subprocess
 import sys
 import types
 
@@ -9,14 +7,9 @@ import numpy as np
 import pytest
 import torch
 
+from common import distributed
 from diffusion import create_diffusion
-from diffusion.timestep_sampler import (
-    LossSecondMomentResampler,
-    UniformSampler,
-    create_named_schedule_sampler,
-)
-
-ROOT = pathlib.Path(__file__).parents[2]
+from diffusion.timestep_sampler import LossSecondMomentResampler, UniformSampler, create_named_schedule_sampler
 
 
 def steps(number):
@@ -116,7 +109,6 @@ def test_losses_that_require_gradients_are_accepted():
 
 
 def test_a_restored_sampler_continues_like_the_saved_one():
-    """Also from an incomplete history; the saved state is a copy and holds tensors only."""
     original = LossSecondMomentResampler(steps(2), history_per_term=2)
     original.update_with_local_losses(torch.tensor([0, 0, 1]), torch.tensor([1.0, 2.0, 3.0]))
     state = original.state_dict()
@@ -142,32 +134,24 @@ def test_the_uniform_sampler_has_no_state():
     sampler.load_state_dict({})
 
 
-PROCESS = """
-import sys, datetime, types, torch, torch.distributed as dist
-from diffusion.timestep_sampler import LossSecondMomentResampler
-folder, rank = sys.argv[1], int(sys.argv[2])
-dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2,
-                        timeout=datetime.timedelta(seconds=60))
-sampler = LossSecondMomentResampler(types.SimpleNamespace(num_timesteps=4), history_per_term=3)
-for t, losses in torch.load(f"{folder}/batches.pt")[rank]:
-    sampler.update_with_local_losses(t, losses)
-torch.save(sampler.state_dict(), f"{folder}/state{rank}.pt")
-dist.destroy_process_group()
-"""
+def main():
+    """Learn from the batches of this rank; `children` runs this."""
+    distributed.init()
+    folder, rank = sys.argv[1], distributed.rank()
+    sampler = LossSecondMomentResampler(steps(4), history_per_term=3)
+    for t, losses in torch.load(f"{folder}/batches.pt")[rank]:
+        sampler.update_with_local_losses(t, losses)
+    torch.save(sampler.state_dict(), f"{folder}/state{rank}.pt")
 
 
-def test_two_ranks_learn_as_one(tmp_path):
+def test_two_ranks_learn_as_one(children, tmp_path):
     """With batches of unequal sizes; the histories overflow, so that the order of the ranks matters."""
     generator = seeded()
     sizes = [[3, 2, 9], [1, 5, 8]]
     batches = [[(torch.randint(4, (n,), generator=generator), torch.rand(n, generator=generator))
                 for n in rank] for rank in sizes]
     torch.save(batches, tmp_path / "batches.pt")
-    processes = [subprocess.Popen([sys.executable, "-c", PROCESS, tmp_path, rank], cwd=ROOT, text=True,
-                                  stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for rank in "01"]
-    outputs = [process.communicate(timeout=120)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
-
+    children.run("test_timestep_sampler", tmp_path, processes=2)
     alone = LossSecondMomentResampler(steps(4), history_per_term=3)
     for round_of_0, round_of_1 in zip(*batches):
         for t, losses in (round_of_0, round_of_1):

@@ -12,7 +12,8 @@ from autoencoder.vae import IdentityAutoencoder
 from common.seeding import BatchRNG
 from diffusion import create_diffusion
 from diffusion.timestep_sampler import create_named_schedule_sampler
-from helpers import DIGITS, STATE, SpoilLoss, differences, scalars, steps_of, stored
+from helpers import DIGITS, SpoilLoss
+from run_files import STATE, differences, scalars, steps_of, stored
 from training.ema import EMA
 from training.logger import MetricLogger
 from training.nan_guard import NonFiniteGuard
@@ -38,7 +39,6 @@ def test_the_device_decides_as_the_guard_does(children, tmp_path, processes):
 
 
 def test_checkpoint_counts_bad_steps_before_it(children, tmp_path):
-    """The device's decision on the last step is read before a checkpoint, on all ranks."""
     out = children.run("train", *DIGITS, "--fused-adamw", "--ckpt-every", 2, "--max-steps", 5, "--results-dir",
                        tmp_path, processes=2, prepare=SpoilLoss([1, 3], float("nan"), rank=1))
     assert len(set(re.findall(r"\(step=(\d+)\) not applied, .*samples whose loss is non-finite: \d+", out))) == 2
@@ -46,15 +46,14 @@ def test_checkpoint_counts_bad_steps_before_it(children, tmp_path):
 
 
 @pytest.mark.parametrize("before, after", [([], ["--fused-adamw"]), (["--fused-adamw"], [])])
-def test_fused_optimizer_resumes_another_and_vice_versa(command, tmp_path, monkeypatch, before, after):
+def test_fused_optimizer_resumes_another_and_vice_versa(run_ok, tmp_path, monkeypatch, before, after):
     """The flags decide whether it is fused, and with it on which device its step counts are."""
-    command("train", *DIGITS, *before, "--max-steps", 2, "--results-dir", tmp_path)
+    run_ok("train", *DIGITS, *before, "--max-steps", 2, "--results-dir", tmp_path)
     seen = []
     load = torch.optim.AdamW.load_state_dict
     monkeypatch.setattr(torch.optim.AdamW, "load_state_dict", lambda optimizer, state: (
         seen.extend(group["fused"] for group in state["param_groups"]), load(optimizer, state))[1])
-    status, _, err = command("train", *DIGITS, *after, "--max-steps", 4, "--resume", "auto", "--results-dir", tmp_path)
-    assert status == 0, err
+    run_ok("train", *DIGITS, *after, "--max-steps", 4, "--resume", "auto", "--results-dir", tmp_path)
     assert seen == [True if after else None]
 
 
@@ -125,7 +124,6 @@ def test_a_step_on_a_gpu_never_waits():
 
 
 def test_a_non_finite_gradient_changes_nothing_on_the_device():
-    """Weights, moments and averages stay; the next good step is applied."""
     train_step = random_step("cpu")
     images, cond = torch.randn(8, 4, 8, 8), dict(y=torch.randint(0, 10, (8,)))
     train_step(0, images, cond)
