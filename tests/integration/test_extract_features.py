@@ -214,7 +214,8 @@ def test_resuming_with_another_batch_size_keeps_what_is_done(extract, extract_un
 
 @pytest.mark.parametrize("flags, here, there", [
     (["--image-size", "16"], "--image-size 16:", "image_size 32"), (["--dtype", "fp32"], "--dtype fp32:", "dtype fp16"),
-    (["--no-flip"], "--flip False:", "orientations 2"), (["--precision", "bf16"], "--precision bf16:", "precision tf32"),
+    (["--no-flip"], "--flip False:", "orientations 2"),
+    (["--precision", "bf16"], "--precision bf16:", "precision tf32"),
 ])
 def test_folder_of_another_cache_is_refused_and_unchanged(extract, few_images, cache, flags, here, there):
     before = read_files(cache)
