@@ -24,9 +24,11 @@ from common.files import BackgroundWriter, format_bytes, sha256_file
 from data import build_dataset
 from data.builtin import BUILTIN_DATASETS, parse_builtin_name
 from data.corrupt_images import CorruptImage, corrupt_image_error, raise_if_unreadable
+from data.dataset import describe_dataset
 from data.latent_cache.manifest import DTYPES, new_manifest, read_manifest
 from data.latent_cache.reader import verify
 from data.latent_cache.writer import LatentCacheWriter
+from data.loader import raise_worker_deaths
 
 TIMEOUT = 7 * 24 * 60  # minutes: one rank may need hours more than another; a rank that dies is noticed all the same
 
@@ -76,7 +78,7 @@ def check_flags(flags, explicit_args):
                             num_classes=flags.num_classes)
     if flags.vae == "none":
         raise ArgumentError("without a VAE there is nothing to encode. train.py takes pixels as they are", vae="none")
-    data_path, features_path = os.path.abspath(flags.data_path), os.path.abspath(flags.features_path)
+    data_path, features_path = os.path.realpath(flags.data_path), os.path.realpath(flags.features_path)
     if not parse_builtin_name(flags.data_path)[0] and os.path.commonpath([features_path, data_path]) == data_path:
         raise ArgumentError("lies in --data-path, where it would be taken for a class. Name a folder elsewhere",
                             features_path=flags.features_path)
@@ -121,7 +123,8 @@ def begin(dataset, autoencoder, writer, flags, lock):
     """
     if writer.is_complete():
         return report_complete(writer)
-    for line in check_autoencoder(autoencoder, dataset.examples(NUM_CHECK_IMAGES), distributed.device()):
+    examples = dataset.examples(NUM_CHECK_IMAGES)
+    for line in (*describe_dataset(dataset), *check_autoencoder(autoencoder, examples, distributed.device())):
         print(line)
     orientations, *shape = writer.layout.row_shape
     print(f"{flags.features_path}: {len(dataset):,} images{' and their mirror images' if orientations == 2 else ''}, "
@@ -144,7 +147,7 @@ def encode_all(dataset, autoencoder, writer, ranges, flags):
     loader = DataLoader(ImageRanges(dataset), sampler=local_ranges, batch_size=None, num_workers=flags.num_workers,
                         pin_memory=device.type == "cuda")
     with progress_bar(total, "image") as bar, BackgroundWriter() as background:
-        for (start, end), (images, corrupt) in zip(local_ranges, loader):
+        for (start, end), (images, corrupt) in zip(local_ranges, raise_worker_deaths(loader)):
             if corrupt:
                 report_corrupt(start, corrupt, writer, flags.max_bad_images)
             moments = encode(autoencoder, images.to(device), writer.manifest["orientations"], flags)

@@ -16,7 +16,7 @@ from common import distributed
 from common.cli import HelpFormatter, add_compute_flags, non_negative_int, parse_args, positive_int
 from common.errors import ArgumentError, run_command
 from data.image_io import save_image_grid
-from sampling.class_labels import parse_class_labels
+from sampling.class_labels import describe_labels, parse_class_labels, typed_labels
 from sampling.cli import add_model_flags, add_sampling_flags, load_pipeline
 from sampling.noise import GlobalRNG
 from sampling.trajectory import TrajectoryRecorder
@@ -49,6 +49,7 @@ def main():
     device = distributed.init(tf32=flags.precision != "fp32")
     loaded, pipeline = load_pipeline(flags, explicit_args, device)
     labels = choose_labels(flags.class_labels, loaded)
+    print(f"classes: {describe_labels(labels, loaded.class_names, loaded.num_classes)}")
     y = torch.tensor(labels, device=device).repeat_interleave(flags.samples_per_label)
 
     trajectory = TrajectoryRecorder(pipeline.diffusion.num_timesteps) if flags.trajectory else None
@@ -57,8 +58,9 @@ def main():
     columns = flags.columns or (flags.samples_per_label if flags.samples_per_label > 1 else 4)
     metadata = pipeline.metadata() | dict(seed=flags.seed)
     average = dict(ema_decay=loaded.ema_decay) if flags.ema_decay is not None else {}
+    typed = typed_labels(labels, loaded.class_names, loaded.num_classes)
     save_image_grid(images, columns, flags.output,
-                    metadata | dict(class_labels=labels, checkpoint=loaded.description()) | average)
+                    metadata | dict(class_labels=typed, checkpoint=loaded.description()) | average)
     print(f"wrote {flags.output}: {json.dumps(metadata)}")
     if trajectory:
         path = os.path.splitext(flags.output)[0] + ".gif"

@@ -27,6 +27,7 @@ from common.seeding import WEIGHTS, BatchRNG, derive_seed
 from common.signals import StopSignals
 from data import build_dataset
 from data.corrupt_images import CorruptImageLog
+from data.dataset import describe_dataset
 from data.latent_cache.reader import LatentCache
 from data.loader import PrefetchLoader
 from data.sampler import StepBatchSampler, local_batch_slice
@@ -273,6 +274,7 @@ def opening_lines(flags, args, run_dir, model, dataset, batches, resumed):
     num_classes = len(dataset.class_names)
     source = flags.features_path or flags.data_path
     yield f"Dataset contains {len(dataset):,} images in {num_classes} classes ({source})"
+    yield from describe_dataset(dataset)
     if num_classes < flags.num_classes:
         yield (f"WARNING: --num-classes is {flags.num_classes}: the classes {num_classes} .. {flags.num_classes - 1} "
                "have no image and will not be learned")

@@ -4,6 +4,7 @@ import math
 import torch
 
 from autoencoder.vae import VAE
+from common.errors import ArgumentError
 
 NUM_CHECK_IMAGES = 8
 
@@ -29,7 +30,9 @@ def check_round_trip(autoencoder, images):
     """
     # One image at a time, so that this needs less memory than what follows.
     latents = torch.cat([autoencoder.encode(image, 0.0) for image in images.split(1)])
+    _check_finite(autoencoder, latents, "latents")
     decoded = torch.cat([autoencoder.decode(latent) for latent in latents.split(1)]).float()
+    _check_finite(autoencoder, decoded, "decoded images")
     mse = torch.nn.functional.mse_loss(decoded, images).item()
     psnr = 10 * math.log10(4 / max(mse, 1e-12))  # 4: the square of the range
     contrast = (decoded.std() / images.std().clamp(min=0.05)).item()
@@ -48,6 +51,7 @@ def check_latent_statistics(autoencoder, latents):
 
     The forward process ends in standard normal noise, and its schedule is made for data of that size.
     """
+    _check_finite(autoencoder, latents, "latents")
     name, scaling = autoencoder.name, autoencoder.latent_scaling
     mean, std = latents.mean().item(), latents.std().item()
     yield f"Latents of the VAE {name}: {tuple(latents.shape[1:])} each, mean {mean:.3f}, std {std:.3f} as scaled"
@@ -57,6 +61,12 @@ def check_latent_statistics(autoencoder, latents):
     if abs(mean) > max(std, 0.5):
         yield (f"WARNING: the latents of the VAE {name} have a mean of {mean:.3g}, about 0 is expected: is the "
                f"shift_factor {_format(scaling.shift)} in its config.json right?")
+
+
+def _check_finite(autoencoder, tensor, what):
+    if not torch.isfinite(tensor).all():
+        raise ArgumentError(f"its {what} are not finite. Are its weights damaged, or its numbers too large for the "
+                            "precision?", vae=autoencoder.name)
 
 
 def _format(value):

@@ -14,6 +14,7 @@ from common.files import sha256_weights
 # The VAEs of the paper: Stable Diffusion's with two fine-tuned decoders (table 5).
 VAE_NAMES = {"ema": "stabilityai/sd-vae-ft-ema", "mse": "stabilityai/sd-vae-ft-mse"}
 DECODE_BATCH_SIZE = 16
+MAX_SCALE = 1e6  # scales and deviations lie in 1 / MAX_SCALE .. MAX_SCALE
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,7 @@ class VAE(_ScaledAutoencoder):
     """A frozen diffusers `AutoencoderKL`; its name is what `load_autoencoder` takes."""
 
     def __init__(self, name, vae):
-        super().__init__(name, _read_latent_scaling(vae.config))
+        super().__init__(name, _read_latent_scaling(name, vae.config))
         self.vae = vae.eval().requires_grad_(False)
 
     @property
@@ -142,12 +143,33 @@ class CachedLatents(_ScaledAutoencoder):
         return self.vae.decode(latents)
 
 
-def _read_latent_scaling(config):
-    """Read the `LatentScaling` from the configuration of an `AutoencoderKL`."""
-    scale, shift = config.scaling_factor, getattr(config, "shift_factor", None) or 0.0
-    means, stds = getattr(config, "latents_mean", None), getattr(config, "latents_std", None)
-    if means is not None and stds is not None:  # some VAEs normalize each channel, then scale
-        means, stds = torch.tensor(means).flatten().tolist(), torch.tensor(stds).flatten().tolist()
+def _read_latent_scaling(name, config):
+    """Read the `LatentScaling` from the configuration of the `AutoencoderKL` of this name, and check its numbers."""
+    def error(problem):
+        return ArgumentError(f"its config.json cannot be used: {problem}. Correct it", vae=name)
+
+    def check(field, value, is_scale=False):
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not is_number or not (value >= 1 / MAX_SCALE if is_scale else value >= -MAX_SCALE) or value > MAX_SCALE:
+            raise error(f"{field} is {value!r}, not a number {f'above 0 and below {MAX_SCALE:g}' if is_scale else ''}")
+        return value
+
+    def read_channels(field, is_scale=False):
+        try:
+            values = torch.tensor(getattr(config, field)).flatten().tolist()
+        except (TypeError, ValueError, RuntimeError):
+            raise error(f"{field} is no list of numbers") from None
+        if len(values) != config.latent_channels:
+            raise error(f"{field} has {len(values)} numbers for {config.latent_channels} channels")
+        return [check(field, value, is_scale) for value in values]
+
+    scale = check("scaling_factor", config.scaling_factor, is_scale=True)
+    shift = check("shift_factor", getattr(config, "shift_factor", None) or 0.0)
+    fields = [field for field in ("latents_mean", "latents_std") if getattr(config, field, None) is not None]
+    if len(fields) == 1:
+        raise error(f"it has {fields[0]}, but not both of latents_mean and latents_std")
+    if fields:  # some VAEs normalize each channel, then scale
+        means, stds = read_channels("latents_mean"), read_channels("latents_std", is_scale=True)
         scale, shift = [scale / std for std in stds], [mean + shift for mean in means]
     return LatentScaling(channels=config.latent_channels, stride=2 ** (len(config.block_out_channels) - 1),
                          scale=scale, shift=shift, image_channels=config.in_channels)
@@ -185,6 +207,8 @@ def load_autoencoder(vae, channels=3, device="cpu"):
     try:
         network = AutoencoderKL.from_pretrained(repository, subfolder=folder).to(device)
         autoencoder = VAE(vae, network)
+    except UserError:
+        raise
     except Exception as error:  # what is not a VAE fails in many ways
         if is_local:
             advice = "The folder must hold config.json and diffusion_pytorch_model.safetensors of an AutoencoderKL"

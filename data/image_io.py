@@ -78,26 +78,48 @@ def read_image(path, size):
     Returns:
         ndarray | CorruptImage: Pixels, shape (H, W, 3), uint8, or what is wrong with the file.
     """
+    def read(file):
+        image = to_rgb(load_upright(file))
+        return np.array(image if size is None else center_crop(image, size))
+
+    return _read_file(path, read)
+
+
+def read_image_size(path):
+    """Read (height, width) of an image file, upright, from its header if possible, or return the `CorruptImage`."""
+    def read(file):
+        is_plain = file.width == file.height or exif_transpose(file) is None
+        return (file if is_plain else load_upright(file)).size[::-1]
+
+    return _read_file(path, read)
+
+
+def _read_file(path, read):
+    """Return `read(file)` of an open image file, or the `CorruptImage`."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's, on odd metadata
             with Image.open(path) as file:
-                file.load()
-                image = to_rgb(apply_exif_orientation(file))
-                return np.array(image if size is None else center_crop(image, size))
+                return read(file)
     except Exception as error:  # a damaged file fails in many ways
         machine_failed = isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno is not None)
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
         return CorruptImage(path, reason, is_damaged=not machine_failed)
 
 
-def apply_exif_orientation(image):
-    """Rotate or mirror a loaded PIL image upright by its EXIF orientation."""
+def load_upright(file):
+    """Decode an open PIL image file, and rotate or mirror it upright by its EXIF orientation."""
+    file.load()
+    transpose = exif_transpose(file)
+    return file if transpose is None else file.transpose(transpose)
+
+
+def exif_transpose(image):
+    """Return the transposition that turns a PIL image upright, None if it is, or if its metadata cannot be read."""
     try:
-        orientation = image.getexif().get(ExifTags.Base.Orientation)
-    except Exception:  # unreadable metadata means no rotation
-        orientation = None
-    return image.transpose(EXIF_TRANSPOSES[orientation]) if orientation in EXIF_TRANSPOSES else image
+        return EXIF_TRANSPOSES.get(image.getexif().get(ExifTags.Base.Orientation))
+    except Exception:
+        return None
 
 
 def to_rgb(image):

@@ -74,11 +74,20 @@ class PrefetchLoader:
             raise self.fault
 
 
+def raise_worker_deaths(loader):
+    """Yield the batches of a `DataLoader`; the death of a worker is an `ArgumentError`."""
+    try:
+        yield from loader
+    except Exception as error:
+        worker_death = describe_worker_death(error, loader.num_workers) if loader.num_workers else None
+        raise worker_death or error from None
+
+
 def describe_worker_death(error, num_workers=None):
     """Return the `ArgumentError` for an error that follows from the death of a worker, None for any other error."""
     is_reported = isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker (pid")
     if is_reported or isinstance(error, (ConnectionError, EOFError)):  # the latter if it died while it was sending
-        reason = str(error).rstrip(". ") or type(error).__name__
+        reason = " ".join(str(error).split()).rstrip(". ") or type(error).__name__
         return ArgumentError(f"a process that loads data died ({reason}). If memory is short, use fewer",
                              num_workers=num_workers)
     return None

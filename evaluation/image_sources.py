@@ -5,12 +5,14 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import torch
 
+from common import distributed
 from common.errors import ArgumentError, UserError
 from common.files import list_npz_arrays, read_npz_array, sha256_file
 from data import build_dataset
 from data.builtin import BUILTIN_DATASETS, parse_builtin_name
 from data.corrupt_images import CorruptImage
-from data.image_io import read_image, to_uint8
+from data.image_io import read_image, read_image_size, to_uint8
+from data.image_walk import describe_passed_over, walk_images
 from evaluation.records import try_read
 from sampling.noise import PerSampleRNG
 from sampling.sample_set import describe_sample_set, sample_labels
@@ -89,52 +91,59 @@ class FolderImages(ImageSource):
     """
 
     hashes = True
-    EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".tif", ".tiff")
     NUM_READERS = 8  # threads; most of the work is decoding, which releases the interpreter lock
 
     def __init__(self, path, image_size=None):
         self.path, self.image_size = path, image_size
-        self.names = sorted(self._list_files())
+        folders, passed_over = walk_images(path)
+        self.names = sorted(os.path.join(folder, name) for folder, names in folders.items() for name in names)
+        self.passed_over = describe_passed_over(passed_over)
         if not self.names:
-            raise UserError(f"{path} holds no images ({', '.join(self.EXTENSIONS)})")
+            reason = f" (passed over: {self.passed_over})" if self.passed_over else ""
+            raise UserError(f"{path} holds no images{reason}")
+        if self.passed_over:
+            distributed.print_rank0(f"Passed over in {path}: {self.passed_over}")
         self.size = self._read(self.names[0]).shape[:2]
+        if image_size is None:
+            self._check_sizes(self.names[distributed.rank()::distributed.world_size()])
 
-    def _list_files(self):
-        """Yield paths relative to the folder. Links are followed, into each folder once."""
-        visited = set()
-        for folder, subfolders, names in os.walk(self.path, followlinks=True):
-            real_path = os.path.realpath(folder)
-            if real_path in visited:
-                subfolders.clear()
-                continue
-            visited.add(real_path)
-            yield from (os.path.relpath(os.path.join(folder, name), self.path) for name in names
-                        if name.lower().endswith(self.EXTENSIONS))
+    def _check_sizes(self, names):
+        """Compare the sizes in the headers of files, before hours go into measuring the first ones."""
+        with ThreadPoolExecutor(self.NUM_READERS) as readers:
+            paths = [os.path.join(self.path, name) for name in names]
+            for path, size in zip(paths, readers.map(read_image_size, paths)):
+                self._check_size(path, _or_raise(size))
+
+    def _check_size(self, path, size):
+        if size != self.size:
+            (height, width), (first_height, first_width) = size, self.size
+            raise ArgumentError(f"{path} has {width} x {height} pixels, others have {first_width} x {first_height}. "
+                                "Pass the size to crop them to", image_size=None)
 
     def _read(self, name):
-        image = read_image(os.path.join(self.path, name), self.image_size)
-        if isinstance(image, CorruptImage):
-            raise UserError(f"cannot read the image {image.path} ({image.reason})")
-        return image
+        return _or_raise(read_image(os.path.join(self.path, name), self.image_size))
 
     def __len__(self):
         return len(self.names)
 
     def batch(self, start, end):
         """Return the images start .. end - 1, shape (end - start, H, W, 3), uint8."""
-        names = self.names[start:end]
         with ThreadPoolExecutor(self.NUM_READERS) as readers:
-            images = list(readers.map(self._read, names))
-        for name, image in zip(names, images):
-            if image.shape[:2] != self.size:
-                (height, width), (first_height, first_width) = image.shape[:2], self.size
-                raise ArgumentError(f"{os.path.join(self.path, name)} has {width} x {height} pixels, others have "
-                                    f"{first_width} x {first_height}. Pass the size to crop them to", image_size=None)
+            images = list(readers.map(self._read, self.names[start:end]))
+        for name, image in zip(self.names[start:end], images):
+            self._check_size(os.path.join(self.path, name), image.shape[:2])  # it may have changed since
         return torch.from_numpy(np.stack(images))
 
     def metadata(self):
         """Describe the folder; the hash of the pixels is added after they are read."""
         return dict(path=os.path.abspath(self.path), images=len(self), image_size=self.image_size)
+
+
+def _or_raise(image):
+    """Return what was read of an image file; raise a `UserError` if it is corrupt."""
+    if isinstance(image, CorruptImage):
+        raise UserError(f"cannot read the image {image.path} ({image.reason})")
+    return image
 
 
 class BuiltinImages(ImageSource):

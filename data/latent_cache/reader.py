@@ -9,7 +9,7 @@ from torch.utils.data import Dataset
 
 from common.errors import ArgumentError, UserError
 from common.files import format_bytes, sha256_file
-from data.dataset import Batch, evenly_spaced_indices
+from data.dataset import Batch, evenly_spaced_indices, find_substitute
 from data.latent_cache.manifest import ENCODED, Layout, begins_with, read_manifest
 
 BLOCK_BYTES = 64 << 20  # read at once when the cache is copied to a device
@@ -18,9 +18,8 @@ BLOCK_BYTES = 64 << 20  # read at once when the cache is copied to a device
 class LatentCache(Dataset):
     """A complete cache as training data: batches of (index, flip) -> moments (n, 2C, h, w) and labels.
 
-    A corrupt image is replaced by the next good one, as in `LabeledImageDataset`, so that training sees the same
-    images. `autoencoder.load_cached_latents` draws latents from the moments. An incomplete or damaged cache is a
-    `UserError`.
+    A corrupt image is replaced as in `LabeledImageDataset`, so that training sees the same images.
+    `autoencoder.load_cached_latents` draws latents from the moments. An incomplete or damaged cache is a `UserError`.
 
     Attributes (in addition to those of `LabeledImageDataset`):
         image_size (int): Pixels a side of the images.
@@ -45,7 +44,7 @@ class LatentCache(Dataset):
             self.latent_scaling = self.manifest["space"]
             self.channels = self.latent_scaling["image_channels"]
             self.substitutes = replace_corrupt_indices({index for index, _ in self.manifest["bad_images"]}, len(self))
-        except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, StopIteration) as error:
+        except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
             raise UserError(f"{features_path}/manifest.json is damaged ({type(error).__name__}: {error})") from None
         self._files = None
 
@@ -194,9 +193,10 @@ def incomplete_cache_error(features_path, manifest):
 
 
 def replace_corrupt_indices(corrupt, count):
-    """Return {corrupt index: the next good one, in the order of the data set}."""
-    return {index: next(other % count for other in range(index + 1, index + count) if other % count not in corrupt)
-            for index in corrupt}
+    """Return {corrupt index: the good one in its place}."""
+    if len(corrupt) == count:
+        raise ValueError("all images are corrupt")
+    return {index: find_substitute(index, count, corrupt.__contains__) for index in corrupt}
 
 
 def _free_memory(device):
