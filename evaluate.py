@@ -18,6 +18,7 @@ import os
 import sys
 
 from common import distributed
+from common.checkpoint_io import is_checkpoint
 from common.cli import HelpFormatter, build_compute_config, flag_name, parse_args
 from common.errors import ArgumentError, UserError, rename_arguments, run_command
 from common.provenance import collect_environment
@@ -32,9 +33,16 @@ from evaluation.image_sources import GeneratedImages, open_image_source
 from evaluation.nll import bits_per_dimension, plot_nll, summarize_nll
 from evaluation.records import check_output, diff_records, read_record, record_path, write_record
 from evaluation.reference import NUM_REFERENCE_FEATURES, check_overwrite, open_reference, save_reference
-from evaluation.scores import check_comparable, compute_scores, distance_name, format_scores
+from evaluation.scores import (
+    check_comparable,
+    compute_scores,
+    distance_name,
+    format_scores,
+    left_out_scores,
+    rounding_note,
+)
 from sampling.cli import sampling_options
-from sampling.load_model import PUBLISHED_CHECKPOINTS, load_model
+from sampling.load_model import load_model
 from sampling.pipeline import build_pipeline
 
 
@@ -70,8 +78,9 @@ def main():
 def score(flags, explicit_args):
     """Score samples against a reference: print the scores and write their record."""
     check_generation_flags(flags, explicit_args)
-    check_output(flags.output, ".json", flags.samples, flags.reference)
     with distributed.raise_on_all_ranks():
+        check_output(flags.output, ".json", flags.samples, flags.reference,
+                     default=record_path(None, flags.samples, "scores"))
         images, num_classes = open_samples(flags, explicit_args)
         features = load_feature_space(flags.features, distributed.device(), flags.inception)
         image_size = images.example_batch().shape[2]
@@ -81,12 +90,16 @@ def score(flags, explicit_args):
     samples = compute_statistics(images, features, flags.per_proc_batch_size, title="samples")
 
     def report():
-        scores = compute_scores(samples, statistics, features, images.class_labels())
+        labels = images.class_labels() if features.predict_class else None
+        scores = compute_scores(samples, statistics, features, labels)
+        left_out = left_out_scores(samples, statistics, features, labels, images.labels_problem)
         path = record_path(flags.output, flags.samples, "scores")
-        write_record(path, dict(scores=scores, name=distance_name(features, samples.count),
+        write_record(path, dict(scores=scores, name=distance_name(features, samples.count), left_out=left_out,
                                 features=features.metadata(), samples=samples.describe(images), reference=metadata,
+                                rounding=rounding_note(scores),
                                 evaluated=collect_environment(distributed.device()) | dict(tf32=False)))
-        print("\n".join([*format_scores(scores, features, samples, statistics), f"wrote {path}"]))
+        print("\n".join([*format_scores(scores, features, samples, statistics),
+                         *(f"{score}: left out, {reason}" for score, reason in left_out.items()), f"wrote {path}"]))
 
     distributed.run_on_rank0_and_broadcast(report)
 
@@ -103,11 +116,6 @@ def check_generation_flags(flags, explicit_args):
     for name in sorted(explicit_args & set(vars(parser.parse_args([]))) - used):
         raise UserError(f"{flag_name(name)} is for samples of a checkpoint, but {flags.samples} are images. "
                         "Leave it out")
-
-
-def is_checkpoint(name):
-    """Return whether a name is that of a checkpoint, not of images."""
-    return name in PUBLISHED_CHECKPOINTS or name.endswith((".pt", ".pth", ".safetensors"))
 
 
 def open_samples(flags, explicit_args):
@@ -134,8 +142,8 @@ def load_checkpoint_model(path, flags, explicit_args):
 
 def reference(flags, explicit_args):
     """Measure images and write the reference."""
-    check_output(flags.output, ".npz", flags.data)
     with distributed.raise_on_all_ranks():
+        check_output(flags.output, ".npz", flags.data)
         images = open_image_source(flags.data, flags.image_size, flags.num_classes)
         if not flags.overwrite:
             check_overwrite(flags.output, images)
@@ -155,8 +163,8 @@ def nll(flags, explicit_args):
     """Compute bits per dimension: print them, and write their record and a plot."""
     if not is_checkpoint(flags.ckpt):
         raise UserError(f"{flags.ckpt} is not a checkpoint. Name a .pt or .safetensors file")
-    check_output(flags.output, ".json", flags.ckpt, flags.data)
     with distributed.raise_on_all_ranks():
+        check_output(flags.output, ".json", flags.ckpt, flags.data, default=record_path(None, flags.ckpt, "nll"))
         loaded = load_checkpoint_model(flags.ckpt, flags, explicit_args)
         if parse_builtin_name(flags.data)[0] == "digits" and loaded.image_size != DigitsDataset.image_size:
             raise ArgumentError(f"the digits are not of the model's {loaded.image_size} pixels. Name other images",

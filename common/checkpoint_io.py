@@ -11,6 +11,8 @@ from common.errors import UserError
 from common.files import atomic_write
 
 CHECKPOINT_NAME = re.compile(r"(\d{7,})\.pt")
+CHECKPOINT_EXTENSIONS = (".pt", ".pth", ".ckpt", ".bin", ".safetensors")
+LEGACY_TORCH_MAGIC = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."  # how torch.save began before version 1.6
 
 
 def save_checkpoint(path, state):
@@ -159,3 +161,20 @@ def latest_valid_checkpoint(run_dir, warn):
         raise UserError(f"all {len(paths)} checkpoints in {os.path.dirname(paths[0])} are damaged. Remove them to "
                         "start again, or resume from another checkpoint.")
     return None
+
+
+def is_checkpoint(path):
+    """Return whether a file is a checkpoint by its content; if that does not tell, or is not there, by its name."""
+    by_name = path.lower().endswith(CHECKPOINT_EXTENSIONS)
+    if not os.path.isfile(path):
+        return by_name and not os.path.isdir(path)
+    try:
+        with open(path, "rb") as file:
+            start = file.read(max(9, len(LEGACY_TORCH_MAGIC)))
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                return any(name.split("/")[1:] == ["data.pkl"] for name in archive.namelist())
+    except (OSError, zipfile.BadZipFile):
+        return by_name
+    is_safetensors = start[8:9] == b"{" and int.from_bytes(start[:8], "little") < os.path.getsize(path)
+    return start == LEGACY_TORCH_MAGIC or is_safetensors or by_name

@@ -71,18 +71,15 @@ def format_bytes(number):
     return f"{number / 1e9:.1f} GB" if number >= 1e8 else f"{number / 1e6:.2f} MB"
 
 
+class PickledArrayError(UserError):
+    """An array of Python objects, which only unpickling could read."""
+
+
 def read_npz_array(path, name):
-    """Read an array of an .npz. An uncompressed one is memory-mapped: nothing is read before it is used.
-
-    Args:
-        path (str): The file; it may come from anywhere.
-        name (str): The array.
-
-    Returns:
-        ndarray: The array.
+    """Read an array of an .npz of any origin, after comparing it with its CRC; an uncompressed one is memory-mapped.
 
     Raises:
-        UserError: For a damaged file, one without this array, and an array of Python objects.
+        UserError: For a damaged file, or one without this array; `PickledArrayError` for an array of Python objects.
     """
     try:
         with zipfile.ZipFile(path) as archive, open(path, "rb") as file:
@@ -92,8 +89,9 @@ def read_npz_array(path, name):
             file.seek(entry.header_offset + 30 + int(lengths.sum()))
             with archive.open(entry) as unpacked:
                 shape, is_fortran, dtype = _read_npy_header(unpacked)
+            _verify_npz_entry(path, archive, entry)
             if dtype.hasobject:
-                raise UserError(f"{path}: {name} is not a plain array")
+                raise PickledArrayError(f"{path}: {name} is not a plain array")
             if is_fortran or entry.compress_type != zipfile.ZIP_STORED:
                 with np.load(path, allow_pickle=False) as arrays:
                     return arrays[name]
@@ -103,6 +101,26 @@ def read_npz_array(path, name):
         raise
     except Exception as error:  # a damaged file fails in many ways
         raise UserError(f"{path} is damaged, or is not an .npz with {name} in it ({error})") from None
+
+
+_verified = set()  # large arrays that this process has compared with their CRC
+
+
+def _verify_npz_entry(path, archive, entry):
+    """Raise a `UserError` if an array does not have its CRC. A large one is read by rank 0 only, and once."""
+    status = os.stat(path)
+    key = (status.st_dev, status.st_ino, status.st_mtime_ns, status.st_size, entry.filename)
+    is_large = entry.file_size > 1 << 26
+    if is_large and (key in _verified or os.environ.get("RANK", "0") != "0"):
+        return
+    try:
+        with archive.open(entry) as file:
+            while file.read(1 << 20):
+                pass
+    except zipfile.BadZipFile:
+        raise UserError(f"{path} is damaged: {entry.filename} in it does not have its checksum") from None
+    if is_large:
+        _verified.add(key)
 
 
 def list_npz_arrays(path):
