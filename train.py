@@ -8,6 +8,8 @@
 Without flags this is the paper's recipe: AdamW, learning rate 1e-4, batch 256, EMA 0.9999, horizontal flips.
 The algorithm is training/train_step.py.
 """
+import common.startup  # noqa: F401
+
 import functools
 import math
 import os

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from common.errors import UserError
+from common.errors import ArgumentError, UserError
 
 
 class BackgroundWriter:
@@ -130,7 +130,7 @@ def atomic_write(path, sync=True):
             yield file
             if sync:
                 file.flush()
-                os.fsync(file.fileno())
+                _fsync(file.fileno())
         os.replace(temporary, path)
         if sync:
             _fsync_dir(folder)
@@ -160,16 +160,71 @@ def replace_with_hard_link(path, name):
         _remove(temporary)
 
 
-def _fsync_dir(folder):
-    """Put the list of names in a folder on the disk, if its file system supports that."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def _fsync(descriptor):
+    """Put a file on the disk, if its file system supports that."""
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+        if error.errno in (errno.EIO, errno.ENOSPC, errno.EDQUOT):  # others say that there is no such operation
             raise
+
+
+def _fsync_dir(folder):
+    """Put the list of names in a folder on the disk, if its file system supports that."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError:  # a system that opens files only
+        return
+    try:
+        _fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def check_writable(path, is_folder=False, **argument):
+    """Raise an `ArgumentError` if `path` cannot be written, before the work whose result it is to hold.
+
+        check_writable(flags.output, output=flags.output)
+
+    Args:
+        path (str): A file, or with `is_folder` a folder for new files. What is missing of its folders can be made.
+        is_folder (bool): Whether it is a folder.
+        **argument: The parameter that named it, for the error.
+    """
+    path = os.path.abspath(path)
+    if os.path.isdir(path) and not is_folder:
+        raise ArgumentError("this is a folder. Name a file in it", **argument)
+    folder, name = (path, "new") if os.path.isdir(path) else os.path.split(path)
+    while not os.path.lexists(folder):
+        folder, name = os.path.split(folder)
+    probe = os.path.join(folder, f"{name}.{os.getpid()}.tmp")
+    try:
+        if is_folder and os.path.lexists(path) and not os.path.isdir(path):
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), path)
+        os.close(os.open(probe, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
+        os.remove(probe)
+    except OSError as error:
+        raise ArgumentError(f"nothing can be written there ({error.strerror}: {folder}). Name another place",
+                            **argument) from None
+
+
+def hold_lock(path):
+    """Lock a file until this process ends or the returned object is deleted; return None if another process has it.
+
+    Processes that are forked do not share the lock. A disk or system without locks gives none, and no protection.
+    """
+    try:
+        import fcntl
+        file = open(path, "ab")  # noqa: SIM115 (held open, since closing it releases the lock)
+    except (ImportError, OSError):
+        return contextlib.nullcontext()
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            file.close()
+            return None
+    return file
 
 
 def remove_temporary_files(folder):
