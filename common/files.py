@@ -141,7 +141,7 @@ def atomic_write(path, sync=True):
 
 
 def _remove(path):
-    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+    if os.path.lexists(path):
         os.remove(path)
 
 
