@@ -23,6 +23,7 @@ from autoencoder.vae import latent_size, load_autoencoder, load_cached_latents
 from common import distributed
 from common.cli import build_compute_config, parse_args
 from common.errors import ArgumentError, UserError, rename_arguments, run_command
+from common.files import check_writable
 from common.flops import count_parameters
 from common.provenance import collect_environment
 from common.seeding import WEIGHTS, BatchRNG, derive_seed
@@ -70,6 +71,8 @@ def prepare(flags, explicit_args, device):
     """Build everything before the first step: the other arguments of `train`. Errors are raised on all ranks."""
     log_lines = []
     with distributed.raise_on_all_ranks():
+        if not flags.resume:
+            check_writable(flags.results_dir, is_folder=True, results_dir=flags.results_dir)
         compute = build_compute_config(flags, device, log_lines.append)
         rows = local_batch_slice(flags.global_batch_size, flags.grad_accum_steps)
     with distributed.raise_on_all_ranks():  # a block of its own, since `open_dataset` is a collective
@@ -149,6 +152,10 @@ def train(flags, signals, train_step, dataset, batches, checkpoints, evaluator, 
             if is_saved := is_due(done, flags.ckpt_every) or is_last or faults.has_write_failed:
                 path = checkpoints.save(done)
                 logger.info(f"{'Saving' if flags.async_save else 'Saved'} checkpoint to {path}")
+            is_observed = is_due(done, flags.sample_every) or (evaluator and is_due(done, flags.eval_every))
+            if is_observed or is_last:
+                metrics.warn_once("at the end" if is_last else "while training",
+                                  train_step.emas[0].describe_start(done))
             if is_due(done, flags.sample_every):
                 with metrics.paused(), distributed.raise_on_all_ranks(), train_step.emas[0].full() as ema:
                     if distributed.is_rank0():
@@ -243,9 +250,9 @@ def distribute(model, flags, compute):
     """Place the model on all ranks, in DDP or sharded; return the network to train, and an `EMA` per decay."""
     if not flags.fsdp:
         network = distributed.data_parallel(model)
-        return network, [EMA(model, decay) for decay in flags.ema_decay]
+        return network, [EMA(model, decay, flags.ema_warmup) for decay in flags.ema_decay]
     mesh = fsdp.init_mesh(flags.fsdp, flags.dist_timeout)
-    emas = [EMA(model, decay) for decay in flags.ema_decay]  # a sharded model cannot be copied
+    emas = [EMA(model, decay, flags.ema_warmup) for decay in flags.ema_decay]  # a sharded model cannot be copied
     for ema in emas:
         ema.shard(mesh)
     return fsdp.shard_model(model, mesh, compute.precision), emas
@@ -257,10 +264,10 @@ def resume(checkpoints, path, args, config, flags):
 
     def check(stored):
         changes.extend(find_config_changes(stored, args, config))
+        changes.extend(match_averages(stored, flags.ema_decay))
         if changes and not flags.allow_config_change:
             raise UserError(f"{'; '.join(changes)}. Another value makes another run: give the old one, or pass "
                             "--allow-config-change")
-        changes.extend(match_averages(stored, flags.ema_decay))
 
     step = checkpoints.restore(path, check)
     return step, [f"WARNING: {change} (--allow-config-change)" for change in changes]
@@ -278,6 +285,8 @@ def opening_lines(flags, args, run_dir, model, dataset, batches, resumed):
     if num_classes < flags.num_classes:
         yield (f"WARNING: --num-classes is {flags.num_classes}: the classes {num_classes} .. {flags.num_classes - 1} "
                "have no image and will not be learned")
+    if flags.class_dropout_prob == 1:
+        yield "WARNING: --class-dropout-prob 1 drops every label: no class will be learned. The paper's value is 0.1"
     if resumed:
         yield f"Resuming from {resumed} at step {batches.start_step}"
     elif flags.resume:

@@ -202,7 +202,7 @@ def check_writable(path, is_folder=False, **argument):
         if is_folder and os.path.lexists(path) and not os.path.isdir(path):
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), path)
         os.close(os.open(probe, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
-        os.remove(probe)
+        os.unlink(probe)
     except OSError as error:
         raise ArgumentError(f"nothing can be written there ({error.strerror}: {folder}). Name another place",
                             **argument) from None
