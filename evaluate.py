@@ -13,6 +13,8 @@ generated and scored. Every result is written to a record, with all that it depe
 `evaluate.py COMMAND --help` shows the flags of a command. Former spellings without a command still work:
 `SAMPLES --reference REF`, `--make-reference DATA`, `CKPT --nll DATA`, `--diff A B`.
 """
+import common.startup  # noqa: F401
+
 import argparse
 import os
 import sys

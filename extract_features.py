@@ -6,6 +6,8 @@
 The cache holds mean and log-variance of the posterior of each image and of its mirror image, so that training draws
 flips and samples in every epoch as it does from the images. A run that was killed resumes. See docs/latents.md.
 """
+import common.startup  # noqa: F401
+
 import argparse
 import os
 import sys

@@ -5,6 +5,8 @@ Examples:
     python sample.py --ckpt results/000-DiT-S-2/checkpoints/0002992.pt --class-labels 3 7 --samples-per-label 8
     python sample.py --class-labels "golden retriever" "macaw" 88 --num-sampling-steps ddim50
 """
+import common.startup  # noqa: F401
+
 import argparse
 import json
 import os

@@ -6,6 +6,8 @@
 Sample i is a function of (--global-seed, i): the number of processes and the batch size do not matter. A killed run
 continues where it stopped.
 """
+import common.startup  # noqa: F401
+
 import argparse
 import os
 

@@ -8,6 +8,8 @@
 Without flags this is the paper's recipe: AdamW, learning rate 1e-4, batch 256, EMA 0.9999, horizontal flips.
 The algorithm is training/train_step.py.
 """
+import common.startup  # noqa: F401
+
 import functools
 import math
 import os
@@ -21,6 +23,7 @@ from autoencoder.vae import latent_size, load_autoencoder, load_cached_latents
 from common import distributed
 from common.cli import build_compute_config, parse_args
 from common.errors import ArgumentError, UserError, rename_arguments, run_command
+from common.files import check_writable
 from common.flops import count_parameters
 from common.provenance import collect_environment
 from common.seeding import WEIGHTS, BatchRNG, derive_seed
@@ -65,13 +68,11 @@ def main():
 
 
 def prepare(flags, explicit_args, device):
-    """Check and build everything before the first step. Errors are raised on all ranks.
-
-    Returns:
-        tuple: The arguments of `train` after the first two.
-    """
+    """Build everything before the first step: the other arguments of `train`. Errors are raised on all ranks."""
     log_lines = []
     with distributed.raise_on_all_ranks():
+        if not flags.resume:
+            check_writable(flags.results_dir, is_folder=True, results_dir=flags.results_dir)
         compute = build_compute_config(flags, device, log_lines.append)
         rows = local_batch_slice(flags.global_batch_size, flags.grad_accum_steps)
     with distributed.raise_on_all_ranks():  # a block of its own, since `open_dataset` is a collective
@@ -108,7 +109,8 @@ def prepare(flags, explicit_args, device):
         guard.sample_indices, guard.logger = batches.items, open_log(run_dir)
         if distributed.is_rank0():
             for line in (*opening_lines(flags, args, run_dir, model, dataset, batches, resumed), *log_lines, *warnings,
-                         *changes, *check_autoencoder(autoencoder, dataset.examples(NUM_CHECK_IMAGES), device)):
+                         *changes, *check_autoencoder(autoencoder, dataset.examples(NUM_CHECK_IMAGES), device),
+                         plan_line(flags, batches)):
                 guard.logger.info(line)
     rng = BatchRNG(flags.global_seed, flags.global_batch_size, rows, device)
     train_step = TrainStep(model, network, autoencoder, diffusion, schedule_sampler, optimizer, emas, guard, rng,
@@ -150,6 +152,10 @@ def train(flags, signals, train_step, dataset, batches, checkpoints, evaluator, 
             if is_saved := is_due(done, flags.ckpt_every) or is_last or faults.has_write_failed:
                 path = checkpoints.save(done)
                 logger.info(f"{'Saving' if flags.async_save else 'Saved'} checkpoint to {path}")
+            is_observed = is_due(done, flags.sample_every) or (evaluator and is_due(done, flags.eval_every))
+            if is_observed or is_last:
+                metrics.warn_once("at the end" if is_last else "while training",
+                                  train_step.emas[0].describe_start(done))
             if is_due(done, flags.sample_every):
                 with metrics.paused(), distributed.raise_on_all_ranks(), train_step.emas[0].full() as ema:
                     if distributed.is_rank0():
@@ -214,11 +220,7 @@ def open_dataset(flags):
 
 
 def open_autoencoder(flags, explicit_args, dataset, device):
-    """Load the autoencoder of a data set.
-
-    Returns:
-        tuple: The data set (moved to the device by --cache-on-device), its autoencoder, and whether images are flipped.
-    """
+    """Return the data set (moved to the device by --cache-on-device), its autoencoder, and whether to flip images."""
     if flags.features_path:
         vae, image_size = (getattr(flags, name) if name in explicit_args else None for name in ("vae", "image_size"))
         autoencoder = load_cached_latents(dataset, vae, image_size, device,
@@ -245,16 +247,12 @@ def build_model(flags, dataset, autoencoder):
 
 
 def distribute(model, flags, compute):
-    """Place the model on all ranks, in DDP or sharded.
-
-    Returns:
-        tuple: The network that computes gradients over all ranks, and a list with an `EMA` per decay.
-    """
+    """Place the model on all ranks, in DDP or sharded; return the network to train, and an `EMA` per decay."""
     if not flags.fsdp:
         network = distributed.data_parallel(model)
-        return network, [EMA(model, decay) for decay in flags.ema_decay]
+        return network, [EMA(model, decay, flags.ema_warmup) for decay in flags.ema_decay]
     mesh = fsdp.init_mesh(flags.fsdp, flags.dist_timeout)
-    emas = [EMA(model, decay) for decay in flags.ema_decay]  # a sharded model cannot be copied
+    emas = [EMA(model, decay, flags.ema_warmup) for decay in flags.ema_decay]  # a sharded model cannot be copied
     for ema in emas:
         ema.shard(mesh)
     return fsdp.shard_model(model, mesh, compute.precision), emas
@@ -266,10 +264,10 @@ def resume(checkpoints, path, args, config, flags):
 
     def check(stored):
         changes.extend(find_config_changes(stored, args, config))
+        changes.extend(match_averages(stored, flags.ema_decay))
         if changes and not flags.allow_config_change:
             raise UserError(f"{'; '.join(changes)}. Another value makes another run: give the old one, or pass "
                             "--allow-config-change")
-        changes.extend(match_averages(stored, flags.ema_decay))
 
     step = checkpoints.restore(path, check)
     return step, [f"WARNING: {change} (--allow-config-change)" for change in changes]
@@ -287,18 +285,22 @@ def opening_lines(flags, args, run_dir, model, dataset, batches, resumed):
     if num_classes < flags.num_classes:
         yield (f"WARNING: --num-classes is {flags.num_classes}: the classes {num_classes} .. {flags.num_classes - 1} "
                "have no image and will not be learned")
+    if flags.class_dropout_prob == 1:
+        yield "WARNING: --class-dropout-prob 1 drops every label: no class will be learned. The paper's value is 0.1"
     if resumed:
         yield f"Resuming from {resumed} at step {batches.start_step}"
     elif flags.resume:
         others = [os.path.basename(path) for path in list_run_dirs(flags.results_dir) if path != run_dir]
         yield (f"WARNING: --resume auto: no checkpoint of {flags.model} in {flags.results_dir}, starting from the "
                "beginning" + (f" (of others: {', '.join(others[-3:])})" if others else ""))
+
+
+def plan_line(flags, batches):
+    """Return the log line about the steps that follow."""
     limit = "--max-steps" if batches.end_step == flags.max_steps else f"--epochs {flags.epochs}"
     if batches.start_step < batches.end_step:
-        yield f"Training for {len(batches)} steps, to step {batches.end_step} ({limit})"
-    else:
-        yield (f"Nothing to do: {batches.start_step} steps are done, --epochs and --max-steps ask for "
-               f"{batches.end_step}")
+        return f"Training for {len(batches)} steps, to step {batches.end_step} ({limit})"
+    return f"Nothing to do: {batches.start_step} steps are done, --epochs and --max-steps ask for {batches.end_step}"
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 """Command lines: argument types, presets, read-only flags, and the compute flags that several commands share."""
 import argparse
+import math
 import os
+import sys
 from dataclasses import replace
 
 from common.compute import (
@@ -28,85 +30,36 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
 # ---------------------------------------------------------------- argument types
 
-def number(parse):
-    """Mark an argument type, so that argparse reports "invalid number value: 'x'" for text that is not a number."""
-    parse.__name__ = "number"
-    return parse
+def number(parse, is_valid=lambda value: True, problem=""):
+    """Return an argument type for numbers; `problem` is the error, with {} for the text, if one is not valid."""
+    def parse_number(text):
+        value = parse(text)
+        if not is_valid(value):
+            raise argparse.ArgumentTypeError(problem.format(text))
+        return value
+    parse_number.__name__ = "number"  # argparse shows it: "invalid number value: 'x'"
+    return parse_number
 
 
-@number
-def positive_int(text):
-    """Parse an integer of at least 1."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive whole number")
-    return value
-
-
-@number
-def non_negative_int(text):
-    """Parse an integer that a seed or a count can be: 0 to 2^63 - 1."""
-    value = int(text)
-    if not 0 <= value < 2**63:
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number in 0 .. 2^63 - 1")
-    return value
-
-
-@number
-def positive_float(text):
-    """Parse a finite number above 0."""
-    value = float(text)
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
-    return value
-
-
-@number
-def minutes(text):
-    """Parse a positive number of minutes that a timeout can hold."""
-    value = positive_float(text)
-    if value > 1e6:
-        raise argparse.ArgumentTypeError(f"{text} minutes are more than a year")
-    return value
-
-
-@number
-def fraction(text):
-    """Parse a number in [0, 1]."""
-    value = float(text)
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"{text} does not lie in 0 .. 1")
-    return value
-
-
-@number
-def decay(text):
-    """Parse the decay of a moving average: a number in [0, 1)."""
-    value = fraction(text)
-    if value == 1:
-        raise argparse.ArgumentTypeError("an average with decay 1 never leaves the initial weights; it must be below 1")
-    return value
-
-
-@number
-def guidance_scale(text):
-    """Parse a scale of classifier-free guidance: a finite number of at least 1."""
-    value = float(text)
-    if not 1 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"guidance starts at 1, which means none; {text} is not possible")
-    return value
-
-
-@number
-def channels(text):
-    """Parse a number of channels, or "all"."""
-    return text if text == "all" else positive_int(text)
+positive_int = number(int, lambda value: 1 <= value < 2**63, "{} is not a positive whole number below 2^63")
+# Seeds and counts.
+non_negative_int = number(int, lambda value: 0 <= value < 2**63, "{} is not a whole number in 0 .. 2^63 - 1")
+positive_float = number(float, lambda value: 0 < value < math.inf, "{} is not a positive number")
+minutes = number(positive_float, lambda value: value <= 1e6, "{} minutes are more than a year")
+fraction = number(float, lambda value: 0 <= value <= 1, "{} does not lie in 0 .. 1")
+decay = number(fraction, lambda value: value < 1,
+               "an average with decay 1 never leaves the initial weights; it must be below 1")
+guidance_scale = number(float, lambda value: 1 <= value < math.inf,
+                        "guidance starts at 1, which means none; {} is not possible")
+channels = number(lambda text: "all" if text.lower() == "all" else positive_int(text))
 
 
 @number
 def sampling_steps(text):
-    """Parse a number of sampling steps, or "ddimN"."""
-    return text if text.startswith("ddim") else positive_int(text)
+    """Parse a number of sampling steps, or "ddimN", which is written in one way."""
+    if not text.lower().startswith("ddim"):
+        return positive_int(text)
+    return f"ddim{positive_int(text[4:])}"
 
 
 # ---------------------------------------------------------------- parsing
@@ -128,21 +81,26 @@ def path_or_name(text):
 
 
 def parse_args(parser, presets=None, argv=None):
-    """Parse the command line twice: the second time with the defaults that follow from the explicit arguments.
+    """Parse the command line (default: `sys.argv[1:]`) twice, then with defaults that follow from the typed flags.
 
     Args:
         parser (ArgumentParser): The parser of the command; its defaults are changed.
-        presets (callable): (flags, explicit_args) -> dict of defaults for flags that were not typed. --fast adds its
-            own.
-        argv (list[str]): The command line. Default: `sys.argv[1:]`.
+        presets (callable): (flags, explicit_args) -> dict of defaults for flags that were not typed; --fast adds some.
+        argv (list[str]): The command line.
 
     Returns:
         tuple[ReadOnlyFlags, set[str]]: The flags, and the names of those that were typed.
     """
+    _merge_aliases(parser)
+    argv = [_expand_home(argument) for argument in (sys.argv[1:] if argv is None else argv)]
     flags = parser.parse_args(argv)
     untouched = object()
     probe = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(flags), untouched)))
     explicit_args = {name for name, value in vars(probe).items() if value is not untouched}
+    for action in parser._actions:
+        value = getattr(flags, action.dest, None) if action.dest in explicit_args else None
+        if any(isinstance(text, str) and not text.strip() for text in (value if isinstance(value, list) else [value])):
+            parser.error(f"argument {'/'.join(action.option_strings) or action.metavar or action.dest}: it is empty")
     defaults = presets(flags, explicit_args) if presets else {}
     if getattr(flags, "fast", False):
         defaults = vars(fastest_config(local_device_type())) | dict(fused_adamw=True) | defaults
@@ -153,14 +111,20 @@ def parse_args(parser, presets=None, argv=None):
 
 
 def add_alias(parser, alias, flag):
-    """Accept `alias` as a former name of `flag`, without showing it in the help.
-
-    Args:
-        parser (ArgumentParser): The parser, or the group, that has the flag.
-        alias (str): Former name, such as "--labels".
-        flag (str): Present name, such as "--label-distribution".
-    """
+    """Accept `alias` as a former name of `flag` in a parser or group, without showing it in the help."""
     parser._option_string_actions[alias] = parser._option_string_actions[flag]
+
+
+def _expand_home(argument):
+    """Expand a "~" that the shell left, in "~/runs" and "--results-dir=~/runs"."""
+    flag, equals, value = argument.partition("=") if argument.startswith("--") else ("", "", argument)
+    return flag + equals + os.path.expanduser(value)
+
+
+def _merge_aliases(parser):
+    """Accept an abbreviation that fits several names of one flag."""
+    find = parser._get_option_tuples
+    parser._get_option_tuples = lambda text: list({option[0].dest: option for option in find(text)}.values())
 
 
 def flag_name(name):
@@ -171,11 +135,7 @@ def flag_name(name):
 # ---------------------------------------------------------------- compute flags
 
 def add_compute_flags(parser):
-    """Add the flags that make up a `ComputeConfig`; their defaults compute as the published code does.
-
-    Returns:
-        The group of the flags, to which a command can add others.
-    """
+    """Add the flags of a `ComputeConfig`, with the published defaults, and return their group, for further flags."""
     group = parser.add_argument_group("speed")
     group.add_argument("--fast", action="store_true",
                        help="the fastest settings of this device; explicit flags take precedence")
@@ -191,18 +151,9 @@ def add_compute_flags(parser):
 
 
 def build_compute_config(flags, device, log):
-    """Build the `ComputeConfig` of the compute flags and check it on this device.
+    """Build the `ComputeConfig` of the compute flags; raise an `ArgumentError` if the device does not support it.
 
-    Args:
-        flags (Namespace): Flags with those of `add_compute_flags`.
-        device (torch.device): The device of this rank.
-        log (callable): Called with a line about what --fast chose, and with a warning if nothing can be compiled.
-
-    Returns:
-        ComputeConfig: How the network is computed.
-
-    Raises:
-        ArgumentError: If the device does not support the precision or the attention kernel.
+    `log` is called with a line about what --fast chose, and with a warning if nothing can be compiled.
     """
     if flags.fast:
         switches = [flag_name(name) for name in ("fused_adamw", "cuda_graphs") if getattr(flags, name, False)]

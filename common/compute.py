@@ -40,10 +40,8 @@ class ComputeConfig:
     def prepare(self, model, by_block=False):
         """Prepare a DiT in place, keeping the names of its weights. Compilation happens at its first call.
 
-        Args:
-            model (DiT): The model.
-            by_block (bool): Compile each block separately, so that DDP can send the gradients of one block while
-                those of the next are computed.
+        With `by_block` each block is compiled separately, so that DDP can send the gradients of one block while those
+        of the next are computed.
         """
         if self.attention == "math":  # of self-attention only: cross-attention to two embeddings is cheap
             for module in model.modules():
@@ -128,8 +126,7 @@ def cpu_has_bf16():
 def retain_freed_memory():
     """Let glibc keep large freed blocks; without glibc, do nothing.
 
-    By default it returns the activations of a step to the system, which hands them out again at the next step page by
-    page, each one zeroed.
+    By default it returns the activations of a step to the system, which zeroes them page by page at the next step.
     """
     # Parameters of mallopt (malloc.h); it takes no larger mmap threshold than 32 MB.
     trim_threshold, mmap_threshold = -1, -3

@@ -2,7 +2,6 @@
 
 The only module that uses accelerate. Without a launcher there is one rank, and every collective is the identity.
 """
-import itertools
 import os
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
@@ -27,9 +26,6 @@ def init(tf32=True, timeout=DEFAULT_TIMEOUT):
     Args:
         tf32 (bool): Compute float32 matrix products in TF32 on GPUs that have it, as the paper did.
         timeout (float): Minutes that a collective waits for the other ranks.
-
-    Returns:
-        torch.device: The device of this rank.
 
     Raises:
         UserError: If accelerate is configured for anything but data parallelism.
@@ -113,7 +109,7 @@ def all_reduce_sum(tensor):
 
 def all_reduce_mean(tensor):
     """Return the mean of a tensor over all ranks, on every rank."""
-    return all_reduce_sum(tensor) / world_size() if world_size() > 1 else tensor
+    return all_reduce_sum(tensor) / world_size()
 
 
 def all_gather(tensor):
@@ -194,11 +190,9 @@ _LOST_PEER = ("Timed out waiting", "Timed out after", "Connection closed by peer
 
 @contextmanager
 def collective_timeout(name, timeout=DEFAULT_TIMEOUT):
-    """Turn the error of a collective that lost a peer into a `UserError`.
+    """Turn the error of a collective that lost a peer into a `UserError` with the `name` of its work.
 
-    Args:
-        name (str): The work that the collective belongs to, for the message.
-        timeout (float): Minutes that the collective was allowed to wait.
+    It was allowed to wait `timeout` minutes.
     """
     try:
         yield
@@ -262,7 +256,7 @@ def missing_ranges(done, batch_size):
     computed together.
 
     Args:
-        done (ndarray): Boolean, shape (N,).
+        done (ndarray): Which items are finished, boolean, shape (N,).
         batch_size (int): Length of a batch.
 
     Returns:
@@ -270,7 +264,7 @@ def missing_ranges(done, batch_size):
     """
     ranges = []
     for start in range(0, len(done), batch_size):
-        items = [start + int(i) for i in np.flatnonzero(~done[start:start + batch_size])]
-        cuts = [0, *(k for k in range(1, len(items)) if items[k] != items[k - 1] + 1), len(items)]
-        ranges += [(items[a], items[b - 1] + 1) for a, b in itertools.pairwise(cuts) if b > a]
+        items = start + np.flatnonzero(~done[start:start + batch_size])
+        runs = np.split(items, np.flatnonzero(np.diff(items) > 1) + 1)
+        ranges += [(int(run[0]), int(run[-1]) + 1) for run in runs if len(run)]
     return ranges

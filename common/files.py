@@ -1,4 +1,5 @@
 """Files: writing atomically or in the background, SHA-256, and .npz arrays of untrusted origin."""
+import contextlib
 import errno
 import hashlib
 import json
@@ -6,11 +7,10 @@ import os
 import re
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 
 import numpy as np
 
-from common.errors import UserError
+from common.errors import ArgumentError, UserError
 
 
 class BackgroundWriter:
@@ -139,37 +139,33 @@ def _read_npy_header(file):
     return read[version](file)
 
 
-@contextmanager
+@contextlib.contextmanager
 def atomic_write(path, sync=True):
     """Yield a binary file that appears under its name when the block ends without an error; otherwise nothing changes.
 
-    Args:
-        path (str): The file to write; its folder is made if needed.
-        sync (bool): Whether it must be on the disk before it gets its name, so that a power cut leaves no partial file.
-
-    Raises:
-        UserError: If it cannot be written.
+    Its folder is made if needed. With `sync` it is on the disk before it gets its name, so that a power cut leaves no
+    partial file. Raises a `UserError` if it cannot be written.
     """
     folder, temporary = os.path.dirname(os.path.abspath(path)), f"{path}.{os.getpid()}.tmp"
     try:
         os.makedirs(folder, exist_ok=True)
-        _remove_if_exists(temporary)
+        _remove(temporary)
         # O_EXCL: never through a link that someone put there.
         with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666), "wb") as file:
             yield file
             if sync:
                 file.flush()
-                os.fsync(file.fileno())
+                _fsync(file.fileno())
         os.replace(temporary, path)
         if sync:
             _fsync_dir(folder)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error}") from None
     finally:
-        _remove_if_exists(temporary)
+        _remove(temporary)
 
 
-def _remove_if_exists(path):
+def _remove(path):
     if os.path.lexists(path):
         os.remove(path)
 
@@ -178,27 +174,82 @@ def replace_with_hard_link(path, name):
     """Give the file `path` a second name, replacing what has it; return False if the disk has no hard links."""
     temporary = f"{name}.{os.getpid()}.tmp"
     try:
-        _remove_if_exists(temporary)
+        _remove(temporary)
         os.link(path, temporary)
         os.replace(temporary, name)
         _fsync_dir(os.path.dirname(os.path.abspath(name)))
+        return True
     except OSError:
         return False
     finally:
-        _remove_if_exists(temporary)
-    return True
+        _remove(temporary)
+
+
+def _fsync(descriptor):
+    """Put a file on the disk, if its file system supports that."""
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno in (errno.EIO, errno.ENOSPC, errno.EDQUOT):  # others say that there is no such operation
+            raise
 
 
 def _fsync_dir(folder):
     """Put the list of names in a folder on the disk, if its file system supports that."""
-    descriptor = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
-            raise
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError:  # a system that opens files only
+        return
+    try:
+        _fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def check_writable(path, is_folder=False, **argument):
+    """Raise an `ArgumentError` if `path` cannot be written, before the work whose result it is to hold.
+
+        check_writable(flags.output, output=flags.output)
+
+    Args:
+        path (str): A file, or with `is_folder` a folder for new files. What is missing of its folders can be made.
+        is_folder (bool): Whether it is a folder.
+        **argument: The parameter that named it, for the error.
+    """
+    path = os.path.abspath(path)
+    if os.path.isdir(path) and not is_folder:
+        raise ArgumentError("this is a folder. Name a file in it", **argument)
+    folder, name = (path, "new") if os.path.isdir(path) else os.path.split(path)
+    while not os.path.lexists(folder):
+        folder, name = os.path.split(folder)
+    probe = os.path.join(folder, f"{name}.{os.getpid()}.tmp")
+    try:
+        if is_folder and os.path.lexists(path) and not os.path.isdir(path):
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), path)
+        os.close(os.open(probe, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
+        os.unlink(probe)
+    except OSError as error:
+        raise ArgumentError(f"nothing can be written there ({error.strerror}: {folder}). Name another place",
+                            **argument) from None
+
+
+def hold_lock(path):
+    """Lock a file until this process ends or the returned object is deleted; return None if another process has it.
+
+    Processes that are forked do not share the lock. A disk or system without locks gives none, and no protection.
+    """
+    try:
+        import fcntl
+        file = open(path, "ab")  # noqa: SIM115 (held open, since closing it releases the lock)
+    except (ImportError, OSError):
+        return contextlib.nullcontext()
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            file.close()
+            return None
+    return file
 
 
 def remove_temporary_files(folder):

@@ -37,15 +37,7 @@ _OTHER_VARIANTS = ("NVL", "4090 D", "Laptop", "MIG")
 
 
 def peak_flops(device, precision):
-    """Look up the peak rate of a device, or return None if it is not known.
-
-    Args:
-        device (torch.device | str): The device.
-        precision (str): "bf16", "tf32" or "fp32".
-
-    Returns:
-        float | None: FLOP/s of dense matrix products.
-    """
+    """Return the peak FLOP/s of dense matrix products in "bf16", "tf32" or "fp32", or None if it is not known."""
     if torch.device(device).type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
@@ -71,7 +63,6 @@ def count_multiply_adds(model):
 def training_step_flops(multiply_adds, batch):
     """Compute the FLOPs of one training step from the multiply-adds of one image.
 
-    A multiply-add is two FLOPs, and a backward pass costs two forward passes. What activation checkpointing computes
-    again is not counted.
+    A multiply-add is two FLOPs; a backward pass costs two forward passes. Activation checkpointing is not counted.
     """
     return 6 * multiply_adds * batch

@@ -5,7 +5,7 @@ import os
 
 from common import distributed
 from common.errors import ArgumentError, UserError
-from common.files import atomic_write
+from common.files import atomic_write, check_writable
 
 
 def write_record(path, record):
@@ -47,18 +47,11 @@ def check_output(output, extension, *inputs, default=None):
     path = output or default
     if path is None:
         return
-    folder, temporary = os.path.dirname(os.path.abspath(path)), f"{path}.{os.getpid()}.tmp"
+    folder = os.path.dirname(os.path.abspath(path))
     if not os.path.isdir(folder):
         raise ArgumentError(f"there is no folder {folder}", output=output)
-    if os.path.isdir(path):
-        raise ArgumentError("this is a folder. Name a file", output=output)
     if distributed.is_rank0():  # which writes it
-        try:
-            os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL))
-            os.remove(temporary)
-        except OSError as error:
-            raise ArgumentError(f"{path} cannot be written ({error.strerror}). Name a file elsewhere",
-                                output=output) from None
+        check_writable(path, output=output)
 
 
 def _is_same_file(one, two):

@@ -9,8 +9,9 @@ from torch.distributed.tensor import DTensor
 from common import distributed
 from common.checkpoint_io import CHECKPOINT_NAME, list_checkpoints, load_checkpoint, save_checkpoint
 from common.errors import ArgumentError, UserError
-from common.files import remove_temporary_files, replace_with_hard_link
+from common.files import hold_lock, remove_temporary_files, replace_with_hard_link
 from training.fsdp import full_tensor
+from training.train_state import is_finite
 
 
 class CheckpointManager:
@@ -41,40 +42,35 @@ class CheckpointManager:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoints") if async_save else None
         self._writing = None
         if distributed.is_rank0():
+            self._lock = hold_lock(os.path.join(run_dir, ".lock"))
+            if self._lock is None:
+                raise UserError(f"another process trains in {run_dir}. Stop it, or start a run of its own")
             with contextlib.suppress(OSError):  # a folder that cannot be written to is reported by the first save
                 remove_temporary_files(self.dir)
 
     def save(self, step):
         """Save the state after `step` steps and return the path of the checkpoint. Called by all ranks.
 
-        With `async_save`, a copy of the current values is written in the background; an error of the previous write is
-        raised here.
+        With `async_save` a copy is written in the background; an error of the previous write is raised here.
         """
         path = os.path.join(self.dir, f"{step:07d}.pt")
         self._settle()
-        self.wait()
         with distributed.raise_on_all_ranks():
             values = self.state(step, copy=self._thread is not None)
-            if distributed.is_rank0():
-                if self._thread is None:
-                    self._write(values, path, step)
-                else:
-                    self._writing = self._thread.submit(self._write, values, path, step)
+            if distributed.is_rank0() and self._thread:
+                self._writing = self._thread.submit(self._write, values, path, step)
+            elif distributed.is_rank0():
+                self._write(values, path, step)
         return path
 
     def save_best(self, step, is_saved):
         """Save the state after `step` steps as `best.pt` and return its path. Called by all ranks.
 
-        It is on the disk when this returns, so that no score can claim a best checkpoint that does not exist.
-
-        Args:
-            step (int): Steps that were done.
-            is_saved (bool): Whether `save(step)` came just before: then `best.pt` is a hard link, which costs nothing.
+        It is on the disk when this returns, so that no score can claim a best checkpoint that does not exist. With
+        `is_saved`, `save(step)` came just before: then `best.pt` is a hard link, which costs nothing.
         """
-        path = os.path.join(self.dir, "best.pt")
-        saved = os.path.join(self.dir, f"{step:07d}.pt")
+        path, saved = os.path.join(self.dir, "best.pt"), os.path.join(self.dir, f"{step:07d}.pt")
         self._settle()
-        self.wait()
         if is_saved and distributed.run_on_rank0_and_broadcast(lambda: replace_with_hard_link(saved, path)):
             return path
         with distributed.raise_on_all_ranks():
@@ -86,9 +82,7 @@ class CheckpointManager:
     def state(self, step, copy=False):
         """Return what a checkpoint holds after `step` steps. Called by all ranks; complete on rank 0.
 
-        Args:
-            step (int): Steps that were done.
-            copy (bool): Copy all tensors to host memory. Default: copy sharded tensors only, others are live.
+        Only sharded tensors are copied to host memory, with `copy` all; the others are live.
         """
         state = {name: part.state_dict() for name, part in self.stateful.items()}
         return _to_host(state, copy, keep=distributed.is_rank0()) | self.metadata | dict(step=step)
@@ -96,9 +90,7 @@ class CheckpointManager:
     def restore(self, path, check=None):
         """Restore all objects from a checkpoint and return its step. Called by all ranks.
 
-        Args:
-            path (str): The checkpoint.
-            check (callable): Called with the checkpoint before anything is restored; raises if it is of another run.
+        `check` is called with the checkpoint before anything is restored, and raises if it is of another run.
 
         Raises:
             ArgumentError: If it is not the training state of such a run.
@@ -106,7 +98,18 @@ class CheckpointManager:
         """
         stored = load_checkpoint(path)
         try:
-            return self._restore(stored, path, check)
+            if check:
+                check(stored)
+            step = stored["step"] if "step" in stored else _step_in_name(path)
+            if type(step) is not int or not 0 <= step < 2**62:
+                raise ValueError(f"step is {step!r}")
+            for name in self.stateful:
+                if not is_finite(stored.get(name)):
+                    raise UserError(f"its {name} holds values that are not finite. Resume an earlier checkpoint")
+            for name, part in self.stateful.items():
+                if stored.get(name):
+                    part.load_state_dict(stored[name])
+            return step
         except ArgumentError:
             raise
         except UserError as error:
@@ -114,17 +117,6 @@ class CheckpointManager:
         except Exception as error:  # a file that holds something else causes errors of many types
             reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
             raise ArgumentError(f"this is not a training state of this code ({reason})", resume=path) from None
-
-    def _restore(self, stored, path, check):
-        if check:
-            check(stored)
-        step = stored["step"] if "step" in stored else _step_in_name(path)
-        if type(step) is not int or not 0 <= step < 2**62:
-            raise ValueError(f"step is {step!r}")
-        for name, part in self.stateful.items():
-            if stored.get(name):
-                part.load_state_dict(stored[name])
-        return step
 
     def has_failed(self):
         """Return whether writing in the background failed on this rank; `wait` then raises on all ranks."""
@@ -138,9 +130,11 @@ class CheckpointManager:
                 writing.result()
 
     def _settle(self):
+        """Finish what the objects and the background have pending. Called by all ranks."""
         for part in self.stateful.values():
             if hasattr(part, "settle"):
                 part.settle()
+        self.wait()
 
     def _write(self, values, path, step):
         save_checkpoint(path, values)
@@ -152,13 +146,11 @@ class CheckpointManager:
         # Later steps were left in this folder before the run was resumed from an earlier step.
         steps = {at: path for at, path in list_checkpoints(self.run_dir).items() if at <= step}
         for at in list(steps)[self.keep_checkpoints:]:
-            is_milestone = bool(self.keep_every) and at % self.keep_every == 0
-            if not is_milestone and not self._is_protected(steps[at]):
+            is_milestone = self.keep_every and at % self.keep_every == 0
+            is_protected = self.protected and os.path.abspath(steps[at]) == os.path.abspath(self.protected)
+            if not is_milestone and not is_protected:
                 with contextlib.suppress(OSError):  # an extra checkpoint is no reason to end a run
                     os.remove(steps[at])
-
-    def _is_protected(self, path):
-        return self.protected is not None and os.path.abspath(path) == os.path.abspath(self.protected)
 
 
 def _to_host(value, copy, keep):

@@ -14,12 +14,6 @@ class FaultTolerance:
     Reasons to stop are a signal (SIGTERM, SIGUSR1), a fault of the data (an unreadable image, a dead worker process),
     and too many bad steps in a row. They are known on all ranks one step after they occurred on one; batches are loaded
     two steps ahead, so that no rank lacks one before.
-
-    Args:
-        signals (StopSignals): Receives the signals of this process.
-        loader (PrefetchLoader): Its `fault` is known before its batch is missing.
-        guard (NonFiniteGuard): Counts bad steps, alike on all ranks.
-        checkpoints (CheckpointManager): Its background writes may fail.
     """
 
     def __init__(self, signals, loader, guard, checkpoints):
@@ -38,13 +32,7 @@ class FaultTolerance:
         return bool(self.was_signaled or self.has_data_fault or self.guard.is_exhausted)
 
     def finish(self, step, path, end_step, log):
-        """Wait for the checkpoints, then raise what ended the run. Called by all ranks.
-
-        Args:
-            step (int): Steps that were done.
-            path (str): The last checkpoint.
-            end_step (int): Steps that were asked for.
-            log (callable): Called with a line on a signal.
+        """Wait for the checkpoints, of which `path` is the last, then raise what ended the run. Called by all ranks.
 
         Raises:
             UserError: After too many bad steps, a fault of the data, or a failed write.

@@ -21,17 +21,10 @@ FSDP_MODES = ("all", "node")
 
 
 def init_mesh(fsdp, timeout=distributed.DEFAULT_TIMEOUT):
-    """Arrange the ranks for sharding. Called by all ranks.
+    """Arrange the ranks for sharding over "all", or over those of a "node" with replicas on others. All ranks call it.
 
-    Args:
-        fsdp (str): "all": shard over all ranks; "node": shard over the ranks of a node and replicate over nodes.
-        timeout (float): Minutes that a collective waits for the other ranks.
-
-    Returns:
-        DeviceMesh: Dimensions ("shard",), or ("replicate", "shard").
-
-    Raises:
-        ArgumentError: For a single rank, and for nodes with different numbers of ranks.
+    Returns a mesh with the dimensions ("shard",), or ("replicate", "shard"). Raises an `ArgumentError` for a single
+    rank, and for nodes with different numbers of ranks. `timeout` is in minutes.
     """
     world_size, device_type = distributed.world_size(), distributed.device().type
     if world_size == 1:

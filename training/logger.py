@@ -25,7 +25,8 @@ def open_log(run_dir):
     if distributed.is_rank0():
         path = os.path.join(run_dir, "log.txt")
         try:
-            handlers = [logging.StreamHandler(sys.stdout), logging.FileHandler(path)]
+            handlers = [logging.StreamHandler(sys.stdout),
+                        logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")]
         except OSError as error:
             raise ArgumentError(f"cannot write {path} ({error})", results_dir=os.path.dirname(run_dir)) from None
     for handler in handlers:
@@ -37,20 +38,16 @@ def open_log(run_dir):
 class MetricLogger:
     """Log mean losses and speed over windows of steps. Losses stay on the device and are read once a window.
 
-    Args:
-        logger (Logger): From `open_log`.
-        run_dir (str): Folder of the run; TensorBoard writes to `run_dir/tensorboard`.
-        start_step (int): Steps that were done before.
-        end_step (int): Steps that will be done.
-        global_batch_size (int): Images per step.
+    The `logger` is that of `open_log`; TensorBoard writes to `run_dir/tensorboard`.
     """
 
     def __init__(self, logger, run_dir, start_step, end_step, global_batch_size):
         self.logger, self.run_dir, self.global_batch_size = logger, run_dir, global_batch_size
-        self.tensorboard = None
+        self.tensorboard, self._warned = None, set()
         if distributed.is_rank0():
-            from torch.utils.tensorboard import SummaryWriter
-            self.tensorboard = SummaryWriter(os.path.join(run_dir, "tensorboard"), purge_step=start_step + 1)
+            with self._may_fail("TensorBoard's file"):
+                from torch.utils.tensorboard import SummaryWriter
+                self.tensorboard = SummaryWriter(os.path.join(run_dir, "tensorboard"), purge_step=start_step + 1)
         self.bar = tqdm(total=end_step, initial=start_step, unit="step", dynamic_ncols=True,
                         disable=not (distributed.is_rank0() and sys.stderr.isatty()))
         self._start_window()
@@ -63,8 +60,8 @@ class MetricLogger:
 
     def __exit__(self, *error):
         self.bar.close()
-        if self.tensorboard:
-            with self._may_fail("TensorBoard's file"):
+        with self._may_fail("TensorBoard's file"):
+            if self.tensorboard:
                 self.tensorboard.close()
         self._redirect.__exit__(*error)
         for handler in list(self.logger.handlers):
@@ -76,12 +73,7 @@ class MetricLogger:
         self.sums, self.applied, self.steps, self.start = 0, 0, 0, time.perf_counter()
 
     def update(self, losses, is_applied=True):
-        """Count a step.
-
-        Args:
-            losses (dict): Scalar tensors, means over the local rows.
-            is_applied (bool | Tensor): Whether the step was applied; the losses of others enter no mean.
-        """
+        """Count a step with its losses, scalar tensors; those of a step that was not applied enter no mean."""
         self.bar.update()
         self.steps += 1
         if is_applied is False:
@@ -101,8 +93,8 @@ class MetricLogger:
         rate = self.steps / (time.perf_counter() - self.start)
         self.logger.info(f"(step={step:07d}) Train Loss: {means['loss']:.4f}, Train Steps/Sec: {rate:.2f}")
         self.bar.set_postfix(loss=f"{means['loss']:.4f}")
-        train = means | {name: float(value) for name, value in scalars.items()}
-        self._add_scalars(step, "train", train | dict(skipped_steps=self.steps - applied))
+        train = means | scalars | dict(skipped_steps=self.steps - applied)
+        self._add_scalars(step, "train", train)
         self._add_scalars(step, "speed", dict(images_per_second=rate * self.global_batch_size, memory_gb=memory_gb()))
         return self._start_window()
 
@@ -120,6 +112,12 @@ class MetricLogger:
             self.logger.info(f"(step={step:07d}) Samples: {path}")
             if self.tensorboard:
                 self.tensorboard.add_image("samples", make_image_grid(images, columns), step)
+
+    def warn_once(self, name, warning):
+        """Log a warning, unless it is None or one of this name was logged before."""
+        if warning and name not in self._warned:
+            self._warned.add(name)
+            self.logger.info(warning)
 
     @contextlib.contextmanager
     def paused(self):
@@ -139,7 +137,7 @@ class MetricLogger:
         """Log a failure of this block, such as a full disk, and continue without TensorBoard."""
         try:
             yield
-        except (OSError, UserError) as error:
+        except (OSError, UserError, ImportError) as error:
             self.logger.info(f"WARNING: cannot write {path} ({error}); training continues without TensorBoard")
             self.tensorboard = None
 

@@ -6,7 +6,7 @@ import os
 import torch
 
 from common import distributed
-from common.errors import UserError
+from common.errors import ArgumentError
 
 NON_FINITE = "its gradient is non-finite"
 AVERAGED_STEPS = 100  # window of the average loss; before that many steps no loss counts as a spike
@@ -53,16 +53,13 @@ class NonFiniteGuard:
         return self.in_a_row >= self.max_bad_steps
 
     def check(self, step, loss, grad_norm, sample_losses):
-        """Return whether a step may be applied. Reads the norm from the device.
+        """Return whether a step may be applied, the same on all ranks. Reads the norm from the device.
 
         Args:
             step (int): Number of steps before this one.
             loss (Tensor): Mean loss of the local rows, a scalar.
             grad_norm (Tensor): Norm of the averaged gradient, a scalar, the same on all ranks.
             sample_losses (Tensor): Losses of the local rows, shape (N,).
-
-        Returns:
-            bool: The same on all ranks.
         """
         fault = None if math.isfinite(grad_norm) else NON_FINITE
         if fault is None and self.max_loss_spike is not None:
@@ -70,13 +67,7 @@ class NonFiniteGuard:
         return self._count(step, fault, sample_losses)
 
     def check_later(self, step, is_finite, sample_losses):
-        """Count a step on which the device decided, without waiting for it: the answer is read at the next call.
-
-        Args:
-            step (int): Number of steps before this one.
-            is_finite (Tensor): Whether the gradient is finite, a boolean scalar on the device.
-            sample_losses (Tensor): Losses of the local rows, shape (N,).
-        """
+        """Count a step on which the device decided, without waiting for it: `is_finite` is read at the next call."""
         self.settle()
         self.pending = step, distributed.AsyncHostCopy(is_finite), sample_losses
 
@@ -94,15 +85,14 @@ class NonFiniteGuard:
         self.total += 1
         self.in_a_row += 1
         self.logger.info(
-            f"WARNING: (step={step + 1:07d}) not applied, {fault} ({self.in_a_row} of {self.max_bad_steps} in a row "
-            f"that --max-bad-steps allows); {self._describe_samples(sample_losses, self.sample_indices(step))}")
+            f"WARNING: (step={step + 1:07d}) not applied, {fault} ({self.in_a_row} in a row; {self.max_bad_steps} end "
+            f"the run); {self._describe_samples(sample_losses, self.sample_indices(step))}")
         return False
 
     def _find_spike(self, loss):
         """Describe a loss spike, or return None after adding the loss to the average."""
         if self.averaged >= AVERAGED_STEPS and loss > self.max_loss_spike * self.average:
-            return (f"its loss {loss:.4g} is more than {self.max_loss_spike:g} times (--max-loss-spike) the average "
-                    f"{self.average:.4g}")
+            return f"its loss {loss:.4g} is more than {self.max_loss_spike:g} times the average {self.average:.4g}"
         self.averaged += 1
         weight = 1 / min(self.averaged, AVERAGED_STEPS)
         self.average += weight * (loss - self.average)
@@ -111,15 +101,14 @@ class NonFiniteGuard:
     def _describe_samples(self, sample_losses, indices):
         """Name the samples with a non-finite loss on any rank, or the global batch if there are none."""
         rows = torch.nonzero(~torch.isfinite(sample_losses)).flatten().tolist()
-        local_indices = indices[distributed.rank()]
-        bad = sorted(distributed.gather_objects([local_indices[row] for row in rows]))
+        bad = sorted(distributed.gather_objects([indices[distributed.rank()][row] for row in rows]))
         if bad:
             return f"samples whose loss is non-finite: {', '.join(map(str, bad))}"
         return f"samples of the step: {', '.join(str(index) for part in indices for index in part)}"
 
     def raise_if_exhausted(self, path):
-        """Raise a `UserError` after too many bad steps in a row; `path` names the checkpoint of the last good state."""
+        """Raise an `ArgumentError` after too many bad steps in a row; the checkpoint `path` has the last good state."""
         if self.is_exhausted:
-            raise UserError(f"{self.in_a_row} steps in a row could not be applied (--max-bad-steps); log.txt names "
-                            f"their samples. The last good state is in {path}. Lower --lr, set --max-grad-norm or "
-                            "check the data, and --resume it.")
+            raise ArgumentError(f"{self.in_a_row} steps in a row could not be applied; log.txt names their samples. "
+                                f"Check the data, lower the learning rate or clip the gradient, and resume {path}, "
+                                "which holds the last good state", max_bad_steps=self.max_bad_steps)

@@ -4,6 +4,7 @@ import re
 
 from common.checkpoint_io import latest_checkpoint, latest_valid_checkpoint, verify_checkpoint
 from common.errors import ArgumentError
+from common.files import check_writable
 
 
 def list_run_dirs(results_dir, model_name=None):
@@ -16,23 +17,24 @@ def list_run_dirs(results_dir, model_name=None):
 
 def create_run_dir(results_dir, model_name):
     """Create the next `results/NNN-DiT-XL-2` with its folder `checkpoints`, and return its path."""
-    existing = list_run_dirs(results_dir)
-    number = int(os.path.basename(existing[-1]).split("-")[0]) + 1 if existing else 0
-    run_dir = os.path.join(results_dir, f"{number:03d}-{model_name.replace('/', '-')}")
-    try:
-        os.makedirs(os.path.join(run_dir, "checkpoints"))
-    except OSError as error:
-        raise ArgumentError(f"cannot create {run_dir} ({error})", results_dir=results_dir) from None
-    return run_dir
+    while True:
+        existing = list_run_dirs(results_dir)
+        number = int(os.path.basename(existing[-1]).split("-")[0]) + 1 if existing else 0
+        run_dir = os.path.join(results_dir, f"{number:03d}-{model_name.replace('/', '-')}")
+        try:
+            os.makedirs(os.path.join(run_dir, "checkpoints"))
+            return run_dir
+        except FileExistsError:  # another run took the number in the meantime, or a file has the name of a folder
+            if os.path.isdir(run_dir):
+                continue
+            raise ArgumentError(f"{run_dir} is a file, not a folder", results_dir=results_dir) from None
+        except OSError as error:
+            raise ArgumentError(f"cannot create {run_dir} ({error}). Name a folder that can be written to",
+                                results_dir=results_dir) from None
 
 
 def open_run_dir(results_dir, model_name, resume=None):
-    """Find the folder of a run and the checkpoint that it resumes.
-
-    Args:
-        results_dir (str): Folder of all runs.
-        model_name (str): Model as in "DiT-XL/2"; "auto" resumes a run of the same one.
-        resume (str): A checkpoint, a run's folder, or "auto". Default: a new run.
+    """Find or create the folder of a run, and find the checkpoint that it resumes, as `find_checkpoint_to_resume` does.
 
     Returns:
         tuple[str, str, list[str]]: The run's folder, the checkpoint to resume (None: start a new run), and warnings
@@ -43,27 +45,25 @@ def open_run_dir(results_dir, model_name, resume=None):
     if path is None:
         return create_run_dir(results_dir, model_name), None, warnings
     run_dir, inner = os.path.split(os.path.dirname(os.path.abspath(path)))
-    # Resuming a foreign or an older checkpoint starts another run: in the same folder, "the latest" would then be a
-    # checkpoint that this run does not descend from. Unless the newer ones are damaged.
-    is_named = os.path.isfile(resume)
+    # Naming a foreign or an older checkpoint starts another run: in the same folder, "the latest" would then be a
+    # checkpoint that this run does not descend from.
     is_latest = inner == "checkpoints" and os.path.samefile(latest_checkpoint(run_dir) or os.devnull, path)
-    if is_named and not is_latest:
-        run_dir = create_run_dir(results_dir, model_name)
+    if os.path.isfile(resume) and not is_latest:
+        return create_run_dir(results_dir, model_name), path, warnings
+    try:
+        check_writable(os.path.join(run_dir, "checkpoints"), is_folder=True)
+    except ArgumentError:
+        foreign, run_dir = run_dir, create_run_dir(results_dir, model_name)
+        warnings.append(f"WARNING: {foreign} cannot be written to; the run continues in {run_dir}")
     return run_dir, path, warnings
 
 
 def find_checkpoint_to_resume(resume, results_dir, model_name, warn):
-    """Find the checkpoint that `resume` names.
+    """Return the path of the checkpoint that `resume` names, or None if "auto" finds none.
 
-    Args:
-        resume (str): A checkpoint; a run's folder, for its latest valid checkpoint; or "auto", for that of the run of
-            this model with the highest number that has a checkpoint.
-        results_dir (str): Folder of all runs.
-        model_name (str): Model as in "DiT-XL/2".
-        warn (callable): Called with a sentence about each damaged checkpoint that is skipped.
-
-    Returns:
-        str: Path of the checkpoint; None if "auto" finds none.
+    `resume` is a checkpoint; a run's folder, for its latest valid checkpoint; or "auto", for that of the run of this
+    model with the highest number that has a checkpoint. `warn` is called with a sentence about each damaged checkpoint
+    that is skipped.
 
     Raises:
         ArgumentError: If there is no such file, or no checkpoint in the folder.

@@ -21,33 +21,19 @@ class TrainStep:
 
     Every random number comes from `rng`, a function of (seed, step, position in the global batch): the number of ranks
     and microbatches does not change what is computed.
-
-    Args:
-        model (DiT): The network with its weights; sharded with FSDP.
-        network (nn.Module): What computes the model: itself, or the model in DDP.
-        autoencoder (VAE | IdentityAutoencoder | CachedLatents): Encodes a batch of the data set to latents.
-        diffusion (GaussianDiffusion): The process with its training loss.
-        schedule_sampler (ScheduleSampler): Draws the timesteps.
-        optimizer (Optimizer): AdamW, as published.
-        emas (list[EMA]): Moving averages that follow the model.
-        guard (NonFiniteGuard): Decides whether a step is applied.
-        rng (BatchRNG): Random numbers of this rank's rows of the global batch.
-        num_microbatches (int): Parts of the local batch, computed one after the other to save memory.
-        max_grad_norm (float): Norm that the gradient is clipped to. Default: no clipping.
-        compute (ComputeConfig): Precision, compilation and attention kernel of the network.
     """
 
-    model: nn.Module
-    network: nn.Module
+    model: nn.Module           # the DiT with its weights; sharded with FSDP
+    network: nn.Module         # what computes it: the model itself, or the model in DDP
     autoencoder: VAE | IdentityAutoencoder | CachedLatents
     diffusion: GaussianDiffusion
     schedule_sampler: ScheduleSampler
     optimizer: torch.optim.Optimizer
     emas: list[EMA]
-    guard: NonFiniteGuard
-    rng: BatchRNG
-    num_microbatches: int = 1
-    max_grad_norm: float = None
+    guard: NonFiniteGuard      # decides whether a step is applied
+    rng: BatchRNG              # random numbers of this rank's rows of the global batch
+    num_microbatches: int = 1  # parts of the local batch, computed one after the other to save memory
+    max_grad_norm: float | None = None
     compute: ComputeConfig = DEFAULT_COMPUTE
 
     def __post_init__(self):
@@ -93,7 +79,7 @@ class TrainStep:
         return losses, grad_norm, is_applied
 
     def apply(self, step, loss, grad_norm, sample_losses):
-        """Update weights, optimizer and averages, unless the step is bad; returns whether it was applied.
+        """Update weights, optimizer and averages, unless the step is bad; return whether it was applied.
 
         If the device can decide, nothing is read from it: the fused optimizer skips a non-finite gradient by itself,
         and the guard learns of it one step later.
@@ -106,10 +92,10 @@ class TrainStep:
         if is_applied is not False:
             self.optimizer.step()
             for ema in self.emas:
-                ema.update(self.model, is_applied.float() if self.decides_on_device else None)
+                ema.update(self.model, is_applied.float() if self.decides_on_device else None, step)
         if self.decides_on_device:
             self.guard.check_later(step, is_applied, sample_losses)
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad()
         return is_applied
 
 

@@ -579,7 +579,7 @@ def test_too_many_bad_steps_end_the_run(children, tmp_path):
     flags = [*DIGITS, "--max-bad-steps", 3, "--results-dir", tmp_path]
     out = children.run("train", *flags, "--max-steps", 20, processes=2, status=2,
                        prepare=SpoilLoss([1, 2, 4, 5, 6, 7, 8], float("nan"), rank=1))
-    assert "(--max-bad-steps)" in out and str(checkpoint_path(tmp_path, 7)) in out and steps_of(tmp_path) == [7]
+    assert "--max-bad-steps 3:" in out and str(checkpoint_path(tmp_path, 7)) in out and steps_of(tmp_path) == [7]
     saved = stored(tmp_path, 7)
     assert all(torch.isfinite(tensor).all() for part in ("model", "ema") for tensor in saved[part].values())
     assert saved["guard"]["total"] == 5
