@@ -67,46 +67,6 @@ def load_checkpoint(path):
         raise UserError(f"{path} cannot be read: it is damaged, or not a checkpoint ({reason})") from None
 
 
-def select_weights(checkpoint, path):
-    """Select the weights to sample with: those of key "ema", else of "model", else the checkpoint itself ("bare").
-
-    Returns:
-        tuple[dict[str, Tensor], str]: State dictionary, without the prefixes of wrappers (`module.` of DDP,
-        `_orig_mod.` of torch.compile), and "ema", "model" or "bare".
-    """
-    if isinstance(checkpoint, dict):
-        for kind in ("ema", "model"):
-            if isinstance(checkpoint.get(kind), dict) and checkpoint[kind]:
-                return _strip_prefixes(checkpoint[kind]), kind
-        if checkpoint and all(map(torch.is_tensor, checkpoint.values())):
-            return _strip_prefixes(checkpoint), "bare"
-    raise UserError(f"{path} holds no weights: it has neither 'ema' nor 'model', nor is it a state dictionary")
-
-
-def _strip_prefixes(state_dict):
-    return {re.sub(r"^(module\.|_orig_mod\.)+", "", name): value for name, value in state_dict.items()}
-
-
-def load_weights(model, state_dict, path):
-    """Load weights strictly; if they do not fit, raise a `UserError` with the differences and load none."""
-    shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    stored = {name: tuple(value.shape) if torch.is_tensor(value) else None for name, value in state_dict.items()}
-    differences = {
-        "missing": sorted(shapes.keys() - stored.keys()),
-        "unknown": sorted(stored.keys() - shapes.keys()),
-        "of another shape": [f"{name} {stored[name]} instead of {shape}" for name, shape in shapes.items()
-                             if stored.get(name, shape) != shape]}
-    problems = [f"{problem}: {_shorten(names)}" for problem, names in differences.items() if names]
-    if problems:
-        raise UserError(f"the weights in {path} do not fit this model ({'; '.join(problems)}). Check its name, its "
-                        "sizes, image size and number of classes.")
-    model.load_state_dict(state_dict, strict=True)
-
-
-def _shorten(items):
-    return ", ".join(items[:3]) + (f" and {len(items) - 3} more" if len(items) > 3 else "")
-
-
 def list_checkpoints(run_dir):
     """Return {step: path} of the checkpoints in a run's folder, latest step first."""
     folder = os.path.join(run_dir, "checkpoints")

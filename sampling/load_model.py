@@ -7,10 +7,11 @@ import torch
 
 import models
 from autoencoder.vae import VAE, IdentityAutoencoder, latent_size, load_autoencoder
-from common.checkpoint_io import load_checkpoint, load_weights, select_weights
+from common.checkpoint_io import load_checkpoint
 from common.download import download
 from common.errors import ArgumentError, UserError
 from common.files import sha256_weights
+from common.state_dicts import load_weights, select_weights
 from networks import build_dit, infer_conditioning
 
 PUBLISHED_CHECKPOINTS = ("DiT-XL-2-512x512.pt", "DiT-XL-2-256x256.pt")
