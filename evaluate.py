@@ -17,7 +17,7 @@ import argparse
 import os
 import sys
 
-from common import distributed
+from common import checkpoint_io, distributed
 from common.cli import HelpFormatter, add_alias, build_compute_config, flag_name, parse_args, positive_int
 from common.errors import ArgumentError, UserError, rename_arguments, run_command
 from common.provenance import collect_environment
@@ -162,7 +162,7 @@ def check_generation_flags(flags, explicit_args):
 
 def is_checkpoint(name):
     """Return whether a name is that of a checkpoint, not of images."""
-    return name in PUBLISHED_CHECKPOINTS or name.endswith((".pt", ".pth", ".safetensors"))
+    return name in PUBLISHED_CHECKPOINTS or checkpoint_io.is_checkpoint(name)
 
 
 def open_samples(flags, explicit_args):
@@ -183,7 +183,7 @@ def open_samples(flags, explicit_args):
 def load_checkpoint_model(path, flags, explicit_args):
     """Load the model of a checkpoint by the flags of `add_model_flags`, and print what was loaded."""
     loaded = load_model(path, flags.model, flags.image_size, flags.num_classes, flags.vae, explicit_args,
-                        distributed.device(), flags.ema_decay)
+                        distributed.device(), flags.ema_decay, flags.weights)
     distributed.print_rank0(loaded.description())
     return loaded
 

@@ -98,6 +98,11 @@ def _find_by_anchor(checkpoint):
     return sets
 
 
+def list_tensor_names(checkpoint):
+    """List the names of all tensors in nested dictionaries, joined by dots."""
+    return [name for name, _ in _flatten(checkpoint)] if isinstance(checkpoint, dict) else []
+
+
 def _flatten(value, prefix="", depth=0):
     """Yield (name, tensor) of nested dictionaries, names joined by dots."""
     for name, part in value.items():
@@ -156,9 +161,14 @@ def shorten(items, count=3):
 
 def check_finite(state_dict, path, remedy="Use another checkpoint."):
     """Raise a `UserError` if a weight is NaN or infinite: such a model makes black images, and never heals."""
-    spoilt = [name for name, value in state_dict.items() if torch.is_tensor(value) and not _is_finite(value)]
-    if spoilt:
-        raise UserError(f"the weights in {path} are not finite (NaN or infinite, in {shorten(spoilt)}). {remedy}")
+    if spoilt := find_non_finite(state_dict):
+        raise UserError(f"{path}: the model makes images that are not finite, since its weights are NaN or infinite "
+                        f"({shorten(spoilt)}). {remedy}")
+
+
+def find_non_finite(state_dict):
+    """List the names of the weights that have a NaN or infinite value."""
+    return [name for name, value in state_dict.items() if torch.is_tensor(value) and not _is_finite(value)]
 
 
 def _is_finite(value):

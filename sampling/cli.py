@@ -39,6 +39,8 @@ def add_model_flags(parser, vae, ckpt=True):
                        help="autoencoder: ema, mse, a diffusers directory or hub name, or none (pixels)")
     group.add_argument("--ema-decay", type=decay,
                        help="which moving average of a checkpoint with several; default: its first")
+    group.add_argument("--weights", choices=("ema", "model"),
+                       help="the moving average, or the raw weights; default: the average if there is one")
 
 
 def add_sampling_flags(parser, cfg_scale):
@@ -67,8 +69,9 @@ def load_pipeline(flags, explicit_args, device, log=print):
     The flags are those of `add_model_flags`, `add_sampling_flags` and `add_compute_flags`; `explicit_args` names those
     that were typed.
     """
+    options = sampling_options(flags)
     loaded = load_model(flags.ckpt, flags.model, flags.image_size, flags.num_classes, flags.vae, explicit_args, device,
-                        flags.ema_decay)
+                        flags.ema_decay, flags.weights)
     log(loaded.description() + (f", average of decay {flags.ema_decay:g}" if flags.ema_decay is not None else ""))
     compute = build_compute_config(flags, device, log)
-    return loaded, build_pipeline(loaded.model, loaded.autoencoder, **sampling_options(flags), compute=compute)
+    return loaded, build_pipeline(loaded.model, loaded.autoencoder, **options, compute=compute)
