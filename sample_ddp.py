@@ -8,6 +8,7 @@ continues where it stopped.
 """
 import argparse
 import os
+from contextlib import ExitStack
 
 import torch
 from tqdm.auto import tqdm
@@ -43,15 +44,24 @@ def build_parser():
 
 
 def main():
-    """Sample the missing images of the set in parts, then assemble its .npz."""
+    """Load the model and make the set; no other command may make it at the same time."""
     flags, explicit_args = parse_args(build_parser())
     device = distributed.init(tf32=flags.tf32 and flags.precision != "fp32")
-    rank, world_size = distributed.rank(), distributed.world_size()
     with distributed.raise_on_all_ranks():
         loaded, pipeline = load_pipeline(flags, explicit_args, device, distributed.print_rank0)
         samples = SampleSet(os.path.join(flags.sample_dir, folder_name(loaded, pipeline, flags)))
         samples.open()
+    with ExitStack() as stack:
+        with distributed.raise_on_all_ranks():
+            if distributed.is_rank0():
+                stack.enter_context(samples.locked())
+        make_samples(samples, loaded, pipeline, flags, device)
+    distributed.shutdown()
 
+
+def make_samples(samples, loaded, pipeline, flags, device):
+    """Sample the missing images of the set in parts, and assemble its .npz. Called by all ranks."""
+    rank, world_size = distributed.rank(), distributed.world_size()
     num_samples = flags.num_fid_samples
     ranges = distributed.run_on_rank0_and_broadcast(lambda: samples.missing(num_samples, flags.per_proc_batch_size))
     num_missing = sum(end - start for start, end in ranges)
@@ -80,7 +90,6 @@ def main():
     larger = f"; the first {num_samples} are those of this command" if count > num_samples else ""
     distributed.print_rank0(f"{samples.npz} holds {count} images (arr_0) and labels (arr_1){larger}; their metadata is "
                             f"in {os.path.basename(samples.folder)}.json")
-    distributed.shutdown()
 
 
 def folder_name(loaded, pipeline, flags):

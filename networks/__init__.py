@@ -41,8 +41,13 @@ def infer_config(state_dict):
 
     These are all but the number of heads, the size of the latents, and which rows of the class table are classes.
     """
-    hidden_size, in_channels, patch_size, _ = state_dict["x_embedder.proj.weight"].shape
-    depth = 1 + max((int(name.split(".")[1]) for name in state_dict if name.startswith("blocks.")), default=-1)
+    shape = state_dict["x_embedder.proj.weight"].shape
+    if len(shape) != 4 or shape[2] != shape[3]:
+        raise ValueError(f"x_embedder.proj.weight has the shape {tuple(shape)}, not that of square patches")
+    hidden_size, in_channels, patch_size, _ = shape
+    depth = len({name.split(".")[1] for name in state_dict if name.startswith("blocks.")})
+    if not depth:
+        raise ValueError("there are no blocks (blocks.0...)")
     mlp_size = len(state_dict.get("blocks.0.mlp.fc1.weight", range(4 * hidden_size)))
     output_size = len(state_dict.get("final_layer.linear.weight", range(2 * in_channels * patch_size**2)))
     mlp_ratio = mlp_size / hidden_size

@@ -4,9 +4,6 @@ import dataclasses
 
 import torch
 
-from models import DiTConfig
-
-ARCHITECTURE_FIELDS = {field.name for field in dataclasses.fields(DiTConfig)} | {"conditioning"}
 STEP_NAMES = ("step", "steps", "train_steps", "global_step", "iteration")  # ours first, then those of other projects
 
 
@@ -42,7 +39,9 @@ def read_metadata(checkpoint):
     args = as_dict(checkpoint.get("args")) or as_dict(checkpoint.get("hyper_parameters"))
     config = as_dict(checkpoint.get("config"))
     step_name = next((name for name in STEP_NAMES if checkpoint.get(name) is not None), "step")
-    architecture = {name: value for name, value in as_dict(config.get("model")).items() if name in ARCHITECTURE_FIELDS}
+    stored = as_dict(config.get("model"))
+    architecture = {name: take(stored, name, convert) for name, convert in ARCHITECTURE_FIELDS.items()}
+    architecture = {name: value for name, value in architecture.items() if value is not None}
     return CheckpointMetadata(
         architecture=architecture, model=take(args, "model", _as_text), image_size=take(args, "image_size", as_count),
         num_classes=take(args, "num_classes", as_count), vae=take(args, "vae", _as_text),
@@ -81,6 +80,19 @@ def as_count(value):
     return as_integer(value) or None
 
 
+def _as_fraction(value):
+    number = as_number(value)
+    return number if number is not None and 0 <= number <= 1 else None
+
+
+def _as_size(value):
+    """Return a side, or (height, width)."""
+    if not isinstance(value, (list, tuple)):
+        return as_count(value)
+    sides = tuple(as_count(side) for side in value)
+    return sides if len(sides) == 2 and None not in sides else None
+
+
 def _as_text(value):
     return value if isinstance(value, str) and value else None
 
@@ -99,3 +111,10 @@ def _as_decays(value):
 def _shorten(value):
     text = " ".join(repr(value).split())
     return text if len(text) <= 40 else text[:37] + "..."
+
+
+# Arguments of `build_dit` as train.py stores them, and how they are read.
+ARCHITECTURE_FIELDS = dict(
+    input_size=_as_size, patch_size=as_count, in_channels=as_count, hidden_size=as_count, depth=as_count,
+    num_heads=as_count, mlp_ratio=as_number, class_dropout_prob=_as_fraction, num_classes=as_count,
+    learn_sigma=lambda value: value if isinstance(value, bool) else None, conditioning=_as_text)

@@ -11,9 +11,10 @@ from common.cli import (
     positive_int,
     sampling_steps,
 )
+from common.errors import ArgumentError
 from models import DiT_models
 from sampling.load_model import load_model
-from sampling.pipeline import SAMPLERS, build_pipeline
+from sampling.pipeline import SAMPLERS, build_pipeline, build_process
 
 NUM_TRAINED_TIMESTEPS = 1000
 
@@ -58,7 +59,15 @@ def add_sampling_flags(parser, cfg_scale):
 
 
 def sampling_options(flags):
-    """Return the values of the sampling flags, as arguments of `build_pipeline`."""
+    """Return the values of the sampling flags, as arguments of `build_pipeline`, after checking the steps."""
+    steps = str(flags.num_sampling_steps)
+    try:
+        build_process(steps)
+    except ArgumentError as error:
+        count = steps.removeprefix("ddim")
+        is_possible = count != steps and count.isdecimal() and 1 < int(count[:9]) <= NUM_TRAINED_TIMESTEPS
+        advice = f" Or take {count} steps by --num-sampling-steps {count} --sampler ddim." if is_possible else ""
+        raise ArgumentError(error.args[0] + advice, **error.arguments) from None
     return dict(num_sampling_steps=flags.num_sampling_steps, cfg_scale=flags.cfg_scale,
                 cfg_channels=flags.cfg_channels, cfg_interval=flags.cfg_interval, sampler=flags.sampler, eta=flags.eta)
 

@@ -135,7 +135,8 @@ def _select_average(checkpoint, metadata, path, ema_decay, weights, log):
     if weights == "model":
         raise ArgumentError("the raw weights are no average. Leave one of the two out.", weights=weights,
                             ema_decay=ema_decay)
-    extra = as_dict(checkpoint.get("extra_emas"))
+    averages = as_dict(checkpoint.get("extra_emas"))
+    extra = {str(decay): average for decay, average in averages.items() if as_dict(average)}
     if kind != "ema" or f"{ema_decay:g}" not in extra:
         decays = [f"{decay:g}" for decay in [first_decay] if kind == "ema" and decay is not None] + list(extra)
         raise ArgumentError(f"{path} has no such average; it has {', '.join(decays) or 'none of known decay'}. "

@@ -4,8 +4,10 @@ import json
 import os
 import re
 import zipfile
+from contextlib import contextmanager, suppress
 
 import numpy as np
+from filelock import FileLock, Timeout
 from PIL import Image
 
 from common import distributed
@@ -57,6 +59,24 @@ class SampleSet:
             os.makedirs(self.parts, exist_ok=True)
         except OSError as error:
             raise UserError(f"cannot make the folder {self.parts} ({error})") from None
+
+    @contextmanager
+    def locked(self):
+        """Keep other commands from making this set meanwhile; a lock ends with its process. Called by rank 0."""
+        path = self.folder + ".lock"
+        try:
+            lock = FileLock(path).acquire(blocking=False)
+        except Timeout:
+            raise UserError(f"another command is making {self.npz} right now. Wait until it has finished, or name "
+                            "another --sample-dir") from None
+        except OSError as error:
+            raise UserError(f"cannot lock {path} ({error})") from None
+        with lock:
+            try:
+                yield
+            finally:
+                with suppress(FileNotFoundError):
+                    os.remove(path)
 
     def num_finished(self):
         """Return the number of images in the .npz; 0 if there is none."""
