@@ -126,9 +126,10 @@ def open_samples(flags, explicit_args):
         image_size, num_classes = (getattr(flags, name) if name in explicit_args else None
                                    for name in ("image_size", "num_classes"))
         return open_image_source(flags.samples, image_size, num_classes), num_classes
+    options = sampling_options(flags)
     loaded = load_checkpoint_model(flags.samples, flags, explicit_args)
     compute = build_compute_config(flags, distributed.device(), distributed.print_rank0)
-    pipeline = build_pipeline(loaded.model, loaded.autoencoder, **sampling_options(flags), compute=compute)
+    pipeline = build_pipeline(loaded.model, loaded.autoencoder, **options, compute=compute)
     images = GeneratedImages(pipeline, loaded.num_classes, flags.num_fid_samples, flags.global_seed,
                              flags.label_distribution, loaded.metadata() | collect_environment(distributed.device()))
     return images, loaded.num_classes
@@ -137,7 +138,7 @@ def open_samples(flags, explicit_args):
 def load_checkpoint_model(path, flags, explicit_args):
     """Load the model of a checkpoint by the flags of `add_model_flags`, and print what was loaded."""
     loaded = load_model(path, flags.model, flags.image_size, flags.num_classes, flags.vae, explicit_args,
-                        distributed.device(), flags.ema_decay)
+                        distributed.device(), flags.ema_decay, flags.weights)
     distributed.print_rank0(loaded.description())
     return loaded
 

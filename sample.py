@@ -58,9 +58,9 @@ def main():
 
     columns = flags.columns or (flags.samples_per_label if flags.samples_per_label > 1 else 4)
     metadata = pipeline.metadata() | dict(seed=flags.seed)
-    save_image_grid(images, columns, flags.output, metadata | dict(
-        class_labels=labels, checkpoint=loaded.description()) | (
-            dict(ema_decay=loaded.ema_decay) if flags.ema_decay is not None else {}))
+    average = dict(ema_decay=loaded.ema_decay) if flags.ema_decay is not None else {}
+    save_image_grid(images, columns, flags.output,
+                    metadata | dict(class_labels=labels, checkpoint=loaded.description()) | average)
     print(f"wrote {flags.output}: {json.dumps(metadata)}")
     if trajectory:
         path = os.path.splitext(flags.output)[0] + ".gif"

@@ -10,6 +10,7 @@ import common.startup  # noqa: F401
 
 import argparse
 import os
+from contextlib import ExitStack
 
 import torch
 from tqdm.auto import tqdm
@@ -45,15 +46,24 @@ def build_parser():
 
 
 def main():
-    """Sample the missing images of the set in parts, then assemble its .npz."""
+    """Load the model and make the set; no other command may make it at the same time."""
     flags, explicit_args = parse_args(build_parser())
     device = distributed.init(tf32=flags.tf32 and flags.precision != "fp32")
-    rank, world_size = distributed.rank(), distributed.world_size()
     with distributed.raise_on_all_ranks():
         loaded, pipeline = load_pipeline(flags, explicit_args, device, distributed.print_rank0)
         samples = SampleSet(os.path.join(flags.sample_dir, folder_name(loaded, pipeline, flags)))
         samples.open()
+    with ExitStack() as stack:
+        with distributed.raise_on_all_ranks():
+            if distributed.is_rank0():
+                stack.enter_context(samples.locked())
+        make_samples(samples, loaded, pipeline, flags, device)
+    distributed.shutdown()
 
+
+def make_samples(samples, loaded, pipeline, flags, device):
+    """Sample the missing images of the set in parts, and assemble its .npz. Called by all ranks."""
+    rank, world_size = distributed.rank(), distributed.world_size()
     num_samples = flags.num_fid_samples
     ranges = distributed.run_on_rank0_and_broadcast(lambda: samples.missing(num_samples, flags.per_proc_batch_size))
     num_missing = sum(end - start for start, end in ranges)
@@ -70,9 +80,9 @@ def main():
 
     def finish():
         count = samples.assemble(num_samples)
-        environment = collect_environment(device) if num_missing else {}  # unknown if all images existed
-        samples.write_metadata(describe_sample_set(pipeline, count, flags.global_seed, flags.label_distribution,
-                                                   loaded.metadata() | environment))
+        metadata = loaded.metadata() | (collect_environment(device) if num_missing else {})  # else it is unknown
+        samples.write_metadata(
+            describe_sample_set(pipeline, count, flags.global_seed, flags.label_distribution, metadata))
         return count
 
     count = distributed.run_on_rank0_and_broadcast(finish)
@@ -82,7 +92,6 @@ def main():
     larger = f"; the first {num_samples} are those of this command" if count > num_samples else ""
     distributed.print_rank0(f"{samples.npz} holds {count} images (arr_0) and labels (arr_1){larger}; their metadata is "
                             f"in {os.path.basename(samples.folder)}.json")
-    distributed.shutdown()
 
 
 def folder_name(loaded, pipeline, flags):
@@ -93,17 +102,12 @@ def folder_name(loaded, pipeline, flags):
     precision = pipeline.compute.precision if flags.tf32 or pipeline.compute.precision == "bf16" else "fp32"
     parts = [loaded.name.replace("/", "-"), checkpoint, sha256_weights(*modules)[:8], f"size-{loaded.image_size}",
              f"vae-{vae}", f"cfg-{flags.cfg_scale:g}", f"channels-{pipeline.cfg_channels}",
-             f"{pipeline.sampler}-{flags.num_sampling_steps}"]
-    if pipeline.cfg_interval:
-        parts.append("interval-{}-{}".format(*pipeline.cfg_interval))
-    if flags.eta:
-        parts.append(f"eta-{flags.eta:g}")
-    if flags.label_distribution != "uniform":
-        parts.append(f"labels-{flags.label_distribution}")
-    parts.append(f"seed-{flags.global_seed}")
-    if precision != "tf32":
-        parts.append(precision)
-    return "-".join(parts)
+             f"{pipeline.sampler}-{flags.num_sampling_steps}",
+             pipeline.cfg_interval and "interval-{}-{}".format(*pipeline.cfg_interval),
+             flags.eta and f"eta-{flags.eta:g}",
+             flags.label_distribution != "uniform" and f"labels-{flags.label_distribution}",
+             f"seed-{flags.global_seed}", precision != "tf32" and precision]
+    return "-".join(filter(None, parts))
 
 
 if __name__ == "__main__":

@@ -15,24 +15,13 @@ PRETRAINED_DIR = "pretrained_models"
 
 
 def download(name, base_url, folder=PRETRAINED_DIR, sha256=None):
-    """Download a file once, even if several processes ask for it at the same time.
+    """Download a file once, even if several processes ask for it at the same time, and return its path.
 
-    Args:
-        name (str): Name of the file.
-        base_url (str): Address of the folder that holds it.
-        folder (str): Where to keep it.
-        sha256 (str): Expected SHA-256. Default: that of an earlier download, as recorded in `NAME.sha256`.
-
-    Returns:
-        str: Path of the file.
-
-    Raises:
-        UserError: If the file exists with another hash, cannot be downloaded completely, or has another hash.
+    Its SHA-256 must be `sha256`, by default that of an earlier download, as recorded in `NAME.sha256`.
     """
     path, url = os.path.join(folder, name), base_url.rstrip("/") + "/" + name
-    sha256 = sha256 and sha256.lower()
     if os.path.exists(path):
-        if sha256 and sha256_file(path) != sha256:
+        if sha256 and sha256_file(path) != sha256.lower():
             raise UserError(f"{path} has another hash than {sha256}. Remove it to download it again.")
         return path
     try:
@@ -49,10 +38,10 @@ def download(name, base_url, folder=PRETRAINED_DIR, sha256=None):
 def _download(url, path, sha256):
     """Download `url` to `path`, which appears after its length and hash were checked; record the hash."""
     partial, record = path + ".part", Path(path + ".sha256")
-    expected = sha256 or (record.read_text().strip() if record.exists() else None)
     try:
+        expected = sha256 or (record.read_text().strip() if record.exists() else None)
         digest = _copy(url, partial)
-        if expected and digest != expected:
+        if expected and digest != expected.lower():
             source = "as required" if sha256 else f"of an earlier download, recorded in {record}"
             raise UserError(f"{url} has the SHA-256 {digest}, not {expected} {source}. The file was not kept.")
         record.write_text(f"{digest}\n")

@@ -1,13 +1,14 @@
 """The diffusion process: forward process q, training loss, reverse process p, DDPM and DDIM sampling, the bound."""
 import math
+from collections import deque
 
 import numpy as np
 import torch
+from tqdm.auto import tqdm
 
 from .losses import discretized_gaussian_log_likelihood, mean_flat, normal_kl
 
-VARIANCES = ("learned_range", "fixed_large", "fixed_small")
-LOSSES = ("mse", "rescaled_mse", "kl")
+VARIANCES, LOSSES = ("learned_range", "fixed_large", "fixed_small"), ("mse", "rescaled_mse", "kl")
 
 
 class GaussianDiffusion:
@@ -79,35 +80,27 @@ class GaussianDiffusion:
 
         A table is copied to a device once; after that a look-up of several tables is one gather.
         """
-        table = self._device_tables.get((t.device, names))
-        if table is None:
-            stacked = np.stack([getattr(self, name) for name in names])
-            table = torch.tensor(stacked, dtype=torch.float32, device=t.device)
-            self._device_tables[t.device, names] = table
+        table = self._device_table(names, t.device, torch.float32)
         return table.index_select(1, t).view(len(names), len(t), *(1,) * (ndim - 1)).unbind()
 
     def _original_t(self, t):
         """Look up the steps of the trained process that steps t stand for."""
-        steps = self._device_tables.get((t.device, "timestep_map"))
-        if steps is None:
-            steps = self._device_tables[t.device, "timestep_map"] = torch.tensor(self.timestep_map, device=t.device)
-        return steps[t]
+        return self._device_table(("timestep_map",), t.device, torch.int64)[0, t]
+
+    def _device_table(self, names, device, dtype):
+        if (device, names) not in self._device_tables:
+            stacked = np.stack([getattr(self, name) for name in names])
+            self._device_tables[device, names] = torch.tensor(stacked, dtype=dtype, device=device)
+        return self._device_tables[device, names]
 
     # ---------------------------------------------------------------- q: the forward process and its posterior
 
     def q_sample(self, x_start, t, noise=None):
-        """Diffuse clean latents: sample x_t ~ q(x_t | x_0) (DDPM, eq. 4).
+        """Diffuse clean latents: sample x_t ~ q(x_t | x_0), of the shape of x_start (DDPM, eq. 4).
 
-        Args:
-            x_start (Tensor): Scaled latents, shape (N, C, ...), not confined to [-1, 1].
-            t (Tensor): Timesteps, shape (N,).
-            noise (Tensor): Standard normal noise, shape (N, C, ...). Default: drawn from the global generator.
-
-        Returns:
-            Tensor: Noisy latents, shape (N, C, ...).
+        The latents are scaled and not confined to [-1, 1]; `noise` is by default drawn from the global generator.
         """
-        if noise is None:
-            noise = torch.randn_like(x_start)
+        noise = torch.randn_like(x_start) if noise is None else noise
         _check_same_shape("noise", noise, "x_start", x_start)
         signal, sigma = self._extract(t, x_start.ndim, "sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod")
         return _weighted_sum(signal, x_start, sigma, noise)
@@ -139,8 +132,7 @@ class GaussianDiffusion:
                 "rescaled_mse": The same with vb times T / 1000.
                 "kl": Nothing else; the loss is vb times T, an estimate of the full bound.
         """
-        if noise is None:
-            noise = torch.randn_like(x_start)
+        noise = torch.randn_like(x_start) if noise is None else noise
         x_t = self.q_sample(x_start, t, noise)
         prediction, values = self._split_output(model(x_t, self._original_t(t), **(model_kwargs or {})), x_t)
         if self.loss == "kl":
@@ -182,10 +174,8 @@ class GaussianDiffusion:
             dict[str, Tensor]: "mean", "variance", "log_variance" and "pred_xstart", each of the shape of x.
         """
         mean, log_variance, pred_xstart = self._reverse_step(model, x, t, clip_denoised, denoised_fn, model_kwargs)
-        if self.variance == "learned_range":
-            variance = torch.exp(log_variance)
-        else:
-            (variance,) = self._extract(t, x.ndim, "fixed_variance")
+        is_learned = self.variance == "learned_range"
+        variance = torch.exp(log_variance) if is_learned else self._extract(t, x.ndim, "fixed_variance")[0]
         return dict(mean=mean, variance=variance.expand_as(x), log_variance=log_variance.expand_as(x),
                     pred_xstart=pred_xstart)
 
@@ -274,11 +264,7 @@ class GaussianDiffusion:
         if tuple(x.shape) != tuple(shape):
             raise ValueError(f"noise has shape {tuple(x.shape)}, but the samples have shape {tuple(shape)}")
         timesteps = torch.arange(self.num_timesteps, device=device)  # once: no copy to the device inside the loop
-        steps = range(self.num_timesteps - 1, -1, -1)
-        if progress:
-            from tqdm.auto import tqdm
-            steps = tqdm(steps)
-        for i in steps:
+        for i in tqdm(range(self.num_timesteps - 1, -1, -1), disable=not progress):
             with torch.no_grad():
                 out = sample_step(model, x, timesteps[i].expand(len(x)), **step_arguments)
             yield out
@@ -303,7 +289,7 @@ class GaussianDiffusion:
     def ddim_reverse_sample(self, model, x, t, clip_denoised=True, denoised_fn=None, cond_fn=None, model_kwargs=None,
                             eta=0.0):
         """Take one DDIM step towards noise, x_t -> x_{t+1}, for eta = 0 only. Returns dict(sample, pred_xstart)."""
-        if eta != 0.0:
+        if eta:
             raise ValueError(f"only deterministic DDIM can be reversed: eta must be 0, not {eta}")
         pred_xstart = self._ddim_pred_xstart(model, x, t, clip_denoised, denoised_fn, cond_fn, model_kwargs)
         eps = self._predict_eps_from_xstart(x, t, pred_xstart)
@@ -353,7 +339,7 @@ class GaussianDiffusion:
         """
         timesteps = torch.arange(self.num_timesteps, device=x_start.device)
         columns = dict(vb=[], xstart_mse=[], mse=[])
-        for i in range(self.num_timesteps - 1, -1, -1):
+        for i in reversed(range(self.num_timesteps)):
             t = timesteps[i].expand(len(x_start))
             noise = noise_fn(x_start)
             x_t = self.q_sample(x_start, t, noise)
@@ -392,6 +378,4 @@ def _may_contain_zero(t):
 
 
 def _last_sample(outputs):
-    for out in outputs:
-        sample = out["sample"]
-    return sample
+    return deque(outputs, maxlen=1).pop()["sample"]

@@ -5,16 +5,10 @@ import numpy as np
 
 
 def named_betas(name, num_steps):
-    """Compute the betas of a named schedule.
+    """Compute the betas in (0, 1) of a named schedule, float64, shape (num_steps,).
 
-    Args:
-        name (str): "linear": 1e-4 .. 0.02 for 1000 steps (DDPM, section 4), scaled by 1000 / T for other lengths;
-            "squaredcos_cap_v2": alpha_bar(s) = cos^2((s + 0.008) / 1.008 * pi / 2) (Improved DDPM, eq. 17),
-            beta <= 0.999.
-        num_steps (int): T.
-
-    Returns:
-        ndarray: Betas in (0, 1), float64, shape (T,).
+    "linear" is 1e-4 .. 0.02 for 1000 steps (DDPM, section 4), scaled by 1000 / num_steps for other lengths;
+    "squaredcos_cap_v2" has alpha_bar(s) = cos^2((s + 0.008) / 1.008 * pi / 2), beta <= 0.999 (Improved DDPM, eq. 17).
     """
     if num_steps < 1:
         raise ValueError(f"a diffusion process needs at least one step, not diffusion_steps={num_steps}")
@@ -71,18 +65,22 @@ def space_timesteps(num_timesteps, section_counts):
 
 
 def _strided_timesteps(num_timesteps, count):
-    for stride in range(1, num_timesteps + 1):
-        kept = list(range(0, num_timesteps, stride))
-        if len(kept) == count:
-            return kept
-    raise ValueError(f"no integer stride gives 'ddim{count}' exactly {count} of {num_timesteps} steps; "
-                     f"use a count near {num_timesteps}/k for an integer k, or '{count}' without 'ddim'")
+    if not 1 <= count <= num_timesteps:
+        raise ValueError(f"'ddim{count}' is not possible: between 1 and {num_timesteps} steps can be kept")
+    kept = {len(steps): steps for stride in range(num_timesteps, 0, -1) if (steps := range(0, num_timesteps, stride))}
+    if count not in kept:
+        below, above = max(n for n in kept if n < count), min(n for n in kept if n > count)
+        raise ValueError(f"no integer stride gives 'ddim{count}' exactly {count} of {num_timesteps} steps; the nearest "
+                         f"that one gives are 'ddim{below}' and 'ddim{above}'")
+    return list(kept[count])
 
 
 def _parse_count(text, respacing):
     try:
         return int(text)
     except ValueError:
+        if respacing.startswith("ddim"):
+            raise ValueError(f"{respacing!r} lacks its number of steps, as in 'ddim50'") from None
         raise ValueError(f"respacing {respacing!r} is not a number of steps ('250'), a list of them ('10,15,20') "
                          "or 'ddim' and a number ('ddim50')") from None
 

@@ -23,15 +23,9 @@ class ScheduleSampler:
         raise NotImplementedError
 
     def sample(self, batch_size, device, generator=None):
-        """Draw a batch of timesteps.
+        """Draw timesteps in [0, T), int64, and the weights of their losses, float32, shape (batch_size,) each.
 
-        Args:
-            batch_size (int): N.
-            device (torch.device | str): Where to draw.
-            generator (torch.Generator): Generator on `device`. Default: the global one.
-
-        Returns:
-            tuple[Tensor, Tensor]: Timesteps in [0, T), int64, and weights of their losses, float32, shape (N,) each.
+        `generator` is one on `device`, by default the global one.
         """
         weights = self.weights()
         p = torch.tensor(weights / weights.sum(), dtype=torch.float32, device=device)
@@ -112,16 +106,8 @@ class LossSecondMomentResampler(ScheduleSampler):
 
 def _all_gather(t, losses):
     """Gather timesteps and losses of all ranks as arrays, in their order; ranks may have batches of unequal size."""
-    pairs = torch.stack([t.float(), losses.detach().float()])  # T is far below 2^24: exact
-    if not (dist.is_available() and dist.is_initialized()):
-        t, losses = pairs.cpu().numpy()
-        return t.astype(np.int64), losses
-    size = torch.tensor([pairs.shape[1]], device=pairs.device)
-    sizes = [torch.zeros_like(size) for _ in range(dist.get_world_size())]
-    dist.all_gather(sizes, size)
-    longest = max(int(size) for size in sizes)
-    padded = torch.nn.functional.pad(pairs, (0, longest - pairs.shape[1]))
-    gathered = [torch.zeros_like(padded) for _ in sizes]
-    dist.all_gather(gathered, padded)
-    t, losses = torch.cat([rows[:, : int(size)] for rows, size in zip(gathered, sizes)], dim=1).cpu().numpy()
-    return t.astype(np.int64), losses
+    parts = [(t.cpu().numpy(), losses.detach().float().cpu().numpy())]
+    if dist.is_available() and dist.is_initialized():
+        local, parts = parts[0], [None] * dist.get_world_size()
+        dist.all_gather_object(parts, local)
+    return [np.concatenate(arrays) for arrays in zip(*parts)]

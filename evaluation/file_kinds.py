@@ -4,23 +4,22 @@ import zipfile
 
 import numpy as np
 
-from common.checkpoint_io import is_checkpoint
+from common.checkpoint_io import detect_format
 from common.errors import UserError
 
 IMAGES = "an .npz with arr_0, uint8, shape (N, H, W, 3), or a folder"
 WANTED_IMAGES = f"Images are {IMAGES}."
 WANTED_REFERENCE = f"A reference is an .npz with mu, shape (D,), and sigma, shape (D, D), or images: {IMAGES}."
 
-# How files begin, what they are, and what to do instead.
-SIGNATURES = (
-    (b"\x89PNG", "one image", "Name its folder"), (b"\xff\xd8\xff", "one image", "Name its folder"),
-    (b"GIF8", "one image", "Name its folder"), (b"BM", "one image", "Name its folder"),
-    (b"PK", "a zip archive, or the beginning of one", "Unpack it, or fetch it again if it is incomplete"),
-    (b"\x1f\x8b", "a gzip archive", "Unpack it"), (b"7z\xbc\xaf", "a 7-Zip archive", "Unpack it"),
-    (b"\x89HDF", "an HDF5 file", "Convert it with h5py and numpy.savez"),
-    (b"MATLAB", "a MATLAB file", "Convert it with scipy.io.loadmat and numpy.savez"),
-    (b"version https://git-lfs", "the pointer to a file in Git LFS", "Fetch the file with `git lfs pull`"),
-    (b"<", "a web page or XML, perhaps instead of what should have been downloaded", "Download it again"))
+# Formats that `detect_format` recognizes, and what to do.
+FORMATS = {
+    "torch": ("a PyTorch file", "Samples of a checkpoint are scored by `evaluate.py score CKPT --reference REF`"),
+    "safetensors": ("a checkpoint", "Its samples are scored by `evaluate.py score CKPT --reference REF`"),
+    "image": ("one image", "Name its folder"), "empty": ("empty", "Copy or download it again"),
+    "zip": ("a zip archive", "Unpack it"), "gzip": ("compressed", "Unpack it"), "zstd": ("compressed", "Unpack it"),
+    "hdf5": ("an HDF5 file", "Convert it with h5py and numpy.savez"), "json": ("a JSON text", "Name a data file"),
+    "html": ("a web page", "Download the file itself"),
+    "git-lfs": ("a pointer of Git LFS to the file", "Fetch it by `git lfs pull`")}
 
 
 class Purpose:
@@ -92,27 +91,21 @@ def _read_header(file):
 
 def _describe(path, purpose):
     """Return what a file is that is no .npz, and what to do."""
-    if is_checkpoint(path):
-        return "a PyTorch file", "Samples of a checkpoint are scored by `evaluate.py score CKPT --reference REF`"
+    kind = detect_format(path)
+    if kind in FORMATS:
+        return FORMATS[kind]
     with open(path, "rb") as file:
-        start = file.read(512)
-        file.seek(0)
-        if start.startswith(b"\x93NUMPY"):
+        if kind == "npy":
             shape, dtype = _read_header(file)
-            if dtype is None or dtype.hasobject:
-                source = f"numpy.load({path!r}, allow_pickle=True).item()"
-                return "a .npy of Python objects", _pickle_conversion(file, purpose, source)
-            return (f"a NumPy array, {dtype} of shape {shape}",
-                    _conversion({None: (shape, dtype)}, purpose, f"numpy.load({path!r})"))
-        if start[:1] == b"\x80" and 2 <= start[1] <= 5:
+            if dtype is not None and not dtype.hasobject:
+                remedy = _conversion({None: (shape, dtype)}, purpose, f"numpy.load({path!r})")
+                return f"a NumPy array, {dtype} of shape {shape}", remedy
+            source = f"numpy.load({path!r}, allow_pickle=True).item()"
+            return "a .npy of Python objects", _pickle_conversion(file, purpose, source)
+        if kind == "pickle":
             return "a Python pickle", _pickle_conversion(file, purpose, f"pickle.load(open({path!r}, 'rb'))")
-    if not start:
-        return "empty", "Was it copied or downloaded completely?"
-    if start[257:262] == b"ustar":
-        return "a tar archive", "Unpack it"
-    for signature, kind, remedy in SIGNATURES:
-        if start.lstrip().startswith(signature):
-            return kind, remedy
+        if file.read(2) == b"PK":
+            return "damaged: the beginning of an .npz or another archive", "Copy or download it again"
     return "no file of a kind that is known here", purpose.otherwise
 
 

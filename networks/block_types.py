@@ -51,8 +51,7 @@ class ViTBlock(nn.Module):
     def forward(self, x, c):
         """Transform tokens x (N, T, D); c is None."""
         x = x + self.attn(self.norm1(x))
-        x = x + self.mlp(self.norm2(x))
-        return x
+        return x + self.mlp(self.norm2(x))
 
 
 class PlainFinalLayer(nn.Module):
@@ -123,8 +122,7 @@ class CrossAttentionBlock(ViTBlock):
         """Transform tokens x (N, T, D), attending to the embeddings c (N, 2, D)."""
         x = x + self.attn(self.norm1(x))
         x = x + self.cross_attn(self.norm_cross(x), c)
-        x = x + self.mlp(self.norm2(x))
-        return x
+        return x + self.mlp(self.norm2(x))
 
 
 class CrossAttentionDiT(DiT):
@@ -153,8 +151,7 @@ class AdaLNBlock(DiTBlock):
         """Transform tokens x (N, T, D) under the condition c (N, D)."""
         shift_msa, scale_msa, shift_mlp, scale_mlp = self.adaLN_modulation(c).chunk(4, dim=1)
         x = x + self.attn(modulate(self.norm1(x), shift_msa, scale_msa))
-        x = x + self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp))
-        return x
+        return x + self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp))
 
 
 class AdaLNFinalLayer(FinalLayer):

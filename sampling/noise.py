@@ -27,11 +27,7 @@ class GlobalRNG:
 class PerSampleRNG:
     """Noise with one generator per sample: sample i is a function of (seed, i), whatever its batch.
 
-    Args:
-        seed (int): Seed of all samples.
-        indices (Iterable[int]): Indices of the samples of the batch, N of them.
-        device (torch.device): Where the noise is drawn.
-        stream (int): What the noise is for; a constant of `common.seeding`.
+    `indices` are those of the N samples of a batch; `stream` is what the noise is for, a constant of `common.seeding`.
     """
 
     def __init__(self, seed, indices, device, stream=SAMPLE_NOISE):

@@ -6,38 +6,27 @@ import torch
 
 from autoencoder.vae import VAE, IdentityAutoencoder
 from common.compute import DEFAULT_COMPUTE, Bf16InferenceModel, ComputeConfig
-from common.errors import ArgumentError
+from common.errors import ArgumentError, UserError
 from diffusion import GaussianDiffusion, create_diffusion
 from models import default_cfg_channels
 from sampling.noise import PerSampleRNG
 
 # Names for --sampler, and the loops of `GaussianDiffusion`.
 SAMPLERS = {"ddpm": "p_sample_loop_progressive", "ddim": "ddim_sample_loop_progressive"}
+LARGE_CFG_SCALE = 20  # from which on values that are not finite are the fault of guidance
 
 
 def build_pipeline(model, autoencoder, num_sampling_steps, cfg_scale, cfg_channels=None, cfg_interval=None,
                    sampler=None, eta=0.0, compute=DEFAULT_COMPUTE):
-    """Build a `SamplingPipeline` from the values of the sampling flags.
+    """Build a `SamplingPipeline` from the values of the sampling flags; what does not fit raises an `ArgumentError`.
 
-    Args:
-        model (DiT): A model in evaluation mode.
-        autoencoder (VAE | IdentityAutoencoder): Decodes its latents.
+    Args (the others are attributes of `SamplingPipeline`):
         num_sampling_steps (int | str): Number of steps, or "ddimN" for N evenly spaced steps of DDIM.
-        cfg_scale (float): Scale of guidance; 1: none.
         cfg_channels (int | str): Number of latent channels that are guided, or "all". Default: 3 of 4 as published,
             else all.
-        cfg_interval (tuple[int, int]): Lowest and highest timestep with guidance. Default: all.
         sampler (str): "ddpm" or "ddim". Default: "ddim" with "ddimN" steps, else "ddpm".
-        eta (float): Noise of DDIM; 0: deterministic.
-        compute (ComputeConfig): How the network is computed.
-
-    Raises:
-        ArgumentError: If the values do not fit the model or each other.
     """
-    try:
-        diffusion = create_diffusion(str(num_sampling_steps), learn_sigma=model.learn_sigma)
-    except ValueError as error:
-        raise ArgumentError(f"{error}", num_sampling_steps=num_sampling_steps) from None
+    diffusion = build_process(num_sampling_steps, model.learn_sigma)
     in_channels = model.sample_shape[0]
     if cfg_channels == "all":
         cfg_channels = in_channels
@@ -49,36 +38,42 @@ def build_pipeline(model, autoencoder, num_sampling_steps, cfg_scale, cfg_channe
     sampler = sampler or ("ddim" if str(num_sampling_steps).startswith("ddim") else "ddpm")
     if eta and sampler != "ddim":
         raise ArgumentError("this noise belongs to DDIM. Choose its sampler, ddim.", eta=eta)
-    return SamplingPipeline(model, autoencoder, diffusion, cfg_scale, cfg_channels, cfg_interval, sampler, eta, compute)
+    pipeline = SamplingPipeline(model, autoencoder, diffusion, cfg_scale, cfg_channels, cfg_interval, sampler, eta,
+                                compute)
+    if cfg_interval and cfg_scale > 1 and not any(map(pipeline.is_guided, diffusion.timestep_map)):
+        nearest = min(diffusion.timestep_map, key=lambda timestep: abs(timestep - sum(cfg_interval) / 2))
+        raise ArgumentError(f"none of the {diffusion.num_timesteps} timesteps that are sampled lies in it, so nothing "
+                            f"would be guided; the nearest is {nearest}.", cfg_interval=cfg_interval)
+    return pipeline
+
+
+def build_process(num_sampling_steps, learn_sigma=True):
+    """Build the `GaussianDiffusion` to sample with; steps that are not possible raise an `ArgumentError`."""
+    try:
+        diffusion = create_diffusion(str(num_sampling_steps), learn_sigma=learn_sigma)
+    except ValueError as error:
+        raise ArgumentError(f"{error}.", num_sampling_steps=num_sampling_steps) from None
+    if diffusion.timestep_map == [0]:
+        raise ArgumentError("a single step is that of t = 0, which removes almost no noise: the images would be the "
+                            "noise that they start from. Take 2 or more.", num_sampling_steps=num_sampling_steps)
+    return diffusion
 
 
 @dataclass
 class SamplingPipeline:
-    """Sample images for given conditions from given noise.
+    """Sample images for given conditions from given noise."""
 
-    Attributes:
-        model (DiT): A model in evaluation mode.
-        autoencoder (VAE | IdentityAutoencoder): Decodes its latents.
-        diffusion (GaussianDiffusion): The process to sample with, respaced.
-        cfg_scale (float): Scale of guidance; 1: none, with one pass of the network per step instead of two.
-        cfg_channels (int): Number of latent channels that are guided. Default: that of `forward_with_cfg`.
-        cfg_interval (tuple[int, int]): Lowest and highest timestep, of 0 .. 999, with guidance. Default: all.
-            (Kynkaanniemi et al., "Applying Guidance in a Limited Interval ...", 2024)
-        sampler (str): "ddpm" or "ddim".
-        eta (float): Noise of DDIM; 0: deterministic.
-        compute (ComputeConfig): How the network is computed. In bf16 by a rounded copy of the model, except of one
-            on the meta device, which gets its weights later: under FSDP there is no room for two.
-    """
-
-    model: torch.nn.Module
-    autoencoder: VAE | IdentityAutoencoder
-    diffusion: GaussianDiffusion
-    cfg_scale: float = 1.0
-    cfg_channels: int = None
-    cfg_interval: tuple = None
-    sampler: str = "ddpm"
-    eta: float = 0.0
-    compute: ComputeConfig = DEFAULT_COMPUTE
+    model: torch.nn.Module                       # a DiT in evaluation mode
+    autoencoder: VAE | IdentityAutoencoder       # decodes its latents
+    diffusion: GaussianDiffusion                 # the process to sample with, respaced
+    cfg_scale: float = 1.0                       # guidance; 1: none, one pass of the network per step instead of two
+    cfg_channels: int | None = None              # number of guided latent channels; default: that of the model
+    # Lowest and highest timestep with guidance, of 0 .. 999; default: all. (Kynkaanniemi et al., "Applying Guidance in
+    # a Limited Interval Improves Sample and Distribution Quality in Diffusion Models", 2024)
+    cfg_interval: tuple[int, int] | None = None
+    sampler: str = "ddpm"                        # or "ddim"
+    eta: float = 0.0                             # noise of DDIM; 0: deterministic
+    compute: ComputeConfig = DEFAULT_COMPUTE     # how the network is computed
 
     def __post_init__(self):
         self.max_batch_size = 0
@@ -87,6 +82,7 @@ class SamplingPipeline:
         if self.cfg_scale > 1 and not self.model.has_null_condition:
             raise ArgumentError("this model was trained without label dropout and has no null class to guide away "
                                 "from. Use 1, no guidance.", cfg_scale=self.cfg_scale)
+        # A model on the meta device gets its weights later: under FSDP there is no room for a rounded copy of it.
         if self.compute.precision == "bf16" and self.model.device.type != "meta":
             self.network = Bf16InferenceModel(self.model, self.compute)
         else:
@@ -111,12 +107,10 @@ class SamplingPipeline:
         x = noise.initial((n, *self.model.sample_shape))
         if on_step:
             on_step(-1, x)
-        loop, arguments = getattr(self.diffusion, SAMPLERS[self.sampler]), {}
-        if self.sampler == "ddim":
-            arguments = dict(eta=self.eta)
+        loop = getattr(self.diffusion, SAMPLERS[self.sampler])
+        arguments = dict(eta=self.eta) if self.sampler == "ddim" else {}
         # Guidance of each step, by the host's list: reading `t` from the device would be a host sync at every step.
-        is_guided = [self.is_guided(timestep) for timestep in reversed(self.diffusion.timestep_map)]
-        denoise, guidance = self._build_denoiser(cond), iter(is_guided)
+        denoise, guidance = self._build_denoiser(cond), map(self.is_guided, reversed(self.diffusion.timestep_map))
         denoise.is_guided = next(guidance)
         for step, out in enumerate(loop(denoise, x.shape, x, clip_denoised=False, progress=progress,
                                         device=self.model.device, noise_fn=noise.step, **arguments)):
@@ -124,7 +118,23 @@ class SamplingPipeline:
             x = out["sample"]
             if on_step:
                 on_step(step, x)
-        return self.autoencoder.decode(x)
+        images = self.autoencoder.decode(x)
+        self._check_finite(x, images)
+        return images
+
+    def _check_finite(self, x, images):
+        """Raise a `UserError` that names the cause if an image has NaN or infinite values, which come out black."""
+        if torch.isfinite(images).all():
+            return
+        count = f"{sum(not torch.isfinite(image).all() for image in images)} of {len(images)} images"
+        if torch.isfinite(x).all():
+            raise ArgumentError(f"this autoencoder decodes {count} to values that are not finite. Use another one.",
+                                vae=self.autoencoder.name)
+        if self.cfg_scale > LARGE_CFG_SCALE:
+            raise ArgumentError(f"with guidance this strong, {count} are not finite. Scales of 1 to 10 are usual.",
+                                cfg_scale=self.cfg_scale)
+        remedy = "Use another checkpoint" + (", or --precision fp32" if self.compute.precision != "fp32" else "")
+        raise UserError(f"the model makes images that are not finite ({count}). {remedy}")
 
     def is_guided(self, timestep):
         """Return whether there is guidance at this timestep, of 0 .. 999."""

@@ -4,8 +4,10 @@ import json
 import os
 import re
 import zipfile
+from contextlib import contextmanager, suppress
 
 import numpy as np
+from filelock import FileLock, Timeout
 from PIL import Image
 
 from common import distributed
@@ -18,16 +20,9 @@ LABEL_DISTRIBUTIONS = ("uniform", "balanced")
 
 
 def sample_labels(label_distribution, seed, indices, num_classes):
-    """Choose the class labels of samples; the label of sample i is a function of (seed, i).
+    """Choose the class labels of the samples `indices`: int64, shape (n,); label i is a function of (seed, i).
 
-    Args:
-        label_distribution (str): "uniform": random; "balanced": 0, 1, 2, ... repeated, the same number of each class.
-        seed (int): Seed of the set.
-        indices (Iterable[int]): Indices of the samples, n of them.
-        num_classes (int): Number of classes.
-
-    Returns:
-        ndarray: Labels, int64, shape (n,).
+    "uniform" is random; "balanced" is 0, 1, 2, ... repeated, the same number of each class.
     """
     if label_distribution == "balanced":
         return np.array([i % num_classes for i in indices], dtype=np.int64)
@@ -52,10 +47,7 @@ class SampleSet:
     """Images 0 .. N-1 and their labels: parts in `FOLDER/parts` while they are being made, then `FOLDER.npz`.
 
     The .npz holds arr_0, uint8, shape (N, H, W, 3), and arr_1, int64, shape (N,). A finished set is also the
-    beginning of a larger one.
-
-    Args:
-        folder (str): Folder of the parts, and path of the .npz and of the .json without extension.
+    beginning of a larger one. `FOLDER.json` is its record.
     """
 
     def __init__(self, folder):
@@ -67,6 +59,24 @@ class SampleSet:
             os.makedirs(self.parts, exist_ok=True)
         except OSError as error:
             raise UserError(f"cannot make the folder {self.parts} ({error})") from None
+
+    @contextmanager
+    def locked(self):
+        """Keep other commands from making this set meanwhile; a lock ends with its process. Called by rank 0."""
+        path = self.folder + ".lock"
+        try:
+            lock = FileLock(path).acquire(blocking=False)
+        except Timeout:
+            raise UserError(f"another command is making {self.npz} right now. Wait until it has finished, or name "
+                            "another --sample-dir") from None
+        except OSError as error:
+            raise UserError(f"cannot lock {path} ({error})") from None
+        with lock:
+            try:
+                yield
+            finally:
+                with suppress(FileNotFoundError):
+                    os.remove(path)
 
     def num_finished(self):
         """Return the number of images in the .npz; 0 if there is none."""
@@ -87,14 +97,7 @@ class SampleSet:
         return sorted((int(match[1]), int(match[2]), os.path.join(self.parts, match[0])) for match in matches)
 
     def add(self, start, images, labels, png=False):
-        """Write a part.
-
-        Args:
-            start (int): Index of its first sample.
-            images (ndarray): uint8, shape (n, H, W, 3).
-            labels (ndarray): int64, shape (n,).
-            png (bool): Write each image as a PNG too.
-        """
+        """Write the part of samples start, start + 1, ...: uint8 (n, H, W, 3), int64 (n,); `png`: also as PNGs."""
         if png:
             self._write_pngs(start, images)
         path = os.path.join(self.parts, f"{start:07d}-{start + len(images):07d}.npz")
@@ -104,11 +107,7 @@ class SampleSet:
     def assemble(self, num_samples):
         """Write the .npz from all parts, unless it is complete already, and remove them.
 
-        Returns:
-            int: Number of images that it holds: num_samples, or more.
-
-        Raises:
-            UserError: If samples are missing: ranks on several machines need a shared folder.
+        Returns the number of images that it holds, num_samples or more; missing ones raise a `UserError`.
         """
         num_finished = self.num_finished()
         if num_finished >= num_samples:
@@ -117,8 +116,8 @@ class SampleSet:
         if missing := self.missing(num_samples, num_samples):
             raise UserError(f"{self.parts} lacks the samples {missing[0][0]} .. {missing[0][1] - 1}: "
                             "do all processes write to the same disk?")
-        parts = [(0, self.npz)] if num_finished else []
-        parts += [(start, path) for start, _, path in self._list_parts()]
+        finished = [(0, self.npz)] if num_finished else []
+        parts = finished + [(start, path) for start, _, path in self._list_parts()]
         images = read_npz_array(parts[0][1], "arr_0")
         with atomic_write(self.npz) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
             for name, shape, dtype in (("arr_0", (num_samples, *images.shape[1:]), images.dtype),

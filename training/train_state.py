@@ -4,9 +4,9 @@ from collections.abc import Mapping
 import numpy as np
 import torch
 
-from common.checkpoint_io import load_weights
 from common.cli import flag_name
 from common.errors import UserError
+from common.state_dicts import load_weights, unwrap_state_dict
 from training.fsdp import shard_like
 
 # Flags that a resumed run may change silently. Loop lengths, logs, storage and retention:
@@ -36,7 +36,8 @@ class ModelState:
 
     def load_state_dict(self, state):
         """Load full weights; names or shapes that differ raise a `UserError`."""
-        load_weights(self.model, _shard_state_like(self.model.state_dict(), state), "the checkpoint")
+        load_weights(self.model, _shard_state_like(self.model.state_dict(), unwrap_state_dict(state)),
+                     "the checkpoint")
 
 
 class EMAStates:
