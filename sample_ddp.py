@@ -57,6 +57,7 @@ def main():
         with distributed.raise_on_all_ranks():
             if distributed.is_rank0():
                 stack.enter_context(samples.locked())
+                samples.verify()
         make_samples(samples, loaded, pipeline, flags, device)
     distributed.shutdown()
 

@@ -106,7 +106,7 @@ def to_labels(values, count):
     if values.ndim == 2 and values.shape[1] > 1 and ((values == 0) | (values == 1)).all():
         return values.argmax(axis=1) if (values.sum(axis=1) == 1).all() else None
     values = values[:, 0] if values.shape == (count, 1) else values
-    is_whole = values.ndim == 1 and (np.abs(values) < 2**53).all() and (values == values // 1).all()
+    is_whole = values.ndim == 1 and (np.abs(values.astype(np.float64)) < 2**53).all() and (values == values // 1).all()
     return values.astype(np.int64) if is_whole else None
 
 

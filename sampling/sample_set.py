@@ -78,6 +78,22 @@ class SampleSet:
                 with suppress(FileNotFoundError):
                     os.remove(path)
 
+    def verify(self):
+        """Raise a `UserError` if the .npz does not have the SHA-256 in its record. Called by rank 0."""
+        record, count = self._read_record(), self.num_finished()
+        # A record of fewer images is of the set before it grew: a kill came before the new record.
+        if "sha256" in record and record.get("images") == count > 0 and record["sha256"] != sha256_file(self.npz):
+            raise UserError(f"{self.npz} does not have the SHA-256 in {self.folder}.json beside it: one of them was "
+                            "changed or damaged. Remove both to make the set again, or name another --sample-dir")
+
+    def _read_record(self):
+        try:
+            with open(self.folder + ".json", encoding="utf-8") as file:
+                record = json.load(file)
+        except (OSError, ValueError, RecursionError):
+            return {}
+        return record if isinstance(record, dict) else {}
+
     def num_finished(self):
         """Return the number of images in the .npz; 0 if there is none."""
         return len(read_npz_array(self.npz, "arr_0")) if os.path.exists(self.npz) else 0
@@ -154,14 +170,10 @@ class SampleSet:
 
     def write_metadata(self, metadata):
         """Write `FOLDER.json`: `metadata` and the SHA-256 of the .npz, unless it describes this .npz already."""
-        path, sha256 = self.folder + ".json", sha256_file(self.npz)
-        try:
-            with open(path, encoding="utf-8") as file:
-                if json.load(file)["sha256"] == sha256:
-                    return
-        except (OSError, ValueError, LookupError, TypeError, RecursionError):
-            pass  # there is no readable one
-        with atomic_write(path) as file:
+        sha256 = sha256_file(self.npz)
+        if self._read_record().get("sha256") == sha256:
+            return
+        with atomic_write(self.folder + ".json") as file:
             file.write((json.dumps(metadata | dict(sha256=sha256), indent=2) + "\n").encode())
 
     def write_pngs(self, num_samples, rank, world_size):
