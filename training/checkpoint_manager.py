@@ -42,7 +42,7 @@ class CheckpointManager:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoints") if async_save else None
         self._writing = None
         if distributed.is_rank0():
-            self._lock = ProcessLock(os.path.join(run_dir, ".lock"))
+            self._lock = ProcessLock(os.path.join(run_dir, "log.txt"))
             if not self._lock.is_held:
                 raise UserError(f"another process trains in {run_dir}. Stop it, or start a run of its own")
             with contextlib.suppress(OSError):  # a folder that cannot be written to is reported by the first save
