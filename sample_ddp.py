@@ -18,8 +18,9 @@ from tqdm.auto import tqdm
 from common import distributed
 from common.cli import HelpFormatter, add_alias, add_compute_flags, non_negative_int, parse_args, positive_int
 from common.errors import run_command
-from common.files import BackgroundWriter, sha256_weights
+from common.files import BackgroundWriter, check_writable, sha256_weights
 from common.provenance import collect_environment
+from common.resources import check_disk, check_memory, sampling_bytes
 from data.image_io import to_uint8
 from sampling.cli import add_model_flags, add_sampling_flags, load_pipeline
 from sampling.noise import PerSampleRNG
@@ -51,6 +52,12 @@ def main():
     device = distributed.init(tf32=flags.tf32 and flags.precision != "fp32")
     with distributed.raise_on_all_ranks():
         loaded, pipeline = load_pipeline(flags, explicit_args, device, distributed.print_rank0)
+        check_writable(flags.sample_dir, is_folder=True, sample_dir=flags.sample_dir)
+        check_disk(3 * flags.num_fid_samples * loaded.image_size**2, flags.sample_dir,
+                   num_fid_samples=flags.num_fid_samples)
+        batch = min(flags.per_proc_batch_size, flags.num_fid_samples)
+        check_memory(sampling_bytes(loaded.model, batch, loaded.image_size), device,
+                     per_proc_batch_size=flags.per_proc_batch_size)
         samples = SampleSet(os.path.join(flags.sample_dir, folder_name(loaded, pipeline, flags)))
         samples.open()
     with ExitStack() as stack:

@@ -67,7 +67,9 @@ def sha256_json(value):
 
 
 def format_bytes(number):
-    """Format a number of bytes as MB or GB."""
+    """Format a number of bytes as MB, GB or TB."""
+    if number >= 1e13:
+        return f"{number / 1e12:,.1f} TB"
     return f"{number / 1e9:.1f} GB" if number >= 1e8 else f"{number / 1e6:.2f} MB"
 
 
@@ -233,23 +235,29 @@ def check_writable(path, is_folder=False, **argument):
                             **argument) from None
 
 
-def hold_lock(path):
-    """Lock a file until this process ends or the returned object is deleted; return None if another process has it.
+class ProcessLock:
+    """A lock on a file, until this process ends or the object is deleted; processes that are forked do not share it.
 
-    Processes that are forked do not share the lock. A disk or system without locks gives none, and no protection.
+    A disk or a system without locks gives none, and no protection.
+
+    Attributes:
+        is_held (bool): False if another process has the lock.
     """
-    try:
-        import fcntl
-        file = open(path, "ab")  # noqa: SIM115 (held open, since closing it releases the lock)
-    except (ImportError, OSError):
-        return contextlib.nullcontext()
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno in (errno.EACCES, errno.EAGAIN):
-            file.close()
-            return None
-    return file
+
+    def __init__(self, path):
+        self.is_held, self._descriptor = True, None
+        try:
+            import fcntl
+            self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+            fcntl.lockf(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except ImportError:
+            pass
+        except OSError as error:
+            self.is_held = self._descriptor is None or error.errno not in (errno.EACCES, errno.EAGAIN)
+
+    def __del__(self):
+        if self._descriptor is not None:
+            os.close(self._descriptor)
 
 
 def remove_temporary_files(folder):

@@ -9,7 +9,7 @@ from torch.distributed.tensor import DTensor
 from common import distributed
 from common.checkpoint_io import CHECKPOINT_NAME, list_checkpoints, load_checkpoint, save_checkpoint
 from common.errors import ArgumentError, UserError
-from common.files import hold_lock, remove_temporary_files, replace_with_hard_link
+from common.files import ProcessLock, remove_temporary_files, replace_with_hard_link
 from training.fsdp import full_tensor
 from training.train_state import is_finite
 
@@ -42,8 +42,8 @@ class CheckpointManager:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoints") if async_save else None
         self._writing = None
         if distributed.is_rank0():
-            self._lock = hold_lock(os.path.join(run_dir, ".lock"))
-            if self._lock is None:
+            self._lock = ProcessLock(os.path.join(run_dir, "log.txt"))
+            if not self._lock.is_held:
                 raise UserError(f"another process trains in {run_dir}. Stop it, or start a run of its own")
             with contextlib.suppress(OSError):  # a folder that cannot be written to is reported by the first save
                 remove_temporary_files(self.dir)

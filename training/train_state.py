@@ -112,7 +112,7 @@ def match_averages(stored, decays):
     wanted = [f"{decay:g}" for decay in decays]
     first = wanted[0] if len(stored_decays) == len(wanted) == 1 else f"{stored_decays[0]:g}"
     averages = {first: stored["ema"]} | (stored.get("extra_emas") or {})
-    changes = [f"the average of decay {decay} is dropped" for decay in averages if decay not in wanted]
+    changes, dropped = [], [decay for decay in averages if decay not in wanted]
     for decay in wanted:
         if decay not in averages:
             changes.append(f"the average of decay {decay} starts from the weights")
@@ -122,7 +122,7 @@ def match_averages(stored, decays):
     places = {decay: averages.get(decay, stored["model"]) for decay in wanted}
     stored["ema"] = places.pop(wanted[0])
     stored["extra_emas"] = places
-    return changes
+    return changes + [f"the average of decay {decay} is dropped" for decay in dropped]
 
 
 def is_finite(value):
