@@ -4,6 +4,8 @@ Examples:
     python download.py                                     # both
     python download.py DiT-XL-2-256x256.pt --base-url https://mirror.example/DiT/
 """
+import common.startup  # noqa: F401
+
 import argparse
 
 from common.cli import HelpFormatter, parse_args

@@ -13,11 +13,14 @@ generated and scored. Every result is written to a record, with all that it depe
 `evaluate.py COMMAND --help` shows the flags of a command. Former spellings without a command still work:
 `SAMPLES --reference REF`, `--make-reference DATA`, `CKPT --nll DATA`, `--diff A B`.
 """
+import common.startup  # noqa: F401
+
 import argparse
 import os
 import sys
 
 from common import distributed
+from common.checkpoint_io import is_checkpoint
 from common.cli import HelpFormatter, build_compute_config, flag_name, parse_args
 from common.errors import ArgumentError, UserError, rename_arguments, run_command
 from common.provenance import collect_environment
@@ -32,9 +35,16 @@ from evaluation.image_sources import GeneratedImages, open_image_source
 from evaluation.nll import bits_per_dimension, plot_nll, summarize_nll
 from evaluation.records import check_output, diff_records, read_record, record_path, write_record
 from evaluation.reference import NUM_REFERENCE_FEATURES, check_overwrite, open_reference, save_reference
-from evaluation.scores import check_comparable, compute_scores, distance_name, format_scores
+from evaluation.scores import (
+    check_comparable,
+    compute_scores,
+    distance_name,
+    format_scores,
+    left_out_scores,
+    rounding_note,
+)
 from sampling.cli import sampling_options
-from sampling.load_model import PUBLISHED_CHECKPOINTS, load_model
+from sampling.load_model import load_model
 from sampling.pipeline import build_pipeline
 
 
@@ -70,8 +80,9 @@ def main():
 def score(flags, explicit_args):
     """Score samples against a reference: print the scores and write their record."""
     check_generation_flags(flags, explicit_args)
-    check_output(flags.output, ".json", flags.samples, flags.reference)
     with distributed.raise_on_all_ranks():
+        check_output(flags.output, ".json", flags.samples, flags.reference,
+                     default=record_path(None, flags.samples, "scores"))
         images, num_classes = open_samples(flags, explicit_args)
         features = load_feature_space(flags.features, distributed.device(), flags.inception)
         image_size = images.example_batch().shape[2]
@@ -81,12 +92,16 @@ def score(flags, explicit_args):
     samples = compute_statistics(images, features, flags.per_proc_batch_size, title="samples")
 
     def report():
-        scores = compute_scores(samples, statistics, features, images.class_labels())
+        labels = images.class_labels() if features.predict_class else None
+        scores = compute_scores(samples, statistics, features, labels)
+        left_out = left_out_scores(samples, statistics, features, labels, images.labels_problem)
         path = record_path(flags.output, flags.samples, "scores")
-        write_record(path, dict(scores=scores, name=distance_name(features, samples.count),
+        write_record(path, dict(scores=scores, name=distance_name(features, samples.count), left_out=left_out,
                                 features=features.metadata(), samples=samples.describe(images), reference=metadata,
+                                rounding=rounding_note(scores),
                                 evaluated=collect_environment(distributed.device()) | dict(tf32=False)))
-        print("\n".join([*format_scores(scores, features, samples, statistics), f"wrote {path}"]))
+        print("\n".join([*format_scores(scores, features, samples, statistics),
+                         *(f"{score}: left out, {reason}" for score, reason in left_out.items()), f"wrote {path}"]))
 
     distributed.run_on_rank0_and_broadcast(report)
 
@@ -105,20 +120,16 @@ def check_generation_flags(flags, explicit_args):
                         "Leave it out")
 
 
-def is_checkpoint(name):
-    """Return whether a name is that of a checkpoint, not of images."""
-    return name in PUBLISHED_CHECKPOINTS or name.endswith((".pt", ".pth", ".safetensors"))
-
-
 def open_samples(flags, explicit_args):
     """Return the images of SAMPLES, and their number of classes if known."""
     if not is_checkpoint(flags.samples):
         image_size, num_classes = (getattr(flags, name) if name in explicit_args else None
                                    for name in ("image_size", "num_classes"))
         return open_image_source(flags.samples, image_size, num_classes), num_classes
+    options = sampling_options(flags)
     loaded = load_checkpoint_model(flags.samples, flags, explicit_args)
     compute = build_compute_config(flags, distributed.device(), distributed.print_rank0)
-    pipeline = build_pipeline(loaded.model, loaded.autoencoder, **sampling_options(flags), compute=compute)
+    pipeline = build_pipeline(loaded.model, loaded.autoencoder, **options, compute=compute)
     images = GeneratedImages(pipeline, loaded.num_classes, flags.num_fid_samples, flags.global_seed,
                              flags.label_distribution, loaded.metadata() | collect_environment(distributed.device()))
     return images, loaded.num_classes
@@ -127,15 +138,15 @@ def open_samples(flags, explicit_args):
 def load_checkpoint_model(path, flags, explicit_args):
     """Load the model of a checkpoint by the flags of `add_model_flags`, and print what was loaded."""
     loaded = load_model(path, flags.model, flags.image_size, flags.num_classes, flags.vae, explicit_args,
-                        distributed.device(), flags.ema_decay)
+                        distributed.device(), flags.ema_decay, flags.weights)
     distributed.print_rank0(loaded.description())
     return loaded
 
 
 def reference(flags, explicit_args):
     """Measure images and write the reference."""
-    check_output(flags.output, ".npz", flags.data)
     with distributed.raise_on_all_ranks():
+        check_output(flags.output, ".npz", flags.data)
         images = open_image_source(flags.data, flags.image_size, flags.num_classes)
         if not flags.overwrite:
             check_overwrite(flags.output, images)
@@ -155,8 +166,8 @@ def nll(flags, explicit_args):
     """Compute bits per dimension: print them, and write their record and a plot."""
     if not is_checkpoint(flags.ckpt):
         raise UserError(f"{flags.ckpt} is not a checkpoint. Name a .pt or .safetensors file")
-    check_output(flags.output, ".json", flags.ckpt, flags.data)
     with distributed.raise_on_all_ranks():
+        check_output(flags.output, ".json", flags.ckpt, flags.data, default=record_path(None, flags.ckpt, "nll"))
         loaded = load_checkpoint_model(flags.ckpt, flags, explicit_args)
         if parse_builtin_name(flags.data)[0] == "digits" and loaded.image_size != DigitsDataset.image_size:
             raise ArgumentError(f"the digits are not of the model's {loaded.image_size} pixels. Name other images",

@@ -6,6 +6,8 @@
 The cache holds mean and log-variance of the posterior of each image and of its mirror image, so that training draws
 flips and samples in every epoch as it does from the images. A run that was killed resumes. See docs/latents.md.
 """
+import common.startup  # noqa: F401
+
 import argparse
 import os
 import sys
@@ -20,7 +22,8 @@ from autoencoder.vae import latent_size, load_autoencoder
 from common import distributed
 from common.cli import HelpFormatter, non_negative_int, parse_args, path_or_name, positive_int
 from common.errors import ArgumentError, UserError, run_command
-from common.files import BackgroundWriter, format_bytes, sha256_file
+from common.files import BackgroundWriter, check_writable, format_bytes, sha256_file
+from common.resources import check_memory, check_num_workers
 from data import build_dataset
 from data.builtin import BUILTIN_DATASETS, parse_builtin_name
 from data.corrupt_images import CorruptImage, corrupt_image_error, raise_if_unreadable
@@ -69,8 +72,12 @@ def main():
 
 def check_flags(flags, explicit_args):
     """Raise an `ArgumentError` for flags that do not fit together."""
+    check_num_workers(flags.num_workers)
+    check_memory(100 * flags.num_classes, num_classes=flags.num_classes)  # their names
+    check_memory(3 * 4 * flags.image_size**2, image_size=flags.image_size)
     if flags.verify:
         return
+    check_writable(flags.features_path, is_folder=True, features_path=flags.features_path)
     if flags.data_path is None:
         raise ArgumentError("missing. Name the images (only --verify needs none)", data_path=None)
     if "num_classes" in explicit_args and parse_builtin_name(flags.data_path)[0] != "fractals":

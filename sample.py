@@ -5,6 +5,8 @@ Examples:
     python sample.py --ckpt results/000-DiT-S-2/checkpoints/0002992.pt --class-labels 3 7 --samples-per-label 8
     python sample.py --class-labels "golden retriever" "macaw" 88 --num-sampling-steps ddim50
 """
+import common.startup  # noqa: F401
+
 import argparse
 import json
 import os
@@ -15,6 +17,8 @@ from PIL import Image
 from common import distributed
 from common.cli import HelpFormatter, add_compute_flags, non_negative_int, parse_args, positive_int
 from common.errors import ArgumentError, run_command
+from common.files import check_writable
+from common.resources import check_memory, sampling_bytes
 from data.image_io import save_image_grid
 from sampling.class_labels import describe_labels, parse_class_labels, typed_labels
 from sampling.cli import add_model_flags, add_sampling_flags, load_pipeline
@@ -50,6 +54,9 @@ def main():
     loaded, pipeline = load_pipeline(flags, explicit_args, device)
     labels = choose_labels(flags.class_labels, loaded)
     print(f"classes: {describe_labels(labels, loaded.class_names, loaded.num_classes)}")
+    num_images = len(labels) * flags.samples_per_label
+    check_memory(sampling_bytes(loaded.model, num_images, loaded.image_size), device,
+                 samples_per_label=flags.samples_per_label)
     y = torch.tensor(labels, device=device).repeat_interleave(flags.samples_per_label)
 
     trajectory = TrajectoryRecorder(pipeline.diffusion.num_timesteps) if flags.trajectory else None
@@ -73,6 +80,7 @@ def check_output(output, trajectory):
     folder, extension = os.path.dirname(os.path.abspath(output)), os.path.splitext(output)[1].lower()
     if not os.path.isdir(folder):
         raise ArgumentError(f"there is no folder {folder}.", output=output)
+    check_writable(output, output=output)
     if Image.registered_extensions().get(extension) not in Image.SAVE:
         raise ArgumentError(f"no picture format has the extension {extension!r}. Use .png.", output=output)
     if trajectory and extension == ".gif":

@@ -6,8 +6,11 @@
 Sample i is a function of (--global-seed, i): the number of processes and the batch size do not matter. A killed run
 continues where it stopped.
 """
+import common.startup  # noqa: F401
+
 import argparse
 import os
+from contextlib import ExitStack
 
 import torch
 from tqdm.auto import tqdm
@@ -15,8 +18,9 @@ from tqdm.auto import tqdm
 from common import distributed
 from common.cli import HelpFormatter, add_alias, add_compute_flags, non_negative_int, parse_args, positive_int
 from common.errors import run_command
-from common.files import BackgroundWriter, sha256_weights
+from common.files import BackgroundWriter, check_writable, sha256_weights
 from common.provenance import collect_environment
+from common.resources import check_disk, check_memory, sampling_bytes
 from data.image_io import to_uint8
 from sampling.cli import add_model_flags, add_sampling_flags, load_pipeline
 from sampling.noise import PerSampleRNG
@@ -43,15 +47,31 @@ def build_parser():
 
 
 def main():
-    """Sample the missing images of the set in parts, then assemble its .npz."""
+    """Load the model and make the set; no other command may make it at the same time."""
     flags, explicit_args = parse_args(build_parser())
     device = distributed.init(tf32=flags.tf32 and flags.precision != "fp32")
-    rank, world_size = distributed.rank(), distributed.world_size()
     with distributed.raise_on_all_ranks():
         loaded, pipeline = load_pipeline(flags, explicit_args, device, distributed.print_rank0)
+        check_writable(flags.sample_dir, is_folder=True, sample_dir=flags.sample_dir)
+        check_disk(3 * flags.num_fid_samples * loaded.image_size**2, flags.sample_dir,
+                   num_fid_samples=flags.num_fid_samples)
+        batch = min(flags.per_proc_batch_size, flags.num_fid_samples)
+        check_memory(sampling_bytes(loaded.model, batch, loaded.image_size), device,
+                     per_proc_batch_size=flags.per_proc_batch_size)
         samples = SampleSet(os.path.join(flags.sample_dir, folder_name(loaded, pipeline, flags)))
         samples.open()
+    with ExitStack() as stack:
+        with distributed.raise_on_all_ranks():
+            if distributed.is_rank0():
+                stack.enter_context(samples.locked())
+                samples.verify()
+        make_samples(samples, loaded, pipeline, flags, device)
+    distributed.shutdown()
 
+
+def make_samples(samples, loaded, pipeline, flags, device):
+    """Sample the missing images of the set in parts, and assemble its .npz. Called by all ranks."""
+    rank, world_size = distributed.rank(), distributed.world_size()
     num_samples = flags.num_fid_samples
     ranges = distributed.run_on_rank0_and_broadcast(lambda: samples.missing(num_samples, flags.per_proc_batch_size))
     num_missing = sum(end - start for start, end in ranges)
@@ -80,7 +100,6 @@ def main():
     larger = f"; the first {num_samples} are those of this command" if count > num_samples else ""
     distributed.print_rank0(f"{samples.npz} holds {count} images (arr_0) and labels (arr_1){larger}; their metadata is "
                             f"in {os.path.basename(samples.folder)}.json")
-    distributed.shutdown()
 
 
 def folder_name(loaded, pipeline, flags):

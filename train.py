@@ -8,6 +8,8 @@
 Without flags this is the paper's recipe: AdamW, learning rate 1e-4, batch 256, EMA 0.9999, horizontal flips.
 The algorithm is training/train_step.py.
 """
+import common.startup  # noqa: F401
+
 import functools
 import math
 import os
@@ -21,13 +23,13 @@ from autoencoder.vae import latent_size, load_autoencoder, load_cached_latents
 from common import distributed
 from common.cli import build_compute_config, parse_args
 from common.errors import ArgumentError, UserError, rename_arguments, run_command
-from common.flops import count_parameters
+from common.files import check_writable
 from common.provenance import collect_environment
+from common.resources import check_num_workers
 from common.seeding import WEIGHTS, BatchRNG, derive_seed
 from common.signals import StopSignals
 from data import build_dataset
 from data.corrupt_images import CorruptImageLog
-from data.dataset import describe_dataset
 from data.latent_cache.reader import LatentCache
 from data.loader import PrefetchLoader
 from data.sampler import StepBatchSampler, local_batch_slice
@@ -35,6 +37,7 @@ from diffusion import create_diffusion
 from diffusion.timestep_sampler import create_named_schedule_sampler
 from evaluation.image_sources import GeneratedImages
 from evaluation.periodic import build_evaluator
+from models import DiT_models
 from sampling.pipeline import build_pipeline, sample_preview
 from training import fsdp
 from training.checkpoint_manager import CheckpointManager
@@ -42,8 +45,10 @@ from training.cli import build_parser, check_flags, choose_defaults
 from training.ema import EMA
 from training.fault_tolerance import FaultTolerance
 from training.logger import MetricLogger, open_log
+from training.memory import check_run_memory
 from training.nan_guard import NonFiniteGuard
-from training.run_dir import list_run_dirs, open_run_dir
+from training.run_dir import open_run_dir
+from training.summary import opening_lines, plan_line
 from training.train_state import EMAStates, ModelState, OptimizerState, find_config_changes, match_averages
 from training.train_step import TrainStep
 
@@ -69,6 +74,10 @@ def prepare(flags, explicit_args, device):
     """Build everything before the first step: the other arguments of `train`. Errors are raised on all ranks."""
     log_lines = []
     with distributed.raise_on_all_ranks():
+        if not flags.resume:
+            check_writable(flags.results_dir, is_folder=True, results_dir=flags.results_dir)
+        check_num_workers(flags.num_workers)
+        check_run_memory(flags, device)
         compute = build_compute_config(flags, device, log_lines.append)
         rows = local_batch_slice(flags.global_batch_size, flags.grad_accum_steps)
     with distributed.raise_on_all_ranks():  # a block of its own, since `open_dataset` is a collective
@@ -148,6 +157,10 @@ def train(flags, signals, train_step, dataset, batches, checkpoints, evaluator, 
             if is_saved := is_due(done, flags.ckpt_every) or is_last or faults.has_write_failed:
                 path = checkpoints.save(done)
                 logger.info(f"{'Saving' if flags.async_save else 'Saved'} checkpoint to {path}")
+            is_observed = is_due(done, flags.sample_every) or (evaluator and is_due(done, flags.eval_every))
+            if is_observed or is_last:
+                metrics.warn_once("at the end" if is_last else "while training",
+                                  train_step.emas[0].describe_start(done))
             if is_due(done, flags.sample_every):
                 with metrics.paused(), distributed.raise_on_all_ranks(), train_step.emas[0].full() as ema:
                     if distributed.is_rank0():
@@ -227,11 +240,14 @@ def open_autoencoder(flags, explicit_args, dataset, device):
 def build_model(flags, dataset, autoencoder):
     """Build the DiT of --model with any sizes given beside it; the same initial weights on every rank."""
     sizes = {name: getattr(flags, name) for name in ("depth", "hidden_size", "num_heads", "patch_size")}
+    side = latent_size(autoencoder, dataset.image_size)
+    patch_size = flags.patch_size or DiT_models[flags.model].keywords["patch_size"]
+    check_run_memory(flags, distributed.device(), (side // patch_size)**2, autoencoder.channels * side**2)
     torch.manual_seed(derive_seed(flags.global_seed, WEIGHTS))
     try:
         return networks.build_dit(
-            flags.model, flags.conditioning, input_size=latent_size(autoencoder, dataset.image_size),
-            in_channels=autoencoder.channels, num_classes=flags.num_classes,
+            flags.model, flags.conditioning, input_size=side, in_channels=autoencoder.channels,
+            num_classes=flags.num_classes,
             class_dropout_prob=flags.class_dropout_prob,
             **{name: value for name, value in sizes.items() if value is not None})
     except ValueError as error:
@@ -242,9 +258,9 @@ def distribute(model, flags, compute):
     """Place the model on all ranks, in DDP or sharded; return the network to train, and an `EMA` per decay."""
     if not flags.fsdp:
         network = distributed.data_parallel(model)
-        return network, [EMA(model, decay) for decay in flags.ema_decay]
+        return network, [EMA(model, decay, flags.ema_warmup) for decay in flags.ema_decay]
     mesh = fsdp.init_mesh(flags.fsdp, flags.dist_timeout)
-    emas = [EMA(model, decay) for decay in flags.ema_decay]  # a sharded model cannot be copied
+    emas = [EMA(model, decay, flags.ema_warmup) for decay in flags.ema_decay]  # a sharded model cannot be copied
     for ema in emas:
         ema.shard(mesh)
     return fsdp.shard_model(model, mesh, compute.precision), emas
@@ -256,42 +272,13 @@ def resume(checkpoints, path, args, config, flags):
 
     def check(stored):
         changes.extend(find_config_changes(stored, args, config))
+        changes.extend(match_averages(stored, flags.ema_decay))
         if changes and not flags.allow_config_change:
             raise UserError(f"{'; '.join(changes)}. Another value makes another run: give the old one, or pass "
                             "--allow-config-change")
-        changes.extend(match_averages(stored, flags.ema_decay))
 
     step = checkpoints.restore(path, check)
     return step, [f"WARNING: {change} (--allow-config-change)" for change in changes]
-
-
-def opening_lines(flags, args, run_dir, model, dataset, batches, resumed):
-    """Yield the first lines of log.txt."""
-    yield f"Experiment directory: {run_dir}" if resumed else f"Experiment directory created at {run_dir}"
-    yield f"{distributed.world_size()} process(es) on {distributed.device().type}, " + ", ".join(
-        f"{name}={value}" for name, value in args.items())
-    yield f"DiT Parameters: {count_parameters(model):,}"
-    num_classes = len(dataset.class_names)
-    source = flags.features_path or flags.data_path
-    yield f"Dataset contains {len(dataset):,} images in {num_classes} classes ({source})"
-    yield from describe_dataset(dataset)
-    if num_classes < flags.num_classes:
-        yield (f"WARNING: --num-classes is {flags.num_classes}: the classes {num_classes} .. {flags.num_classes - 1} "
-               "have no image and will not be learned")
-    if resumed:
-        yield f"Resuming from {resumed} at step {batches.start_step}"
-    elif flags.resume:
-        others = [os.path.basename(path) for path in list_run_dirs(flags.results_dir) if path != run_dir]
-        yield (f"WARNING: --resume auto: no checkpoint of {flags.model} in {flags.results_dir}, starting from the "
-               "beginning" + (f" (of others: {', '.join(others[-3:])})" if others else ""))
-
-
-def plan_line(flags, batches):
-    """Return the log line about the steps that follow."""
-    limit = "--max-steps" if batches.end_step == flags.max_steps else f"--epochs {flags.epochs}"
-    if batches.start_step < batches.end_step:
-        return f"Training for {len(batches)} steps, to step {batches.end_step} ({limit})"
-    return f"Nothing to do: {batches.start_step} steps are done, --epochs and --max-steps ask for {batches.end_step}"
 
 
 if __name__ == "__main__":

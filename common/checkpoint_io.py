@@ -1,5 +1,6 @@
 """Checkpoint files: atomic writing, and reading that executes no code in them."""
 import argparse
+import json
 import os
 import pickle
 import re
@@ -11,6 +12,18 @@ from common.errors import UserError
 from common.files import atomic_write
 
 CHECKPOINT_NAME = re.compile(r"(\d{7,})\.pt")
+SHARD_NAME = re.compile(r"(.+)-\d{5}-of-(\d{5})(\.\w+)")  # as transformers and diffusers name the files of one model
+ENDINGS = (".pt", ".pth", ".ckpt", ".bin", ".safetensors")
+# Formats that are taken for checkpoints by mistake.
+NOT_CHECKPOINTS = {
+    "empty": "empty. Copy or download it again", "html": "a web page. Download the file itself",
+    "git-lfs": "a pointer of Git LFS to the file. Fetch it by `git lfs pull`", "json": "a JSON text",
+    "npz": "an .npz of NumPy arrays", "npy": "a NumPy array", "image": "an image", "hdf5": "an HDF5 file",
+    "gzip": "compressed. Unpack it first", "zstd": "compressed. Unpack it first",
+    "zip": "an archive. Unpack it, or download it again"}
+MAGIC_BYTES = [(b"version https://git-lfs", "git-lfs"), (b"<!doctype", "html"), (b"<html", "html"), (b"{", "json"),
+               (b"\x1f\x8b", "gzip"), (b"\x28\xb5\x2f\xfd", "zstd"), (b"\x89hdf", "hdf5"), (b"\x89png", "image"),
+               (b"\xff\xd8\xff", "image"), (b"\x93numpy", "npy"), (b"\x80", "pickle")]
 
 
 def save_checkpoint(path, state):
@@ -39,72 +52,127 @@ def verify_checkpoint(path):
         raise UserError(f"{path} is damaged: {damaged} in it does not have its checksum")
 
 
-def load_checkpoint(path):
-    """Read a .pt or .safetensors file to host memory, without executing code in it.
+def is_checkpoint(path):
+    """Return whether a name is that of a checkpoint, by the content of the file, or else by its ending."""
+    kind = detect_format(path)
+    if os.path.isdir(path) or kind == "npz":
+        return False
+    return path.lower().endswith(ENDINGS) or kind in ("torch", "safetensors", "pickle", "index")
 
-    Only tensors and plain values are accepted, and the `argparse.Namespace` in which published checkpoints store their
-    flags; all else raises a `UserError`.
+
+def load_checkpoint(path):
+    """Read a checkpoint of torch, a .safetensors file, or several files by their index, to host memory.
+
+    No code in it is executed: only tensors and plain values are accepted, and the `argparse.Namespace` in which
+    published checkpoints store their flags. All else raises a `UserError`.
     """
     if os.path.isdir(path):
-        parent, folder = os.path.split(os.path.normpath(path))
-        run_dir = parent if folder == "checkpoints" else path
-        example = latest_checkpoint(run_dir) or "checkpoints/0050000.pt"
-        raise UserError(f"{path} is a folder. Name a file in it, such as {example}")
+        raise UserError(_describe_folder(path))
     if not os.path.isfile(path):
         raise UserError(f"there is no checkpoint file {path}")
+    if shards := _find_shards(path):
+        return {name: value for shard in shards for name, value in _read_file(shard).items()}
+    return _read_file(path)
+
+
+def _read_file(path):
+    file_format = detect_format(path)
+    if file_format in NOT_CHECKPOINTS:
+        raise UserError(f"{path} is damaged, or not a checkpoint: it is {NOT_CHECKPOINTS[file_format]}")
     try:
-        if path.endswith(".safetensors"):
+        if file_format == "safetensors" or path.lower().endswith(".safetensors"):
             from safetensors.torch import load_file
             return load_file(path)
         with torch.serialization.safe_globals([argparse.Namespace]):
             # Memory-mapped: of the 10 GB of a DiT-XL/2's training state, sampling reads only the EMA.
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except pickle.UnpicklingError:
-        raise UserError(f"{path} was refused: it holds something other than tensors and plain values, "
-                        "or is not a checkpoint") from None
+    except pickle.UnpicklingError as error:
+        types = _refused_types(path, error)
+        if not types:
+            raise UserError(f"{path} is not a checkpoint, or damaged: its content is none that torch.save or "
+                            "safetensors writes") from None
+        raise UserError(f"{path} was refused: it holds {', '.join(types)}, and only tensors and plain values are read, "
+                        "since anything else can run code. If you trust its origin, load it by torch.load(..., "
+                        "weights_only=False) and save its weights alone") from None
     except Exception as error:  # damage causes errors of many types
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{path} cannot be read: it is damaged, or not a checkpoint ({reason})") from None
 
 
-def select_weights(checkpoint, path):
-    """Select the weights to sample with: those of key "ema", else of "model", else the checkpoint itself ("bare").
-
-    Returns:
-        tuple[dict[str, Tensor], str]: State dictionary, without the prefixes of wrappers (`module.` of DDP,
-        `_orig_mod.` of torch.compile), and "ema", "model" or "bare".
-    """
-    if isinstance(checkpoint, dict):
-        for kind in ("ema", "model"):
-            if isinstance(checkpoint.get(kind), dict) and checkpoint[kind]:
-                return _strip_prefixes(checkpoint[kind]), kind
-        if checkpoint and all(map(torch.is_tensor, checkpoint.values())):
-            return _strip_prefixes(checkpoint), "bare"
-    raise UserError(f"{path} holds no weights: it has neither 'ema' nor 'model', nor is it a state dictionary")
-
-
-def _strip_prefixes(state_dict):
-    return {re.sub(r"^(module\.|_orig_mod\.)+", "", name): value for name, value in state_dict.items()}
-
-
-def load_weights(model, state_dict, path):
-    """Load weights strictly; if they do not fit, raise a `UserError` with the differences and load none."""
-    shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    stored = {name: tuple(value.shape) if torch.is_tensor(value) else None for name, value in state_dict.items()}
-    differences = {
-        "missing": sorted(shapes.keys() - stored.keys()),
-        "unknown": sorted(stored.keys() - shapes.keys()),
-        "of another shape": [f"{name} {stored[name]} instead of {shape}" for name, shape in shapes.items()
-                             if stored.get(name, shape) != shape]}
-    problems = [f"{problem}: {_shorten(names)}" for problem, names in differences.items() if names]
-    if problems:
-        raise UserError(f"the weights in {path} do not fit this model ({'; '.join(problems)}). Check its name, its "
-                        "sizes, image size and number of classes.")
-    model.load_state_dict(state_dict, strict=True)
+def detect_format(path):
+    """Recognize the format of a file by its content; "unknown" if it is none of those that can be told."""
+    try:
+        with open(path, "rb") as file:
+            start = file.read(512)
+    except OSError:
+        return "unknown"
+    text = start.lstrip().lower()
+    if start.startswith(b"PK"):
+        try:
+            with zipfile.ZipFile(path) as archive:
+                names = archive.namelist()
+        except Exception:  # damage causes errors of many types
+            return "unknown"
+        if any(name.endswith("data.pkl") for name in names):
+            return "torch"
+        return "npz" if names and all(name.endswith(".npy") for name in names) else "zip"
+    if len(start) > 9 and start[8:9] == b"{" and int.from_bytes(start[:8], "little") < os.path.getsize(path):
+        return "safetensors"
+    if path.lower().endswith(".index.json") and text.startswith(b"{"):
+        return "index"
+    if not start:
+        return "empty"
+    return next((name for magic, name in MAGIC_BYTES if text.startswith(magic)), "unknown")
 
 
-def _shorten(items):
-    return ", ".join(items[:3]) + (f" and {len(items) - 3} more" if len(items) > 3 else "")
+def _refused_types(path, error):
+    """List the types in a file that are not read, by the file itself or by the error of torch; empty if it is none."""
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            types = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    except Exception:  # an old format, or damage
+        types = []
+    return sorted(set(types)) or re.findall(r"(?:GLOBAL|class|type) ([\w.]+\.[\w.]+)", str(error))[:1]
+
+
+def _find_shards(path):
+    """List the files that hold a model's weights together, if `path` is one of them or their index; else []."""
+    folder, name = os.path.split(path)
+    if match := SHARD_NAME.fullmatch(name):
+        stem, count, ending = match.groups()
+        names = [f"{stem}-{i:05d}-of-{count}{ending}" for i in range(1, int(count) + 1)]
+    elif detect_format(path) == "index":
+        try:
+            with open(path, encoding="utf-8") as file:
+                names = sorted(set(json.load(file)["weight_map"].values()))
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+            names = []
+        if not names or any(not isinstance(name, str) or os.path.basename(name) != name for name in names):
+            raise UserError(f"{path} is no index of the files of a model: it has no weight_map of file names")
+    else:
+        return []
+    shards = [os.path.join(folder, name) for name in names]
+    if absent := [shard for shard in shards if not os.path.isfile(shard)]:
+        raise UserError(f"{path} belongs to a model of {len(shards)} files (shards), and {absent[0]} is not there. "
+                        "Put all of them into one folder")
+    return shards
+
+
+def _describe_folder(path):
+    """Say what a folder is that was given as a checkpoint, and what to name instead."""
+    names = set(os.listdir(path))
+    if names & {"model_index.json", "transformer"} or "diffusion_pytorch_model.safetensors" in names:
+        return (f"{path} is a folder of a diffusers model, whose layout is not read. Name a checkpoint of train.py, or "
+                "a published one such as DiT-XL-2-256x256.pt")
+    if ".metadata" in names:
+        return (f"{path} is a folder of a distributed checkpoint. Make one file of it: python -m "
+                f"torch.distributed.checkpoint.format_utils dcp_to_torch {path} FILE.pt")
+    parent, folder = os.path.split(os.path.normpath(path))
+    example = latest_checkpoint(parent if folder == "checkpoints" else path)
+    inside = sorted(os.path.join(path, name) for name in names if name.lower().endswith((*ENDINGS, ".index.json")))
+    example = example or (inside[-1] if inside else None)
+    return f"{path} is a folder. " + (f"Name a file in it, such as {example}" if example else
+                                      "It holds no checkpoint. Name a .pt or .safetensors file")
 
 
 def list_checkpoints(run_dir):

@@ -2,6 +2,7 @@
 import argparse
 import math
 import os
+import sys
 from dataclasses import replace
 
 from common.compute import (
@@ -40,7 +41,7 @@ def number(parse, is_valid=lambda value: True, problem=""):
     return parse_number
 
 
-positive_int = number(int, lambda value: value >= 1, "{} is not a positive whole number")
+positive_int = number(int, lambda value: 1 <= value < 2**63, "{} is not a positive whole number below 2^63")
 # Seeds and counts.
 non_negative_int = number(int, lambda value: 0 <= value < 2**63, "{} is not a whole number in 0 .. 2^63 - 1")
 positive_float = number(float, lambda value: 0 < value < math.inf, "{} is not a positive number")
@@ -50,8 +51,15 @@ decay = number(fraction, lambda value: value < 1,
                "an average with decay 1 never leaves the initial weights; it must be below 1")
 guidance_scale = number(float, lambda value: 1 <= value < math.inf,
                         "guidance starts at 1, which means none; {} is not possible")
-channels = number(lambda text: text if text == "all" else positive_int(text))
-sampling_steps = number(lambda text: text if text.startswith("ddim") else positive_int(text))
+channels = number(lambda text: "all" if text.lower() == "all" else positive_int(text))
+
+
+@number
+def sampling_steps(text):
+    """Parse a number of sampling steps, or "ddimN", which is written in one way."""
+    if not text.lower().startswith("ddim"):
+        return positive_int(text)
+    return f"ddim{positive_int(text[4:])}"
 
 
 # ---------------------------------------------------------------- parsing
@@ -84,10 +92,15 @@ def parse_args(parser, presets=None, argv=None):
         tuple[ReadOnlyFlags, set[str]]: The flags, and the names of those that were typed.
     """
     _merge_aliases(parser)
+    argv = [_expand_home(argument) for argument in (sys.argv[1:] if argv is None else argv)]
     flags = parser.parse_args(argv)
     untouched = object()
     probe = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(flags), untouched)))
     explicit_args = {name for name, value in vars(probe).items() if value is not untouched}
+    for action in parser._actions:
+        value = getattr(flags, action.dest, None) if action.dest in explicit_args else None
+        if any(isinstance(text, str) and not text.strip() for text in (value if isinstance(value, list) else [value])):
+            parser.error(f"argument {'/'.join(action.option_strings) or action.metavar or action.dest}: it is empty")
     defaults = presets(flags, explicit_args) if presets else {}
     if getattr(flags, "fast", False):
         defaults = vars(fastest_config(local_device_type())) | dict(fused_adamw=True) | defaults
@@ -100,6 +113,12 @@ def parse_args(parser, presets=None, argv=None):
 def add_alias(parser, alias, flag):
     """Accept `alias` as a former name of `flag` in a parser or group, without showing it in the help."""
     parser._option_string_actions[alias] = parser._option_string_actions[flag]
+
+
+def _expand_home(argument):
+    """Expand a "~" that the shell left, in "~/runs" and "--results-dir=~/runs"."""
+    flag, equals, value = argument.partition("=") if argument.startswith("--") else ("", "", argument)
+    return flag + equals + os.path.expanduser(value)
 
 
 def _merge_aliases(parser):

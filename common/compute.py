@@ -112,7 +112,7 @@ def fastest_config(device):
 
 def local_device_type():
     """Return the type of device that `distributed.init` will choose: "cuda", "mps", "xpu" or "cpu"."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and torch.backends.mps.is_available():
+    if os.environ.get("WORLD_SIZE", "1") != "1" and torch.backends.mps.is_available():
         return "cpu"
     return torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
 

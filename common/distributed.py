@@ -31,7 +31,11 @@ def init(tf32=True, timeout=DEFAULT_TIMEOUT):
         UserError: If accelerate is configured for anything but data parallelism.
     """
     global _accelerator
-    several = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    several = read_environment_number("WORLD_SIZE", 1) > 1
+    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)] if several else []
+    if missing:
+        raise UserError(f"the environment variable WORLD_SIZE asks for {os.environ['WORLD_SIZE']} processes, but there "
+                        f"is no {', '.join(missing)}. Start them by torchrun, or use one process: unset WORLD_SIZE")
     kind = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
     # Without cpu=True, accelerate forms no process group when ranks have no GPU.
     cpu = kind == "cpu" or (several and kind == "mps")
@@ -71,6 +75,19 @@ def rank():
 def world_size():
     """Return the number of ranks."""
     return dist.get_world_size() if _has_group() else 1
+
+
+def local_world_size():
+    """Return the number of ranks on this machine."""
+    return read_environment_number("LOCAL_WORLD_SIZE", 1)
+
+
+def read_environment_number(name, default):
+    """Return a whole number that a launcher put into the environment; raise a `UserError` if it is none."""
+    text = os.environ.get(name, "").strip()
+    if text and not text.isdecimal():
+        raise UserError(f"the environment variable {name} is {text!r}, not a whole number. Remove it: unset {name}")
+    return int(text) if text else default
 
 
 def is_rank0():

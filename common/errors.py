@@ -3,13 +3,15 @@
 A library function raises `ArgumentError` with the names of its parameters; a command shows them as its flags. What is
 no parameter (a file, a package, another process) is a plain `UserError`.
 """
+import errno
 import os
 import re
 import sys
 from contextlib import contextmanager
 from importlib import metadata
+from pathlib import Path
 
-import torch.distributed as dist
+from common.console import robust_output
 
 # The same as in requirements.txt; a test compares them.
 MINIMUM_VERSIONS = {"torch": "2.6", "torchvision": "0.21", "timm": "1.0.17", "diffusers": "0.32", "accelerate": "1.2",
@@ -78,25 +80,72 @@ class Stopped(Exception):
 
 
 def run_command(main):
-    """Run a command's main function: a `UserError` becomes its message on stderr and exit status 2."""
-    try:
-        check_versions()
-        main()
-    except UserError as error:
-        if error.shown:
-            print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr, flush=True)
-        exit_process(2)
-    except Stopped:
-        exit_process(EXIT_RESTARTABLE)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    """Run a command's main function: an error that a user can act on is told in a sentence, with exit status 2."""
+    with robust_output():
+        try:
+            check_versions()
+            main()
+        except Stopped:
+            exit_process(EXIT_RESTARTABLE)
+        except KeyboardInterrupt:
+            sys.exit(130)
+        except Exception as error:
+            problem = error if isinstance(error, UserError) else explain(error)
+            if problem is None:
+                raise
+            if problem.shown:
+                print(f"{os.path.basename(sys.argv[0])}: error: {problem}", file=sys.stderr, flush=True)
+            exit_process(2)
 
 
 def exit_process(status):
     """Exit after leaving the process group, whose threads would otherwise abort the interpreter's shutdown."""
-    if dist.is_available() and dist.is_initialized():
+    dist = sys.modules.get("torch.distributed")
+    if dist and dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
     sys.exit(status)
+
+
+# ---------------------------------------------------------------- errors of the machine
+
+# Names of packages that differ from what is imported.
+DISTRIBUTIONS = {"PIL": "pillow", "sklearn": "scikit-learn", "torch_fidelity": "torch-fidelity"}
+_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "bad_alloc", "cannot allocate memory",
+                  "storage size calculation overflowed", "unable to allocate")
+_REMEDIES = {errno.ENOMEM: "Lower the sizes, the batch or the number of processes",
+             errno.EAGAIN: "Lower the number of processes, or raise their limit (ulimit -u)",
+             errno.EMFILE: "Lower the number of processes, or raise the limit of open files (ulimit -n)",
+             errno.ENFILE: "Lower the number of processes", errno.ENOSPC: "Make room on the disk",
+             errno.EDQUOT: "Make room in your quota", errno.EROFS: "Name a place that can be written to",
+             errno.EIO: "The disk, or the terminal, does not answer"}
+
+
+def explain(error):
+    """Return a `UserError` about a missing package, or about what this machine lacks; None for any other error."""
+    if isinstance(error, ImportError):
+        return explain_import_error(error)
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    if isinstance(error, MemoryError) or any(phrase in reason.lower() for phrase in _OUT_OF_MEMORY):
+        return UserError(f"there is not enough memory ({reason}). Lower the batch, the image size or the size of the "
+                         "model")
+    if isinstance(error, OSError) and error.errno in _REMEDIES:
+        return UserError(f"{reason}. {_REMEDIES[error.errno]}")
+    return None
+
+
+def explain_import_error(error):
+    """Return a `UserError` about a package that is missing or cannot be used; None for a module of this code."""
+    try:
+        check_versions()
+    except UserError as outdated:
+        return outdated
+    module = (error.name or "").split(".")[0]
+    if any((Path(__file__).parents[1] / name).exists() for name in (f"{module}.py", f"{module}/__init__.py")):
+        return None
+    package = DISTRIBUTIONS.get(module, module)
+    if package and isinstance(error, ModuleNotFoundError) and "." not in error.name:
+        return UserError(f"the package {package} is not installed: pip install {package}")
+    return UserError(f"{package or 'a package'} cannot be imported ({error}): pip install -r requirements.txt")
 
 
 def check_versions():

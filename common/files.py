@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from common.errors import UserError
+from common.errors import ArgumentError, UserError
 
 
 class BackgroundWriter:
@@ -67,15 +67,21 @@ def sha256_json(value):
 
 
 def format_bytes(number):
-    """Format a number of bytes as MB or GB."""
+    """Format a number of bytes as MB, GB or TB."""
+    if number >= 1e13:
+        return f"{number / 1e12:,.1f} TB"
     return f"{number / 1e9:.1f} GB" if number >= 1e8 else f"{number / 1e6:.2f} MB"
 
 
+class PickledArrayError(UserError):
+    """An array of Python objects, which only unpickling could read."""
+
+
 def read_npz_array(path, name):
-    """Read an array of an .npz from anywhere. An uncompressed one is memory-mapped: nothing is read before it is used.
+    """Read an array of an .npz of any origin, after comparing it with its CRC; an uncompressed one is memory-mapped.
 
     Raises:
-        UserError: For a damaged file, one without this array, and an array of Python objects.
+        UserError: For a damaged file, or one without this array; `PickledArrayError` for an array of Python objects.
     """
     try:
         with zipfile.ZipFile(path) as archive, open(path, "rb") as file:
@@ -85,8 +91,9 @@ def read_npz_array(path, name):
             file.seek(entry.header_offset + 30 + int(lengths.sum()))
             with archive.open(entry) as unpacked:
                 shape, is_fortran, dtype = _read_npy_header(unpacked)
+            _verify_npz_entry(path, archive, entry)
             if dtype.hasobject:
-                raise UserError(f"{path}: {name} is not a plain array")
+                raise PickledArrayError(f"{path}: {name} is not a plain array")
             if is_fortran or entry.compress_type != zipfile.ZIP_STORED:
                 with np.load(path, allow_pickle=False) as arrays:
                     return arrays[name]
@@ -96,6 +103,26 @@ def read_npz_array(path, name):
         raise
     except Exception as error:  # a damaged file fails in many ways
         raise UserError(f"{path} is damaged, or is not an .npz with {name} in it ({error})") from None
+
+
+_verified = set()  # large arrays that this process has compared with their CRC
+
+
+def _verify_npz_entry(path, archive, entry):
+    """Raise a `UserError` if an array does not have its CRC. A large one is read by rank 0 only, and once."""
+    status = os.stat(path)
+    key = (status.st_dev, status.st_ino, status.st_mtime_ns, status.st_size, entry.filename)
+    is_large = entry.file_size > 1 << 26
+    if is_large and (key in _verified or os.environ.get("RANK", "0") != "0"):
+        return
+    try:
+        with archive.open(entry) as file:
+            while file.read(1 << 20):
+                pass
+    except zipfile.BadZipFile:
+        raise UserError(f"{path} is damaged: {entry.filename} in it does not have its checksum") from None
+    if is_large:
+        _verified.add(key)
 
 
 def list_npz_arrays(path):
@@ -130,7 +157,7 @@ def atomic_write(path, sync=True):
             yield file
             if sync:
                 file.flush()
-                os.fsync(file.fileno())
+                _fsync(file.fileno())
         os.replace(temporary, path)
         if sync:
             _fsync_dir(folder)
@@ -141,7 +168,7 @@ def atomic_write(path, sync=True):
 
 
 def _remove(path):
-    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+    if os.path.lexists(path):
         os.remove(path)
 
 
@@ -160,16 +187,77 @@ def replace_with_hard_link(path, name):
         _remove(temporary)
 
 
-def _fsync_dir(folder):
-    """Put the list of names in a folder on the disk, if its file system supports that."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def _fsync(descriptor):
+    """Put a file on the disk, if its file system supports that."""
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+        if error.errno in (errno.EIO, errno.ENOSPC, errno.EDQUOT):  # others say that there is no such operation
             raise
+
+
+def _fsync_dir(folder):
+    """Put the list of names in a folder on the disk, if its file system supports that."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError:  # a system that opens files only
+        return
+    try:
+        _fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def check_writable(path, is_folder=False, **argument):
+    """Raise an `ArgumentError` if `path` cannot be written, before the work whose result it is to hold.
+
+        check_writable(flags.output, output=flags.output)
+
+    Args:
+        path (str): A file, or with `is_folder` a folder for new files. What is missing of its folders can be made.
+        is_folder (bool): Whether it is a folder.
+        **argument: The parameter that named it, for the error.
+    """
+    path = os.path.abspath(path)
+    if os.path.isdir(path) and not is_folder:
+        raise ArgumentError("this is a folder. Name a file in it", **argument)
+    folder, name = (path, "new") if os.path.isdir(path) else os.path.split(path)
+    while not os.path.lexists(folder):
+        folder, name = os.path.split(folder)
+    probe = os.path.join(folder, f"{name}.{os.getpid()}.tmp")
+    try:
+        if is_folder and os.path.lexists(path) and not os.path.isdir(path):
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), path)
+        os.close(os.open(probe, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
+        os.unlink(probe)
+    except OSError as error:
+        raise ArgumentError(f"nothing can be written there ({error.strerror}: {folder}). Name another place",
+                            **argument) from None
+
+
+class ProcessLock:
+    """A lock on a file, until this process ends or the object is deleted; processes that are forked do not share it.
+
+    A disk or a system without locks gives none, and no protection.
+
+    Attributes:
+        is_held (bool): False if another process has the lock.
+    """
+
+    def __init__(self, path):
+        self.is_held, self._descriptor = True, None
+        try:
+            import fcntl
+            self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+            fcntl.lockf(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except ImportError:
+            pass
+        except OSError as error:
+            self.is_held = self._descriptor is None or error.errno not in (errno.EACCES, errno.EAGAIN)
+
+    def __del__(self):
+        if self._descriptor is not None:
+            os.close(self._descriptor)
 
 
 def remove_temporary_files(folder):

@@ -1,18 +1,26 @@
 """Signals: graceful stops (Slurm, spot instances, shutdown of a cluster) and the deferral of other handlers."""
+import contextlib
 import multiprocessing
 import os
 import signal
 import threading
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+# Ends of jobs by schedulers (TERM, USR1, USR2), of a terminal (HUP, BREAK) and of CPU time; no platform has them all.
+STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGUSR2", "SIGHUP", "SIGXCPU",
+                                                        "SIGBREAK") if hasattr(signal, name))
 
 
 class StopSignals:
-    """Context in which SIGTERM and SIGUSR1 only set `received` to the name of the first one that arrived."""
+    """Context in which the stop signals only set `received` to the name of the first one that arrived.
+
+    Those that are ignored, as SIGHUP under nohup, stay so. Outside the main thread no signal can be received.
+    """
 
     def __enter__(self):
         self.received = None
-        self.previous_handlers = {number: signal.signal(number, self._handle) for number in STOP_SIGNALS}
+        is_main = threading.current_thread() is threading.main_thread()
+        self.previous_handlers = {number: signal.signal(number, self._handle) for number in STOP_SIGNALS
+                                  if is_main and signal.getsignal(number) is not signal.SIG_IGN}
         return self
 
     def _handle(self, number, frame):
@@ -31,8 +39,11 @@ class DeferredSignalHandler:
     """
 
     @classmethod
-    def install(cls, number):
-        """Wrap the present handler of a signal, unless it is wrapped already, and return the wrapper."""
+    def install(cls, name):
+        """Wrap the handler of a signal, such as "SIGCHLD", unless it is wrapped or missing, and return the context."""
+        if not hasattr(signal, name):
+            return contextlib.nullcontext()
+        number = getattr(signal, name)
         handler = signal.getsignal(number)
         if not isinstance(handler, cls):
             handler = cls(number, handler)
@@ -61,7 +72,7 @@ class DeferredSignalHandler:
 
 def ignore_stop_signals_in_worker(worker):
     """Ignore stop signals in a data-loading worker, except those from its parent, which still needs its data."""
-    if not hasattr(signal, "sigwaitinfo"):  # macOS cannot tell the sender of a signal
+    if not (hasattr(signal, "sigwaitinfo") and hasattr(signal, "pthread_sigmask")):  # as on macOS
         return
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     parent = multiprocessing.parent_process().pid  # with a fork server, os.getppid() is another process

@@ -1,7 +1,6 @@
 """Loading batches ahead of the step that needs them."""
 import collections
 import contextlib
-import signal
 import warnings
 
 from torch.utils.data import DataLoader
@@ -39,7 +38,7 @@ class PrefetchLoader:
         self.fault, self.queue, self.source = None, collections.deque(), iter(loader)
         # torch answers the death of a worker with an exception at any line of this process, be it inside the
         # optimizer's step. Deferred, it is raised while a batch is waited for.
-        self.worker_deaths = DeferredSignalHandler.install(signal.SIGCHLD) if num_workers else contextlib.nullcontext()
+        self.worker_deaths = DeferredSignalHandler.install("SIGCHLD") if num_workers else contextlib.nullcontext()
         self._load(self.NUM_AHEAD)
         self.check()
 

@@ -65,17 +65,22 @@ def space_timesteps(num_timesteps, section_counts):
 
 
 def _strided_timesteps(num_timesteps, count):
-    for stride in range(1, num_timesteps + 1):
-        if len(kept := range(0, num_timesteps, stride)) == count:
-            return list(kept)
-    raise ValueError(f"no integer stride gives 'ddim{count}' exactly {count} of {num_timesteps} steps; "
-                     f"use a count near {num_timesteps}/k for an integer k, or '{count}' without 'ddim'")
+    if not 1 <= count <= num_timesteps:
+        raise ValueError(f"'ddim{count}' is not possible: between 1 and {num_timesteps} steps can be kept")
+    kept = {len(steps): steps for stride in range(num_timesteps, 0, -1) if (steps := range(0, num_timesteps, stride))}
+    if count not in kept:
+        below, above = max(n for n in kept if n < count), min(n for n in kept if n > count)
+        raise ValueError(f"no integer stride gives 'ddim{count}' exactly {count} of {num_timesteps} steps; the nearest "
+                         f"that one gives are 'ddim{below}' and 'ddim{above}'")
+    return list(kept[count])
 
 
 def _parse_count(text, respacing):
     try:
         return int(text)
     except ValueError:
+        if respacing.startswith("ddim"):
+            raise ValueError(f"{respacing!r} lacks its number of steps, as in 'ddim50'") from None
         raise ValueError(f"respacing {respacing!r} is not a number of steps ('250'), a list of them ('10,15,20') "
                          "or 'ddim' and a number ('ddim50')") from None
 

@@ -1,5 +1,6 @@
 """Feature spaces in which sets of images are compared."""
 import contextlib
+import difflib
 import io
 import json
 import os
@@ -63,6 +64,9 @@ class InceptionFeatures(FeatureSpace):
         path = inception or fetch_inception()
         state = load_checkpoint(path)
         self.sha256 = sha256_file(path)
+        if os.path.basename(path) == INCEPTION_FILE and not self.is_standard:
+            raise ArgumentError(f"the file of this name has the SHA-256 {INCEPTION_SHA256}, not {self.sha256}: it is "
+                                "damaged or was changed. Download it again, or rename it", inception=path)
         self.device = device
         # torch-fidelity unpickles its file in a way that could run code: it gets the loaded tensors, saved again.
         buffer = io.BytesIO()
@@ -198,7 +202,9 @@ def load_feature_space(features, device, inception=None):
     if features == "pixels":
         return PixelFeatures(device)
     if not os.path.isfile(features):
-        raise ArgumentError("neither inception, nor pixels, nor the file of a TorchScript module", features=features)
+        near = difflib.get_close_matches(features.lower(), ("inception", "pixels"), n=1)
+        raise ArgumentError("neither inception, nor pixels, nor the file of a TorchScript module"
+                            + "".join(f". Did you mean {name}?" for name in near), features=features)
     return ModuleFeatures(device, features)
 
 

@@ -7,12 +7,13 @@ import torch
 
 from common import distributed
 from common.errors import ArgumentError, UserError
-from common.files import list_npz_arrays, read_npz_array, sha256_file
+from common.files import PickledArrayError, read_npz_array, sha256_file
 from data import build_dataset
 from data.builtin import BUILTIN_DATASETS, parse_builtin_name
 from data.corrupt_images import CorruptImage
 from data.image_io import read_image, read_image_size, to_uint8
 from data.image_walk import describe_passed_over, walk_images
+from evaluation.file_kinds import Purpose, list_arrays
 from evaluation.records import try_read
 from sampling.noise import PerSampleRNG
 from sampling.sample_set import describe_sample_set, sample_labels
@@ -27,9 +28,11 @@ class ImageSource:
 
     Attributes:
         hashes (bool): Whether to hash the pixels while they are read, because the metadata does not identify them.
+        labels_problem (str): Why `class_labels` returns None, if it does.
     """
 
     hashes = False
+    labels_problem = "the samples have no labels"
 
     def batch(self, start, end):
         """Return the images start .. end - 1, shape (end - start, H, W, 3), uint8."""
@@ -49,12 +52,23 @@ class NpzImages(ImageSource):
 
     def __init__(self, path):
         self.path = path
+        self.arrays = list_arrays(path, Purpose())
         self.images = read_npz_array(path, "arr_0")
         if self.images.dtype != np.uint8 or self.images.ndim != 4 or self.images.shape[3] != 3:
-            raise UserError(f"{path}: arr_0 is {self.images.dtype} of shape {self.images.shape}, not uint8 of shape "
-                            "(N, H, W, 3)")
-        if not len(self.images):
-            raise UserError(f"{path} holds no images: arr_0 is empty")
+            raise UserError(f"{path}: arr_0 is {self.images.dtype} of shape {self.images.shape}, not uint8 (0 .. 255) "
+                            "of shape (N, H, W, 3)")
+        if not self.images.size:
+            raise UserError(f"{path} holds no images: arr_0 has the shape {self.images.shape}")
+        self.record_path = os.path.splitext(path)[0] + ".json"
+        self.sha256, self.sample_set = None, try_read(self.record_path)
+        stored = self.sample_set.get("sha256")
+        if isinstance(stored, str) and distributed.is_rank0() and stored.lower() != self._hash():
+            print(f"WARNING: {path} does not have the SHA-256 in {self.record_path} beside it: one of them was changed "
+                  "or damaged. How the images were made is left out of the record", flush=True)
+
+    def _hash(self):
+        self.sha256 = self.sha256 or sha256_file(self.path)
+        return self.sha256
 
     def __len__(self):
         return len(self.images)
@@ -64,19 +78,37 @@ class NpzImages(ImageSource):
         return torch.from_numpy(np.array(self.images[start:end]))
 
     def class_labels(self):
-        """Return `arr_1` if it holds one label an image."""
-        if "arr_1" not in list_npz_arrays(self.path):
+        """Return `arr_1` as one label an image, if it can be taken as that."""
+        if "arr_1" not in self.arrays:
+            self.labels_problem = f"{self.path} has no labels (arr_1)"
             return None
-        labels = np.asarray(read_npz_array(self.path, "arr_1"))
-        return labels if labels.dtype.kind in "iu" and labels.shape == (len(self),) else None
+        try:
+            stored = np.asarray(read_npz_array(self.path, "arr_1"))
+        except PickledArrayError:
+            self.labels_problem = "arr_1 holds Python objects, not one whole number an image"
+            return None
+        labels = to_labels(stored, len(self))
+        if labels is None:
+            self.labels_problem = f"arr_1 is {stored.dtype} of shape {stored.shape}, not one whole number an image"
+        return labels
 
     def metadata(self):
         """Describe the file, including what `sample_ddp.py` wrote beside it if the file has not changed since."""
-        metadata = dict(path=os.path.abspath(self.path), images=len(self), sha256=sha256_file(self.path))
-        sample_set = try_read(os.path.splitext(self.path)[0] + ".json")
-        if sample_set.get("sha256") == metadata["sha256"]:
-            metadata["made"] = sample_set.get("made")
+        metadata = dict(path=os.path.abspath(self.path), images=len(self), sha256=self._hash())
+        if str(self.sample_set.get("sha256")).lower() == metadata["sha256"]:
+            metadata["made"] = self.sample_set.get("made")
         return metadata
+
+
+def to_labels(values, count):
+    """Convert whole numbers of any type, shape (count,) or (count, 1), or one-hot rows to labels (int64), else None."""
+    if values.dtype.kind not in "iufb" or values.shape[:1] != (count,):
+        return None
+    if values.ndim == 2 and values.shape[1] > 1 and ((values == 0) | (values == 1)).all():
+        return values.argmax(axis=1) if (values.sum(axis=1) == 1).all() else None
+    values = values[:, 0] if values.shape == (count, 1) else values
+    is_whole = values.ndim == 1 and (np.abs(values.astype(np.float64)) < 2**53).all() and (values == values // 1).all()
+    return values.astype(np.int64) if is_whole else None
 
 
 class FolderImages(ImageSource):
@@ -251,6 +283,4 @@ def open_image_source(path, image_size=None, num_classes=None):
         return FolderImages(path, image_size)
     if not os.path.isfile(path):
         raise UserError(f"there is neither a file nor a folder {path}")
-    if "arr_0" not in list_npz_arrays(path):
-        raise UserError(f"{path} holds no images: it has no arr_0")
     return NpzImages(path)

@@ -17,13 +17,14 @@ def frechet_distance(gaussian_1, gaussian_2):
     """Compute |mu_1 - mu_2|^2 + tr(S_1 + S_2 - 2 (S_1 S_2)^(1/2)) (Heusel et al., 2017, arXiv 1706.08500, eq. 6).
 
     A Gaussian is a mean (D,) and a covariance (D, D). The result, computed in float64 by eigenvalues, is not finite if
-    the covariances overflow.
+    the covariances overflow. It is 0 if rounding, which singular covariances amplify, makes it less.
     """
     from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_statistics_to_metric
     first, second = (dict(mu=mean.astype("float64"), sigma=covariance.astype("float64"))
                      for mean, covariance in (gaussian_1, gaussian_2))
     with np.errstate(over="ignore", invalid="ignore"):  # the caller checks that the result is finite
-        return fid_statistics_to_metric(first, second, verbose=False)[KEY_METRIC_FID]
+        distance = fid_statistics_to_metric(first, second, verbose=False)[KEY_METRIC_FID]
+    return 0.0 if distance <= 0 else float(distance)
 
 
 def inception_score(logits, split=INCEPTION_SCORE_SPLIT):

@@ -3,8 +3,9 @@ import json
 import math
 import os
 
+from common import distributed
 from common.errors import ArgumentError, UserError
-from common.files import atomic_write
+from common.files import atomic_write, check_writable
 
 
 def write_record(path, record):
@@ -24,21 +25,39 @@ def free_path(stem, extension):
 
 def record_path(output, source, suffix):
     """Return the path of a record: `output`, or beside its source: NAME.scores.json, for the suffix "scores"."""
+    if os.path.basename(os.path.normpath(source)) in (".", ".."):
+        source = os.path.abspath(source)
     stem = os.path.splitext(source)[0] if os.path.isfile(source) else os.path.normpath(source)
     return output or free_path(f"{stem}.{suffix}", ".json")
 
 
-def check_output(output, extension, *inputs):
-    """Raise an `ArgumentError` unless `output` is None, or a path with this extension that may be written."""
-    if output is None:
-        return
-    if not output.endswith(extension):
+def check_output(output, extension, *inputs, default=None):
+    """Raise an `ArgumentError` unless the file `output` has this extension and can be written.
+
+    Args:
+        output (str): The value of --output, or None.
+        extension (str): What its name must end in, such as ".json".
+        *inputs (str): Files that it must not replace.
+        default (str): The file that is written if `output` is None.
+    """
+    if output is not None and not output.lower().endswith(extension):
         raise ArgumentError(f"the name must end in {extension}", output=output)
-    if os.path.abspath(output) in map(os.path.abspath, inputs):
+    if output is not None and any(_is_same_file(output, other) for other in inputs):
         raise ArgumentError("this would overwrite an input. Choose another name", output=output)
-    folder = os.path.dirname(os.path.abspath(output))
+    path = output or default
+    if path is None:
+        return
+    folder = os.path.dirname(os.path.abspath(path))
     if not os.path.isdir(folder):
         raise ArgumentError(f"there is no folder {folder}", output=output)
+    if distributed.is_rank0():  # which writes it
+        check_writable(path, output=output)
+
+
+def _is_same_file(one, two):
+    if os.path.exists(one) and os.path.exists(two):
+        return os.path.samefile(one, two)
+    return os.path.abspath(one) == os.path.abspath(two)
 
 
 def read_record(path):

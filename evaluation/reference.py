@@ -8,8 +8,9 @@ import torch
 
 from common import distributed
 from common.errors import ArgumentError, UserError
-from common.files import atomic_write, list_npz_arrays, read_npz_array, sha256_file
+from common.files import atomic_write, read_npz_array, sha256_file
 from evaluation.feature_statistics import FeatureStatistics, compute_statistics
+from evaluation.file_kinds import Purpose, list_arrays
 from evaluation.image_sources import NpzImages, open_image_source
 
 NUM_REFERENCE_FEATURES = 10_000  # kept for precision and recall: as many as the images in ADM's references
@@ -30,7 +31,8 @@ def open_reference(reference, features, batch_size, image_size=None, num_classes
     """
     statistics = images = None
     with distributed.raise_on_all_ranks():
-        names = list_npz_arrays(reference) if os.path.isfile(reference) else set()
+        purpose = Purpose(is_reference=True, space=features.metadata())
+        names = list_arrays(reference, purpose) if os.path.isfile(reference) else {}
         if "mu" in names:
             statistics, metadata = _read_statistics(reference, names, features)
             if statistics.features is None and "arr_0" in names:

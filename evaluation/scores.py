@@ -39,6 +39,18 @@ def compute_scores(samples, reference, features, labels=None):
     return scores
 
 
+def left_out_scores(samples, reference, features, labels, labels_problem):
+    """Return {score: reason} of the scores that the feature space allows, but the samples or the reference do not."""
+    reasons = {}
+    if samples.spatial is not None and reference.spatial is None:
+        reasons["sfid"] = "the reference has no mu_s and sigma_s"
+    if reference.features is None:
+        reasons["precision, recall"] = "the reference has neither features nor images (arr_0)"
+    if features.predict_class and labels is None:
+        reasons["class_agreement"] = labels_problem
+    return reasons
+
+
 def check_same_dimensions(samples, reference):
     """Raise a `UserError` if the features of two `FeatureStatistics` have different sizes."""
     for name in ("pool", "spatial"):
@@ -55,6 +67,9 @@ def check_comparable(images, reference, features):
         ArgumentError: If too few images are to be generated.
         UserError: If there are too few images, unknown labels, or features of another size.
     """
+    if reference.features is not None and len(reference.features) <= NUM_NEIGHBORS:
+        raise UserError(f"precision and recall need more than {NUM_NEIGHBORS} reference images, not "
+                        f"{len(reference.features)}")
     if reference.features is not None and len(images) <= NUM_NEIGHBORS:
         problem = f"precision and recall need more than {NUM_NEIGHBORS} samples"
         if isinstance(images, GeneratedImages):
@@ -72,6 +87,12 @@ def check_comparable(images, reference, features):
 def primary_score(features):
     """Return the name of the distance that sets are ranked by: the lower, the better."""
     return "fid" if features.is_standard else "frechet_distance"
+
+
+def rounding_note(scores):
+    """Return what the record says of a distance that is 0; None if there is none."""
+    zeros = [name for name in ("fid", "frechet_distance", "sfid", "spatial_frechet_distance") if scores.get(name) == 0]
+    return f"{' and '.join(zeros)}: 0, or computed as less by rounding and set to 0" if zeros else None
 
 
 def distance_name(features, count):

@@ -11,9 +11,10 @@ from common.cli import (
     positive_int,
     sampling_steps,
 )
+from common.errors import ArgumentError
 from models import DiT_models
 from sampling.load_model import load_model
-from sampling.pipeline import SAMPLERS, build_pipeline
+from sampling.pipeline import SAMPLERS, build_pipeline, build_process
 
 NUM_TRAINED_TIMESTEPS = 1000
 
@@ -39,6 +40,8 @@ def add_model_flags(parser, vae, ckpt=True):
                        help="autoencoder: ema, mse, a diffusers directory or hub name, or none (pixels)")
     group.add_argument("--ema-decay", type=decay,
                        help="which moving average of a checkpoint with several; default: its first")
+    group.add_argument("--weights", choices=("ema", "model"),
+                       help="the moving average, or the raw weights; default: the average if there is one")
 
 
 def add_sampling_flags(parser, cfg_scale):
@@ -56,7 +59,15 @@ def add_sampling_flags(parser, cfg_scale):
 
 
 def sampling_options(flags):
-    """Return the values of the sampling flags, as arguments of `build_pipeline`."""
+    """Return the values of the sampling flags, as arguments of `build_pipeline`, after checking the steps."""
+    steps = str(flags.num_sampling_steps)
+    try:
+        build_process(steps)
+    except ArgumentError as error:
+        count = steps.removeprefix("ddim")
+        is_possible = count != steps and count.isdecimal() and 1 < int(count[:9]) <= NUM_TRAINED_TIMESTEPS
+        advice = f" Or take {count} steps by --num-sampling-steps {count} --sampler ddim." if is_possible else ""
+        raise ArgumentError(error.args[0] + advice, **error.arguments) from None
     return dict(num_sampling_steps=flags.num_sampling_steps, cfg_scale=flags.cfg_scale,
                 cfg_channels=flags.cfg_channels, cfg_interval=flags.cfg_interval, sampler=flags.sampler, eta=flags.eta)
 
@@ -67,8 +78,9 @@ def load_pipeline(flags, explicit_args, device, log=print):
     The flags are those of `add_model_flags`, `add_sampling_flags` and `add_compute_flags`; `explicit_args` names those
     that were typed.
     """
+    options = sampling_options(flags)
     loaded = load_model(flags.ckpt, flags.model, flags.image_size, flags.num_classes, flags.vae, explicit_args, device,
-                        flags.ema_decay)
+                        flags.ema_decay, flags.weights)
     log(loaded.description() + (f", average of decay {flags.ema_decay:g}" if flags.ema_decay is not None else ""))
     compute = build_compute_config(flags, device, log)
-    return loaded, build_pipeline(loaded.model, loaded.autoencoder, **sampling_options(flags), compute=compute)
+    return loaded, build_pipeline(loaded.model, loaded.autoencoder, **options, compute=compute)

@@ -1,20 +1,30 @@
 """Load a trained model, ready to sample from: weights, autoencoder, class names."""
-import argparse
 import os
 from dataclasses import dataclass
 
 import torch
 
-import models
-from autoencoder.vae import VAE, IdentityAutoencoder, latent_size, load_autoencoder
-from common.checkpoint_io import load_checkpoint, load_weights, select_weights
+from autoencoder.vae import VAE, IdentityAutoencoder, load_autoencoder
+from common import distributed
+from common.checkpoint_io import load_checkpoint
 from common.download import download
-from common.errors import ArgumentError, UserError
+from common.errors import ArgumentError
 from common.files import sha256_weights
-from networks import build_dit, infer_conditioning
+from common.state_dicts import (
+    check_finite,
+    find_non_finite,
+    find_weights,
+    load_weights,
+    select_weights,
+    unwrap_state_dict,
+)
+from sampling.architecture import ModelResolver
+from sampling.checkpoint_metadata import as_dict, read_metadata
+from sampling.other_models import refuse_other_models
 
 PUBLISHED_CHECKPOINTS = ("DiT-XL-2-512x512.pt", "DiT-XL-2-256x256.pt")
 PUBLISHED_URL = "https://dl.fbaipublicfiles.com/DiT/models/"
+LARGE_SHARE = 0.1  # of its start in an average, from which on a warning is due
 
 
 def published_checkpoint_name(model, image_size, num_classes):
@@ -80,92 +90,83 @@ class LoadedModel:
                     vae_sha256=vae and sha256_weights(vae))
 
 
-def load_model(path, model, image_size, num_classes, vae, explicit_args, device, ema_decay=None):
+def load_model(path, model, image_size, num_classes, vae, explicit_args, device, ema_decay=None, weights=None,
+               log=distributed.print_rank0):
     """Build the model of a checkpoint, a .pt or .safetensors file, and load its autoencoder.
 
-    A checkpoint of train.py stores its configuration, which takes precedence over the arguments; an explicit argument
-    that contradicts it is an error, except `vae`: another decoder may be wanted. Without a path it is the published
-    checkpoint of the other arguments. `ema_decay` chooses one of several averages, by default the first.
+    The sizes of the model follow from its weights. An explicit argument that contradicts them is an error, stored flags
+    that do are named; `vae` may be another one than in training. Without a path it is the published checkpoint of the
+    other arguments. Of several averages, `ema_decay` chooses one, by default the first; `weights` is "ema" or "model",
+    the raw weights. `log` is called with warnings.
     """
     path = find_checkpoint(path or published_checkpoint_name(model, image_size, num_classes))
     checkpoint = load_checkpoint(path)
-    state_dict, weights, ema_decay = _select_average(checkpoint, path, ema_decay)
-    config = checkpoint.get("config") or {}
-    options = _resolve_options(checkpoint, path, explicit_args, model=model, image_size=image_size,
-                               num_classes=num_classes, vae=vae)
-    autoencoder = load_autoencoder(options["vae"], config.get("image_channels", 3), device)
-    network = _build_model(config, state_dict, options, autoencoder, path)
+    metadata = read_metadata(as_dict(checkpoint))
+    sets = find_weights(checkpoint)
+    refuse_other_models(as_dict(checkpoint), sets[0][1] if sets else {}, path, bool(metadata.architecture), log)
+    state_dict, kind, ema_decay = _select_average(checkpoint, metadata, path, ema_decay, weights, log)
+    raw_weights = next((weights for kind, weights in sets if kind == "model"), None)
+    _check_finite(state_dict, path, raw_weights if kind == "ema" else None)
+
+    flags = dict(model=model, image_size=image_size, num_classes=num_classes, vae=vae)
+    resolver = ModelResolver(state_dict, metadata, path, flags, explicit_args)
+    autoencoder = load_autoencoder(resolver.choose_vae(), metadata.image_channels, device)
+    image_size = resolver.choose_image_size(autoencoder)
+    network = resolver.build()
     if autoencoder.channels != network.in_channels:
         raise ArgumentError(f"this autoencoder has latents of {autoencoder.channels} channels, the model in {path} "
                             f"takes {network.in_channels}.", vae=autoencoder.name)
     load_weights(network, state_dict, path)
-    return LoadedModel(network.to(device).eval(), autoencoder, path, config.get("class_names"), options["model"],
-                       options["image_size"], weights, checkpoint.get("step"), ema_decay)
+    loaded = LoadedModel(network.to(device).eval(), autoencoder, path, metadata.class_names, resolver.name, image_size,
+                         kind, metadata.step, ema_decay)
+    _log_doubts(loaded, metadata, resolver, state_dict, raw_weights is not None, log)
+    return loaded
 
 
-def _build_model(config, state_dict, options, autoencoder, path):
-    """Build the network of a checkpoint: from its configuration, or from the options and the shapes of its weights."""
-    try:
-        if "model" in config:
-            return build_dit(**config["model"])
-        if options["model"] not in models.DiT_models:
-            raise UserError(f"{path} is a checkpoint of an unknown model: {options['model']}")
-        return build_dit(
-            options["model"], input_size=latent_size(autoencoder, options["image_size"]),
-            in_channels=autoencoder.channels, num_classes=options["num_classes"],
-            **_infer_options(state_dict, options["num_classes"]))
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{path} describes a model that cannot be built: {error}") from None
-
-
-def _infer_options(state_dict, num_classes):
-    """Infer null class, learned variance and block type from the weights of a foreign checkpoint."""
-    table = state_dict.get("y_embedder.embedding_table.weight")
-    output = state_dict.get("final_layer.linear.weight")
-    patches = state_dict.get("x_embedder.proj.weight")
-    if table is None or output is None or patches is None:
-        return {}  # `load_weights` reports what is missing
-    return dict(class_dropout_prob=0.0 if len(table) == num_classes else 0.1,
-                learn_sigma=len(output) != patches[0].numel(), conditioning=infer_conditioning(state_dict))
-
-
-# ---------------------------------------------------------------- what a checkpoint stores
-
-def _select_average(checkpoint, path, ema_decay):
+def _select_average(checkpoint, metadata, path, ema_decay, weights, log):
     """Return the weights to sample with, their kind ("ema", "model", "bare"), and the decay of the average.
 
     Key `ema` holds the average of the first decay, key `extra_emas` those of the others, by decay.
     """
-    state_dict, kind = select_weights(checkpoint, path)
-    stored = _stored_args(checkpoint).get("ema_decay")
-    first_decay = stored[0] if isinstance(stored, list) else stored
+    state_dict, kind = select_weights(checkpoint, path, weights, log)
+    first_decay = metadata.ema_decays[0] if metadata.ema_decays else None
     if ema_decay is None or (kind == "ema" and ema_decay == first_decay):
         return state_dict, kind, first_decay
-    extra = checkpoint.get("extra_emas") or {}
+    if weights == "model":
+        raise ArgumentError("the raw weights are no average. Leave one of the two out.", weights=weights,
+                            ema_decay=ema_decay)
+    averages = as_dict(checkpoint.get("extra_emas"))
+    extra = {str(decay): average for decay, average in averages.items() if as_dict(average)}
     if kind != "ema" or f"{ema_decay:g}" not in extra:
         decays = [f"{decay:g}" for decay in [first_decay] if kind == "ema" and decay is not None] + list(extra)
         raise ArgumentError(f"{path} has no such average; it has {', '.join(decays) or 'none of known decay'}. "
                             "Choose one of its averages, or leave this out.", ema_decay=ema_decay)
-    state_dict, _ = select_weights(dict(ema=extra[f"{ema_decay:g}"]), path)
-    return state_dict, kind, ema_decay
+    return unwrap_state_dict(extra[f"{ema_decay:g}"]), kind, ema_decay
 
 
-def _resolve_options(checkpoint, path, explicit_args, **options):
-    """Return the options, replaced by those that the checkpoint was trained with."""
-    args = _stored_args(checkpoint)
-    stored = {name: args[name] for name in ("model", "image_size", "num_classes") if name in args}
-    for name, value in stored.items():
-        if name in explicit_args and options[name] != value:
-            raise ArgumentError(f"{path} was trained with {value}. Leave this out.", **{name: options[name]})
-    # The published sample.py takes another decoder than training did; other autoencoders cannot be exchanged.
-    if "config" in checkpoint and "vae" not in explicit_args and args.get("vae", "ema") not in ("ema", "mse"):
-        stored["vae"] = args["vae"]
-    return options | stored
+def _check_finite(state_dict, path, raw_weights):
+    """Refuse an average, or weights, that is not finite, and say if there are raw weights which are."""
+    remedy = "Use an earlier checkpoint."
+    if raw_weights and find_non_finite(state_dict) and not find_non_finite(raw_weights):
+        remedy += " The raw weights are finite: --weights model samples from them."
+    check_finite(state_dict, path, remedy)
 
 
-def _stored_args(checkpoint):
-    """Return the flags that a checkpoint was trained with; published ones store a namespace."""
-    args = checkpoint.get("args")
-    if isinstance(args, argparse.Namespace):
-        return vars(args)
-    return args if isinstance(args, dict) else {}
+def _log_doubts(loaded, metadata, resolver, state_dict, has_raw_weights, log):
+    """Say what may not be as it should: unusable entries, wrong stored flags, a young average, a missing table."""
+    if loaded.class_names and len(loaded.class_names) > loaded.model.config.num_classes:
+        metadata.ignored.append(f"'class_names' ({len(loaded.class_names)} names of {resolver.num_classes} classes)")
+        loaded.class_names = None
+    if metadata.ignored:
+        log(f"WARNING: {loaded.path}: ignored, since they cannot be what they are called: "
+            f"{', '.join(metadata.ignored)}")
+    if resolver.corrections:
+        log(f"WARNING: {loaded.path}: by its weights {', '.join(resolver.corrections)} as its flags have it")
+    if "pos_embed" not in state_dict:
+        log(f"{loaded.path} has no table of positions (pos_embed): computed for {loaded.image_size} pixels")
+    if loaded.weights == "ema" and loaded.step is not None and loaded.ema_decay and not metadata.ema_warmup:
+        share = loaded.ema_decay ** loaded.step  # what is left of the weights that training began with
+        remedy = "; --weights model samples the raw weights" if has_raw_weights else ""
+        if share >= LARGE_SHARE:
+            log(f"WARNING: the EMA still holds {share:.0%} of its start (decay {loaded.ema_decay:g}, "
+                f"{loaded.step:,} steps){remedy}")

@@ -6,13 +6,14 @@ import torch
 
 from autoencoder.vae import VAE, IdentityAutoencoder
 from common.compute import DEFAULT_COMPUTE, Bf16InferenceModel, ComputeConfig
-from common.errors import ArgumentError
+from common.errors import ArgumentError, UserError
 from diffusion import GaussianDiffusion, create_diffusion
 from models import default_cfg_channels
 from sampling.noise import PerSampleRNG
 
 # Names for --sampler, and the loops of `GaussianDiffusion`.
 SAMPLERS = {"ddpm": "p_sample_loop_progressive", "ddim": "ddim_sample_loop_progressive"}
+LARGE_CFG_SCALE = 20  # from which on values that are not finite are the fault of guidance
 
 
 def build_pipeline(model, autoencoder, num_sampling_steps, cfg_scale, cfg_channels=None, cfg_interval=None,
@@ -25,10 +26,7 @@ def build_pipeline(model, autoencoder, num_sampling_steps, cfg_scale, cfg_channe
             else all.
         sampler (str): "ddpm" or "ddim". Default: "ddim" with "ddimN" steps, else "ddpm".
     """
-    try:
-        diffusion = create_diffusion(str(num_sampling_steps), learn_sigma=model.learn_sigma)
-    except ValueError as error:
-        raise ArgumentError(f"{error}", num_sampling_steps=num_sampling_steps) from None
+    diffusion = build_process(num_sampling_steps, model.learn_sigma)
     in_channels = model.sample_shape[0]
     if cfg_channels == "all":
         cfg_channels = in_channels
@@ -40,7 +38,25 @@ def build_pipeline(model, autoencoder, num_sampling_steps, cfg_scale, cfg_channe
     sampler = sampler or ("ddim" if str(num_sampling_steps).startswith("ddim") else "ddpm")
     if eta and sampler != "ddim":
         raise ArgumentError("this noise belongs to DDIM. Choose its sampler, ddim.", eta=eta)
-    return SamplingPipeline(model, autoencoder, diffusion, cfg_scale, cfg_channels, cfg_interval, sampler, eta, compute)
+    pipeline = SamplingPipeline(model, autoencoder, diffusion, cfg_scale, cfg_channels, cfg_interval, sampler, eta,
+                                compute)
+    if cfg_interval and cfg_scale > 1 and not any(map(pipeline.is_guided, diffusion.timestep_map)):
+        nearest = min(diffusion.timestep_map, key=lambda timestep: abs(timestep - sum(cfg_interval) / 2))
+        raise ArgumentError(f"none of the {diffusion.num_timesteps} timesteps that are sampled lies in it, so nothing "
+                            f"would be guided; the nearest is {nearest}.", cfg_interval=cfg_interval)
+    return pipeline
+
+
+def build_process(num_sampling_steps, learn_sigma=True):
+    """Build the `GaussianDiffusion` to sample with; steps that are not possible raise an `ArgumentError`."""
+    try:
+        diffusion = create_diffusion(str(num_sampling_steps), learn_sigma=learn_sigma)
+    except ValueError as error:
+        raise ArgumentError(f"{error}.", num_sampling_steps=num_sampling_steps) from None
+    if diffusion.timestep_map == [0]:
+        raise ArgumentError("a single step is that of t = 0, which removes almost no noise: the images would be the "
+                            "noise that they start from. Take 2 or more.", num_sampling_steps=num_sampling_steps)
+    return diffusion
 
 
 @dataclass
@@ -102,7 +118,23 @@ class SamplingPipeline:
             x = out["sample"]
             if on_step:
                 on_step(step, x)
-        return self.autoencoder.decode(x)
+        images = self.autoencoder.decode(x)
+        self._check_finite(x, images)
+        return images
+
+    def _check_finite(self, x, images):
+        """Raise a `UserError` that names the cause if an image has NaN or infinite values, which come out black."""
+        if torch.isfinite(images).all():
+            return
+        count = f"{sum(not torch.isfinite(image).all() for image in images)} of {len(images)} images"
+        if torch.isfinite(x).all():
+            raise ArgumentError(f"this autoencoder decodes {count} to values that are not finite. Use another one.",
+                                vae=self.autoencoder.name)
+        if self.cfg_scale > LARGE_CFG_SCALE:
+            raise ArgumentError(f"with guidance this strong, {count} are not finite. Scales of 1 to 10 are usual.",
+                                cfg_scale=self.cfg_scale)
+        remedy = "Use another checkpoint" + (", or --precision fp32" if self.compute.precision != "fp32" else "")
+        raise UserError(f"the model makes images that are not finite ({count}). {remedy}")
 
     def is_guided(self, timestep):
         """Return whether there is guidance at this timestep, of 0 .. 999."""

@@ -4,8 +4,10 @@ import json
 import os
 import re
 import zipfile
+from contextlib import contextmanager, suppress
 
 import numpy as np
+from filelock import FileLock, Timeout
 from PIL import Image
 
 from common import distributed
@@ -57,6 +59,40 @@ class SampleSet:
             os.makedirs(self.parts, exist_ok=True)
         except OSError as error:
             raise UserError(f"cannot make the folder {self.parts} ({error})") from None
+
+    @contextmanager
+    def locked(self):
+        """Keep other commands from making this set meanwhile; a lock ends with its process. Called by rank 0."""
+        path = self.folder + ".lock"
+        try:
+            lock = FileLock(path).acquire(blocking=False)
+        except Timeout:
+            raise UserError(f"another command is making {self.npz} right now. Wait until it has finished, or name "
+                            "another --sample-dir") from None
+        except OSError as error:
+            raise UserError(f"cannot lock {path} ({error})") from None
+        with lock:
+            try:
+                yield
+            finally:
+                with suppress(FileNotFoundError):
+                    os.remove(path)
+
+    def verify(self):
+        """Raise a `UserError` if the .npz does not have the SHA-256 in its record. Called by rank 0."""
+        record, count = self._read_record(), self.num_finished()
+        # A record of fewer images is of the set before it grew: a kill came before the new record.
+        if "sha256" in record and record.get("images") == count > 0 and record["sha256"] != sha256_file(self.npz):
+            raise UserError(f"{self.npz} does not have the SHA-256 in {self.folder}.json beside it: one of them was "
+                            "changed or damaged. Remove both to make the set again, or name another --sample-dir")
+
+    def _read_record(self):
+        try:
+            with open(self.folder + ".json", encoding="utf-8") as file:
+                record = json.load(file)
+        except (OSError, ValueError, RecursionError):
+            return {}
+        return record if isinstance(record, dict) else {}
 
     def num_finished(self):
         """Return the number of images in the .npz; 0 if there is none."""
@@ -134,14 +170,10 @@ class SampleSet:
 
     def write_metadata(self, metadata):
         """Write `FOLDER.json`: `metadata` and the SHA-256 of the .npz, unless it describes this .npz already."""
-        path, sha256 = self.folder + ".json", sha256_file(self.npz)
-        try:
-            with open(path, encoding="utf-8") as file:
-                if json.load(file)["sha256"] == sha256:
-                    return
-        except (OSError, ValueError, LookupError, TypeError, RecursionError):
-            pass  # there is no readable one
-        with atomic_write(path) as file:
+        sha256 = sha256_file(self.npz)
+        if self._read_record().get("sha256") == sha256:
+            return
+        with atomic_write(self.folder + ".json") as file:
             file.write((json.dumps(metadata | dict(sha256=sha256), indent=2) + "\n").encode())
 
     def write_pngs(self, num_samples, rank, world_size):

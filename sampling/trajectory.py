@@ -19,7 +19,10 @@ class TrajectoryRecorder:
 
     def save(self, autoencoder, columns, path, milliseconds=60):
         """Decode the latents and write a looping GIF, with a pause on the last frame."""
-        frames = [to_pil(make_image_grid(autoencoder.decode(x), columns)) for x in self.latents]
+        images = [autoencoder.decode(x) for x in self.latents]
+        if not all(torch.isfinite(image).all() for image in images):
+            raise UserError(f"cannot write the animation {path}: images between noise and result are not finite")
+        frames = [to_pil(make_image_grid(image, columns)) for image in images]
         try:
             frames[0].save(path, save_all=True, append_images=frames[1:], loop=0,
                            duration=[milliseconds] * (len(frames) - 1) + [2000])

@@ -7,6 +7,8 @@
 Flags are those of train.py where they mean the same. The tensors of a training step are traced without their values;
 docs/planning.md says what is counted and what is not.
 """
+import common.startup  # noqa: F401
+
 import argparse
 import json
 import re

@@ -5,6 +5,8 @@
 
 The losses are those of log.txt, the scores those of evaluations.csv.
 """
+import common.startup  # noqa: F401
+
 import argparse
 import os
 

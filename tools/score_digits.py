@@ -4,6 +4,8 @@
 
 Distances are in pixel space, with those of as many real digits to compare.
 """
+import common.startup  # noqa: F401
+
 import argparse
 
 import torch

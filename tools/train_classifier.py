@@ -6,6 +6,8 @@
 
 Its accuracy on the validation set is kept in the file, and printed with the scores.
 """
+import common.startup  # noqa: F401
+
 import argparse
 import os
 

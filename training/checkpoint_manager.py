@@ -9,8 +9,9 @@ from torch.distributed.tensor import DTensor
 from common import distributed
 from common.checkpoint_io import CHECKPOINT_NAME, list_checkpoints, load_checkpoint, save_checkpoint
 from common.errors import ArgumentError, UserError
-from common.files import remove_temporary_files, replace_with_hard_link
+from common.files import ProcessLock, remove_temporary_files, replace_with_hard_link
 from training.fsdp import full_tensor
+from training.train_state import is_finite
 
 
 class CheckpointManager:
@@ -41,6 +42,9 @@ class CheckpointManager:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoints") if async_save else None
         self._writing = None
         if distributed.is_rank0():
+            self._lock = ProcessLock(os.path.join(run_dir, "log.txt"))
+            if not self._lock.is_held:
+                raise UserError(f"another process trains in {run_dir}. Stop it, or start a run of its own")
             with contextlib.suppress(OSError):  # a folder that cannot be written to is reported by the first save
                 remove_temporary_files(self.dir)
 
@@ -99,6 +103,9 @@ class CheckpointManager:
             step = stored["step"] if "step" in stored else _step_in_name(path)
             if type(step) is not int or not 0 <= step < 2**62:
                 raise ValueError(f"step is {step!r}")
+            for name in self.stateful:
+                if not is_finite(stored.get(name)):
+                    raise UserError(f"its {name} holds values that are not finite. Resume an earlier checkpoint")
             for name, part in self.stateful.items():
                 if stored.get(name):
                     part.load_state_dict(stored[name])

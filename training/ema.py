@@ -7,6 +7,8 @@ import torch
 from training import fsdp
 from training.fsdp import to_local
 
+LARGE_SHARE = 0.1  # of its initial weights in an average, from which on a warning is due
+
 
 class EMA:
     """A model whose trained parameters follow those of another: ema = decay * ema + (1 - decay) * new.
@@ -16,16 +18,18 @@ class EMA:
     Args:
         model (DiT): The model to follow, before it is sharded.
         decay (float): In [0, 1); 0 keeps the weights themselves.
+        warmup (bool): Let the decay of step k = 0, 1, ... be min(decay, (1 + k) / (10 + k)), so that the initial
+            weights are forgotten within the first steps. A function of the step alone: a resumed run continues it.
 
     Attributes:
         model (DiT): The average; sharded if the trained model is.
         full_model (DiT): The module to sample from within `full()`; `model` itself unless that is sharded.
     """
 
-    def __init__(self, model, decay):
+    def __init__(self, model, decay, warmup=False):
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
         self.full_model = self.model
-        self.decay = decay
+        self.decay, self.warmup = decay, warmup
 
     def shard(self, mesh):
         """Keep one shard of the average per rank, as of the model that it follows."""
@@ -45,13 +49,28 @@ class EMA:
             self.full_model.to("meta")
 
     @torch.no_grad()
-    def update(self, model, weight=None):
-        """Move the average towards the weights of `model`; `weight` is a scalar on the device, 0 not to move."""
+    def update(self, model, weight=None, step=0):
+        """Move the average towards the weights of `model`.
+
+        Args:
+            model (DiT): The model that is followed.
+            weight (Tensor): Scalar on the device, 1 or 0: whether to move. Default: move.
+            step (int): Number of steps before this one, for the warmup.
+        """
         pairs = list(zip(self.model.parameters(), model.parameters()))
         averages = [to_local(average) for average, new in pairs if new.requires_grad]
         weights = [to_local(new.detach()) for _, new in pairs if new.requires_grad]
-        rate = 1 - self.decay
+        rate = 1 - (min(self.decay, (1 + step) / (10 + step)) if self.warmup else self.decay)
         torch._foreach_lerp_(averages, weights, rate if weight is None else [weight * rate] * len(averages))
         fixed = [(average, new) for average, new in pairs if not new.requires_grad]
         for average, new in (*fixed, *zip(self.model.buffers(), model.buffers())):
             to_local(average).copy_(to_local(new))
+
+    def describe_start(self, step):
+        """Return a warning if the average after `step` steps is still mostly its initial weights, otherwise None."""
+        share = 0 if self.warmup else self.decay**step
+        if share < LARGE_SHARE:
+            return None
+        return (f"WARNING: the EMA still holds {share:.0%} of its start ({self.decay:g} to the power of {step}), which "
+                "its samples show. --ema-warmup or a lower --ema-decay forget it sooner; --weights model of sample.py "
+                "samples the raw weights")

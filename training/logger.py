@@ -25,7 +25,8 @@ def open_log(run_dir):
     if distributed.is_rank0():
         path = os.path.join(run_dir, "log.txt")
         try:
-            handlers = [logging.StreamHandler(sys.stdout), logging.FileHandler(path)]
+            handlers = [logging.StreamHandler(sys.stdout),
+                        logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")]
         except OSError as error:
             raise ArgumentError(f"cannot write {path} ({error})", results_dir=os.path.dirname(run_dir)) from None
     for handler in handlers:
@@ -42,10 +43,11 @@ class MetricLogger:
 
     def __init__(self, logger, run_dir, start_step, end_step, global_batch_size):
         self.logger, self.run_dir, self.global_batch_size = logger, run_dir, global_batch_size
-        self.tensorboard = None
+        self.tensorboard, self._warned = None, set()
         if distributed.is_rank0():
-            from torch.utils.tensorboard import SummaryWriter
-            self.tensorboard = SummaryWriter(os.path.join(run_dir, "tensorboard"), purge_step=start_step + 1)
+            with self._may_fail("TensorBoard's file"):
+                from torch.utils.tensorboard import SummaryWriter
+                self.tensorboard = SummaryWriter(os.path.join(run_dir, "tensorboard"), purge_step=start_step + 1)
         self.bar = tqdm(total=end_step, initial=start_step, unit="step", dynamic_ncols=True,
                         disable=not (distributed.is_rank0() and sys.stderr.isatty()))
         self._start_window()
@@ -111,6 +113,12 @@ class MetricLogger:
             if self.tensorboard:
                 self.tensorboard.add_image("samples", make_image_grid(images, columns), step)
 
+    def warn_once(self, name, warning):
+        """Log a warning, unless it is None or one of this name was logged before."""
+        if warning and name not in self._warned:
+            self._warned.add(name)
+            self.logger.info(warning)
+
     @contextlib.contextmanager
     def paused(self):
         """Leave the time of this block out of the training speed."""
@@ -129,7 +137,7 @@ class MetricLogger:
         """Log a failure of this block, such as a full disk, and continue without TensorBoard."""
         try:
             yield
-        except (OSError, UserError) as error:
+        except (OSError, UserError, ImportError) as error:
             self.logger.info(f"WARNING: cannot write {path} ({error}); training continues without TensorBoard")
             self.tensorboard = None
 

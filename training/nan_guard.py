@@ -1,7 +1,6 @@
 """Steps that must not change anything: a non-finite loss or gradient, or a loss spike."""
 import logging
 import math
-import os
 
 import torch
 
@@ -44,7 +43,7 @@ class NonFiniteGuard:
         self.average = float(state["average"])
         if min(self.total, self.in_a_row, self.averaged) < 0 or not 0 <= self.average < math.inf:
             raise ValueError(f"the counters of bad steps are {state}")
-        if self.is_exhausted and not int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
+        if self.is_exhausted and not distributed.read_environment_number("TORCHELASTIC_RESTART_COUNT", 0):
             self.in_a_row = 0
 
     @property

@@ -4,6 +4,7 @@ import re
 
 from common.checkpoint_io import latest_checkpoint, latest_valid_checkpoint, verify_checkpoint
 from common.errors import ArgumentError
+from common.files import check_writable
 
 
 def list_run_dirs(results_dir, model_name=None):
@@ -16,14 +17,20 @@ def list_run_dirs(results_dir, model_name=None):
 
 def create_run_dir(results_dir, model_name):
     """Create the next `results/NNN-DiT-XL-2` with its folder `checkpoints`, and return its path."""
-    existing = list_run_dirs(results_dir)
-    number = int(os.path.basename(existing[-1]).split("-")[0]) + 1 if existing else 0
-    run_dir = os.path.join(results_dir, f"{number:03d}-{model_name.replace('/', '-')}")
-    try:
-        os.makedirs(os.path.join(run_dir, "checkpoints"))
-    except OSError as error:
-        raise ArgumentError(f"cannot create {run_dir} ({error})", results_dir=results_dir) from None
-    return run_dir
+    while True:
+        existing = list_run_dirs(results_dir)
+        number = int(os.path.basename(existing[-1]).split("-")[0]) + 1 if existing else 0
+        run_dir = os.path.join(results_dir, f"{number:03d}-{model_name.replace('/', '-')}")
+        try:
+            os.makedirs(os.path.join(run_dir, "checkpoints"))
+            return run_dir
+        except FileExistsError:  # another run took the number in the meantime, or a file has the name of a folder
+            if os.path.isdir(run_dir):
+                continue
+            raise ArgumentError(f"{run_dir} is a file, not a folder", results_dir=results_dir) from None
+        except OSError as error:
+            raise ArgumentError(f"cannot create {run_dir} ({error}). Name a folder that can be written to",
+                                results_dir=results_dir) from None
 
 
 def open_run_dir(results_dir, model_name, resume=None):
@@ -42,7 +49,12 @@ def open_run_dir(results_dir, model_name, resume=None):
     # checkpoint that this run does not descend from.
     is_latest = inner == "checkpoints" and os.path.samefile(latest_checkpoint(run_dir) or os.devnull, path)
     if os.path.isfile(resume) and not is_latest:
-        run_dir = create_run_dir(results_dir, model_name)
+        return create_run_dir(results_dir, model_name), path, warnings
+    try:
+        check_writable(os.path.join(run_dir, "checkpoints"), is_folder=True)
+    except ArgumentError:
+        foreign, run_dir = run_dir, create_run_dir(results_dir, model_name)
+        warnings.append(f"WARNING: {foreign} cannot be written to; the run continues in {run_dir}")
     return run_dir, path, warnings
 
 

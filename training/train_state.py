@@ -1,11 +1,12 @@
 """The parts of a training run as a `CheckpointManager` saves them, and what must not change when it is resumed."""
 from collections.abc import Mapping
 
+import numpy as np
 import torch
 
-from common.checkpoint_io import load_weights
 from common.cli import flag_name
 from common.errors import UserError
+from common.state_dicts import load_weights, unwrap_state_dict
 from training.fsdp import shard_like
 
 # Flags that a resumed run may change silently. Loop lengths, logs, storage and retention:
@@ -20,6 +21,8 @@ CHANGEABLE_FLAGS |= {"fast", "compile", "cuda_graphs", "attention", "fused_adamw
 CHANGEABLE_FLAGS |= {"eval_every", "eval_samples", "eval_reference", "eval_features", "eval_cfg_scale",
                      "eval_sampling_steps"}
 
+HYPERPARAMETERS = dict(betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)  # of AdamW, apart from the learning rate
+
 
 class ModelState:
     """The weights of a model, sharded or not; restores full weights with a readable error if they do not fit."""
@@ -33,7 +36,8 @@ class ModelState:
 
     def load_state_dict(self, state):
         """Load full weights; names or shapes that differ raise a `UserError`."""
-        load_weights(self.model, _shard_state_like(self.model.state_dict(), state), "the checkpoint")
+        load_weights(self.model, _shard_state_like(self.model.state_dict(), unwrap_state_dict(state)),
+                     "the checkpoint")
 
 
 class EMAStates:
@@ -106,14 +110,27 @@ def match_averages(stored, decays):
     stored_decays = _stored_args(stored).get("ema_decay", decays[0])
     stored_decays = stored_decays if isinstance(stored_decays, list) else [stored_decays]
     wanted = [f"{decay:g}" for decay in decays]
-    if len(stored_decays) == len(wanted) == 1:
-        return []
-    averages = {f"{stored_decays[0]:g}": stored["ema"]} | (stored.get("extra_emas") or {})
+    first = wanted[0] if len(stored_decays) == len(wanted) == 1 else f"{stored_decays[0]:g}"
+    averages = {first: stored["ema"]} | (stored.get("extra_emas") or {})
+    changes, dropped = [], [decay for decay in averages if decay not in wanted]
+    for decay in wanted:
+        if decay not in averages:
+            changes.append(f"the average of decay {decay} starts from the weights")
+        elif not is_finite(averages[decay]):
+            changes.append(f"the average of decay {decay} is not finite and never heals: it starts from the weights")
+            del averages[decay]
     places = {decay: averages.get(decay, stored["model"]) for decay in wanted}
     stored["ema"] = places.pop(wanted[0])
     stored["extra_emas"] = places
-    return [f"the average of decay {decay} starts from the weights" for decay in wanted if decay not in averages] + [
-        f"the average of decay {decay} is dropped" for decay in averages if decay not in wanted]
+    return changes + [f"the average of decay {decay} is dropped" for decay in dropped]
+
+
+def is_finite(value):
+    """Return whether all numbers of the tensors in nested dictionaries and lists are finite."""
+    if torch.is_tensor(value):
+        return bool(torch.isfinite(value).all())
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+    return all(map(is_finite, parts))
 
 
 def _stored_args(stored):
@@ -143,14 +160,18 @@ def find_config_changes(stored, args, config):
         now = ", ".join(f"{name}={config['model'].get(name)}" for name in model_changes)
         raise UserError(f"this checkpoint is of another model ({then}; the flags give {now}). Give the flags that it "
                         "was trained with")
-    stored_args = _stored_args(stored)
+    stored_args = dict(ema_warmup=False) | _stored_args(stored)
     changes = [f"{flag_name(name)} is {_as_typed(value)}, it was {_as_typed(stored_args[name])}"
                for name, value in args.items()
                if name in stored_args and name not in CHANGEABLE_FLAGS and stored_args[name] != value]
     changes += [f"the data have {name.replace('_', ' ')} {_shorten(config[name])}, they had "
                 f"{_shorten(stored_config[name])}" for name in ("num_images", "class_names", "latents")
                 if name in stored_config and stored_config[name] != config[name]]
-    return changes
+    # Files of others do not hold the learning rate as a flag.
+    optimizer = dict(HYPERPARAMETERS, lr=args["lr"]) if "lr" not in stored_args else HYPERPARAMETERS
+    return changes + [f"{'--' * (name == 'lr')}{name} of the optimizer is {value}, it was {group[name]}"
+                      for group in stored["opt"]["param_groups"] for name, value in optimizer.items()
+                      if name in group and not np.allclose(group[name], value, rtol=1e-6, atol=0)]
 
 
 def _as_typed(value):

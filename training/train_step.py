@@ -92,7 +92,7 @@ class TrainStep:
         if is_applied is not False:
             self.optimizer.step()
             for ema in self.emas:
-                ema.update(self.model, is_applied.float() if self.decides_on_device else None)
+                ema.update(self.model, is_applied.float() if self.decides_on_device else None, step)
         if self.decides_on_device:
             self.guard.check_later(step, is_applied, sample_losses)
         self.optimizer.zero_grad()

@@ -13,10 +13,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import networks
-from common.checkpoint_io import load_checkpoint, save_checkpoint, select_weights, verify_checkpoint
+from common.checkpoint_io import load_checkpoint, save_checkpoint, verify_checkpoint
 from common.cli import parse_args
 from common.errors import UserError
 from common.files import read_npz_array
+from common.state_dicts import select_weights
 from data.latent_cache.manifest import read_manifest, write_manifest
 from data.latent_cache.reader import LatentCache, verify
 from diffusion import create_diffusion

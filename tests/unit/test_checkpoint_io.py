@@ -7,8 +7,9 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from common.checkpoint_io import latest_checkpoint, load_checkpoint, load_weights, save_checkpoint, select_weights
+from common.checkpoint_io import latest_checkpoint, load_checkpoint, save_checkpoint
 from common.errors import UserError
+from common.state_dicts import load_weights, select_weights
 from run_files import Payload
 
 
