@@ -62,7 +62,9 @@ def verdict_of_share(comparisons):
 
 def correlation_interval(r, count):
     """Return the 95% interval of a correlation r of `count` pairs, by Fisher's transformation."""
-    if count < 4 or abs(r) >= 1:
+    if count < 4:
         return -1.0, 1.0
+    if abs(r) >= 1:
+        return r, r
     center, width = math.atanh(r), 1.96 / math.sqrt(count - 3)
     return math.tanh(center - width), math.tanh(center + width)

@@ -15,12 +15,17 @@ from common.errors import ArgumentError, run_command
 from evaluation.plots import plot_runs
 
 
-def main():
-    """Plot the runs of the command line."""
+def build_parser():
+    """Build the parser of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folders that train.py made")
     parser.add_argument("--output", metavar="FILE", help="the figure; default: training.png in the folder of the run")
-    flags, _ = parse_args(parser)
+    return parser
+
+
+def main():
+    """Plot the runs of the command line."""
+    flags, _ = parse_args(build_parser())
     if len(flags.runs) > 1 and not flags.output:
         raise ArgumentError("several runs need the path of their common figure", output=None)
     path = flags.output or os.path.join(flags.runs[0], "training.png")

@@ -21,11 +21,16 @@ from evaluation.image_sources import BuiltinImages, NpzImages
 from evaluation.metrics import frechet_distance
 
 
-def main():
-    """Judge the sets of the command line."""
+def build_parser():
+    """Build the parser of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("samples", nargs="+", metavar="NPZ", help="sets that sample_ddp.py made")
-    flags, _ = parse_args(parser)
+    return parser
+
+
+def main():
+    """Judge the sets of the command line."""
+    flags, _ = parse_args(build_parser())
     classifier = DigitsClassifier()
     train, held_out = (images.batch(0, len(images)) for images in map(BuiltinImages, ("digits", "digits-held-out")))
     real = torch.cat([train, held_out])
