@@ -230,6 +230,7 @@ import os, sys
 sys.path[:0] = {paths}
 import train
 from common.errors import run_command
+from helpers import AtLoss, send_signal
 if os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
     AtLoss(11, send_signal)(1)
 run_command(train.main)
