@@ -14,9 +14,7 @@ from common.cli import (
 from common.errors import ArgumentError
 from models import DiT_models
 from sampling.load_model import load_model
-from sampling.pipeline import SAMPLERS, build_pipeline, build_process
-
-NUM_TRAINED_TIMESTEPS = 1000
+from sampling.pipeline import NUM_TRAINED_TIMESTEPS, SAMPLERS, build_pipeline, build_process
 
 
 @number
