@@ -39,13 +39,7 @@ def build_pipeline(model, autoencoder, num_sampling_steps, cfg_scale, cfg_channe
     sampler = sampler or ("ddim" if str(num_sampling_steps).startswith("ddim") else "ddpm")
     if eta and sampler != "ddim":
         raise ArgumentError("this noise belongs to DDIM. Choose its sampler, ddim.", eta=eta)
-    pipeline = SamplingPipeline(model, autoencoder, diffusion, cfg_scale, cfg_channels, cfg_interval, sampler, eta,
-                                compute)
-    if cfg_interval and cfg_scale > 1 and not any(map(pipeline.is_guided, diffusion.timestep_map)):
-        nearest = min(diffusion.timestep_map, key=lambda timestep: abs(timestep - sum(cfg_interval) / 2))
-        raise ArgumentError(f"none of the {diffusion.num_timesteps} timesteps that are sampled lies in it, so nothing "
-                            f"would be guided; the nearest is {nearest}.", cfg_interval=cfg_interval)
-    return pipeline
+    return SamplingPipeline(model, autoencoder, diffusion, cfg_scale, cfg_channels, cfg_interval, sampler, eta, compute)
 
 
 def build_process(num_sampling_steps, learn_sigma=True):
