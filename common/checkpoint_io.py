@@ -160,7 +160,10 @@ def _find_shards(path):
 
 def _describe_folder(path):
     """Say what a folder is that was given as a checkpoint, and what to name instead."""
-    names = set(os.listdir(path))
+    try:
+        names = set(os.listdir(path))
+    except OSError as error:
+        return f"{path} is a folder that cannot be read ({error})"
     if names & {"model_index.json", "transformer"} or "diffusion_pytorch_model.safetensors" in names:
         return (f"{path} is a folder of a diffusers model, whose layout is not read. Name a checkpoint of train.py, or "
                 "a published one such as DiT-XL-2-256x256.pt")

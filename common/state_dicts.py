@@ -16,7 +16,7 @@ _WRAPPER = re.compile(r"^(?:module\.)+")
 # Entries of a training state that hold tensors, but no weights to use.
 _NOT_WEIGHTS = {"opt", "optimizer", "optimizers", "optimizer_states", "optimizer_state_dict", "scheduler",
                 "lr_scheduler", "lr_schedulers", "scaler", "extra_emas", "guard", "schedule_sampler", "callbacks"}
-_AVERAGES = {"ema", "avg", "average", "averaged", "swa", "shadow", "polyak"}
+_AVERAGES = {"avg", "average", "averaged", "swa", "shadow", "polyak"}
 MAX_DEPTH = 6
 
 
@@ -72,9 +72,9 @@ def find_weights(checkpoint):
     """List the sets of weights in a file as (kind, state dictionary), kind being "ema", "model" or "bare"."""
     if not isinstance(checkpoint, dict):
         return []
-    is_bare = any(map(torch.is_tensor, checkpoint.values()))
-    sets = [("ema" if _is_average(prefix) else "bare" if is_bare else "model", weights)
-            for prefix, weights in sorted(_find_by_anchor(checkpoint).items(), key=lambda pair: _rank(pair[0]))]
+    found = sorted(_find_by_anchor(checkpoint).items(), key=lambda pair: _rank(pair[0]))
+    is_bare = len(found) == 1 and any(map(torch.is_tensor, checkpoint.values()))
+    sets = [("ema" if _is_average(prefix) else "bare" if is_bare else "model", weights) for prefix, weights in found]
     if not sets:
         return _find_by_key(checkpoint)
     if "ema" not in dict(sets) and (average := _read_shadow_params(checkpoint, sets[0][1])):
@@ -116,7 +116,8 @@ def _flatten(value, prefix="", depth=0):
 
 def _is_average(prefix):
     parts = set(re.split(r"[._]", prefix.lower()))
-    return bool(parts & _AVERAGES) and "online" not in parts
+    is_ema = any(part.startswith("ema") or part.endswith("ema") for part in parts)  # such as "modelEMA"
+    return (is_ema or bool(parts & _AVERAGES)) and "online" not in parts
 
 
 def _find_by_key(checkpoint):

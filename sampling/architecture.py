@@ -64,15 +64,17 @@ class ModelResolver:
     def _choose_name(self):
         width, depth, patch_size = (self.config[name] for name in ("hidden_size", "depth", "patch_size"))
         names = [name for name, *sizes, _ in self._named_sizes() if sizes == [width, depth, patch_size]]
-        sizes = f"{depth} blocks of width {width}, patches of {patch_size}"
+        description = f"DiT (depth {depth}, width {width}, patch size {patch_size})"
         stored, typed = self.metadata.model, self.flags["model"]
         if self.metadata.architecture and stored:  # train.py: its name is that of the size which flags changed
-            names = [stored]
+            names = [stored, *names]
         if "model" in self.explicit_args and typed not in names:
-            raise self._error("model", " or ".join(names) or sizes)
-        if stored and names and stored not in names:
-            self._correct("model", stored, names[0])
-        return next((name for name in (typed, stored) if name in names), (names or [stored or f"DiT ({sizes})"])[0])
+            raise self._error("model", " or ".join(names) or description)
+        if stored and stored not in models.DiT_models:  # a name of somebody else's
+            names.append(stored)
+        elif stored and stored not in names:
+            self._correct("model", stored, (names or [description])[0])
+        return next((name for name in (typed, stored) if name in names), (names or [description])[0])
 
     def _choose_heads(self):
         """Return the number of heads, which no weight tells: as stored, or that of the paper's model of this width."""

@@ -14,9 +14,7 @@ from common.cli import (
 from common.errors import ArgumentError
 from models import DiT_models
 from sampling.load_model import load_model
-from sampling.pipeline import SAMPLERS, build_pipeline, build_process
-
-NUM_TRAINED_TIMESTEPS = 1000
+from sampling.pipeline import NUM_TRAINED_TIMESTEPS, SAMPLERS, build_pipeline, build_process
 
 
 @number
@@ -62,12 +60,17 @@ def sampling_options(flags):
     """Return the values of the sampling flags, as arguments of `build_pipeline`, after checking the steps."""
     steps = str(flags.num_sampling_steps)
     try:
-        build_process(steps)
+        timesteps = build_process(steps).timestep_map
     except ArgumentError as error:
         count = steps.removeprefix("ddim")
         is_possible = count != steps and count.isdecimal() and 1 < int(count[:9]) <= NUM_TRAINED_TIMESTEPS
         advice = f" Or take {count} steps by --num-sampling-steps {count} --sampler ddim." if is_possible else ""
         raise ArgumentError(error.args[0] + advice, **error.arguments) from None
+    low, high = sorted(flags.cfg_interval or (0, NUM_TRAINED_TIMESTEPS))
+    if flags.cfg_scale > 1 and not any(low <= timestep <= high for timestep in timesteps):
+        nearest = min(timesteps, key=lambda timestep: min(abs(timestep - low), abs(timestep - high)))
+        raise ArgumentError(f"none of the {len(timesteps)} timesteps that are sampled lies in it, so nothing would be "
+                            f"guided. The nearest is {nearest}.", cfg_interval=flags.cfg_interval)
     return dict(num_sampling_steps=flags.num_sampling_steps, cfg_scale=flags.cfg_scale,
                 cfg_channels=flags.cfg_channels, cfg_interval=flags.cfg_interval, sampler=flags.sampler, eta=flags.eta)
 

@@ -99,7 +99,7 @@ def load_model(path, model, image_size, num_classes, vae, explicit_args, device,
     other arguments. Of several averages, `ema_decay` chooses one, by default the first; `weights` is "ema" or "model",
     the raw weights. `log` is called with warnings.
     """
-    path = find_checkpoint(path or published_checkpoint_name(model, image_size, num_classes))
+    path = find_checkpoint(published_checkpoint_name(model, image_size, num_classes) if path is None else path)
     checkpoint = load_checkpoint(path)
     metadata = read_metadata(as_dict(checkpoint))
     sets = find_weights(checkpoint)

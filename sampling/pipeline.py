@@ -13,6 +13,7 @@ from sampling.noise import PerSampleRNG
 
 # Names for --sampler, and the loops of `GaussianDiffusion`.
 SAMPLERS = {"ddpm": "p_sample_loop_progressive", "ddim": "ddim_sample_loop_progressive"}
+NUM_TRAINED_TIMESTEPS = 1000
 LARGE_CFG_SCALE = 20  # from which on values that are not finite are the fault of guidance
 
 
@@ -38,25 +39,20 @@ def build_pipeline(model, autoencoder, num_sampling_steps, cfg_scale, cfg_channe
     sampler = sampler or ("ddim" if str(num_sampling_steps).startswith("ddim") else "ddpm")
     if eta and sampler != "ddim":
         raise ArgumentError("this noise belongs to DDIM. Choose its sampler, ddim.", eta=eta)
-    pipeline = SamplingPipeline(model, autoencoder, diffusion, cfg_scale, cfg_channels, cfg_interval, sampler, eta,
-                                compute)
-    if cfg_interval and cfg_scale > 1 and not any(map(pipeline.is_guided, diffusion.timestep_map)):
-        nearest = min(diffusion.timestep_map, key=lambda timestep: abs(timestep - sum(cfg_interval) / 2))
-        raise ArgumentError(f"none of the {diffusion.num_timesteps} timesteps that are sampled lies in it, so nothing "
-                            f"would be guided; the nearest is {nearest}.", cfg_interval=cfg_interval)
-    return pipeline
+    return SamplingPipeline(model, autoencoder, diffusion, cfg_scale, cfg_channels, cfg_interval, sampler, eta, compute)
 
 
 def build_process(num_sampling_steps, learn_sigma=True):
     """Build the `GaussianDiffusion` to sample with; steps that are not possible raise an `ArgumentError`."""
+    count = str(num_sampling_steps).removeprefix("ddim")
+    if count.isdecimal() and not 2 <= int(count[:9]) <= NUM_TRAINED_TIMESTEPS:
+        raise ArgumentError(f"of the {NUM_TRAINED_TIMESTEPS} steps of the process, 2 or more can be sampled. (A single "
+                            "one, that of t = 0, would return the noise that it starts from.)",
+                            num_sampling_steps=num_sampling_steps)
     try:
-        diffusion = create_diffusion(str(num_sampling_steps), learn_sigma=learn_sigma)
+        return create_diffusion(str(num_sampling_steps), learn_sigma=learn_sigma)
     except ValueError as error:
         raise ArgumentError(f"{error}.", num_sampling_steps=num_sampling_steps) from None
-    if diffusion.timestep_map == [0]:
-        raise ArgumentError("a single step is that of t = 0, which removes almost no noise: the images would be the "
-                            "noise that they start from. Take 2 or more.", num_sampling_steps=num_sampling_steps)
-    return diffusion
 
 
 @dataclass

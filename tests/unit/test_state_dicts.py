@@ -46,6 +46,7 @@ def prefixed(state_dict, prefix):
                **prefixed(TWO, "online_model.")}), "ema"),
     (dict(state_dict=prefixed(TWO, "model.") | prefixed(ONE, "model_ema.")), "ema"),
     (dict(checkpoint=dict(model=dict(net=ONE))), "model"),
+    (prefixed(ONE, "ema.") | prefixed(TWO, "model."), "ema"), (dict(net=TWO, netEMA=ONE), "ema"),
     (ONE | dict(step=7, args=dict(lr=1e-4)), "bare"),
     (AveragedModel(EMA).state_dict(), "bare"),
     (prefixed(ONE, "_fsdp_wrapped_module."), "bare"),
@@ -62,8 +63,9 @@ def test_weights_are_found_under_any_name(stored, kind):
 
 
 @pytest.mark.parametrize("weights, expected", [("ema", ONE), ("model", TWO), (None, ONE)])
-def test_raw_weights_and_average_can_be_chosen(weights, expected):
-    assert equal(select_weights(dict(model=TWO, ema=ONE), "x.pt", weights)[0], expected)
+@pytest.mark.parametrize("stored", [dict(model=TWO, ema=ONE), prefixed(TWO, "model.") | prefixed(ONE, "ema.")])
+def test_raw_weights_and_average_can_be_chosen(weights, expected, stored):
+    assert equal(select_weights(stored, "x.pt", weights)[0], expected)
 
 
 @pytest.mark.parametrize("stored, weights", [(dict(model=TWO), "ema"), (dict(ema=ONE), "model"), (ONE, "ema")])
