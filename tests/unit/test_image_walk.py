@@ -177,7 +177,7 @@ def test_empty_class_is_refused_with_what_is_in_it(root):
 
 def test_archive_and_flat_folder_are_told_apart(root, tmp_path):
     touch(tmp_path / "data.zip")
-    with pytest.raises(ArgumentError, match="--data-path .*Unpack"):
+    with pytest.raises(ArgumentError, match=r"--data-path .*Unpack"):
         list_image_folder(str(tmp_path / "data.zip"))
     with pytest.raises(ArgumentError, match=r"no class folders .*images outside the class folders: 1"):
         list_image_folder(str(root / "cow"))
@@ -242,10 +242,9 @@ def test_labels_beside_images_in_one_folder_are_read(tmp_path):
 
 
 @pytest.mark.parametrize("labels", [
-    entries([0, 1, 0, 1, 0]), entries([0, 1, 0, 1, 0, "1"]), entries([0, 1, 0, 1, 0, -1]), entries([0, 1, 0, 1, 0, 0.5]),
-    entries([0, 1, 0, 1, 0, True]), entries([0, 1, 0, 1, 0, [0, 1]]), entries([0, 1, 0, 1, 0, 10**9]),
-    entries([0, 1, 0, 1, 0, float("nan")]), entries([0, 1, 0, 1, 0, float("inf")]), [*entries([0] * 6), *entries([1])],
-    [0, 1, 0, 1, 0, 1], "text", "{", '{"labels": "text"}',
+    *(entries([0, 1, 0, 1, 0, value]) for value in ("1", -1, 0.5, True, [0, 1], 10**9, float("nan"), float("inf"))),
+    entries([0, 1, 0, 1, 0]), [*entries([0] * 6), *entries([1])], [0, 1, 0, 1, 0, 1], "text", "{",
+    '{"labels": "text"}',
 ], ids=str)
 def test_labels_that_cannot_be_used_are_refused(tmp_path, labels):
     with pytest.raises(ArgumentError, match=r"dataset\.json") as caught:
