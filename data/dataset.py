@@ -1,5 +1,7 @@
 """The interface of a data set: labeled images, read in batches."""
-import contextlib
+import functools
+import itertools
+import math
 from typing import NamedTuple
 
 import torch
@@ -24,15 +26,11 @@ class Batch(NamedTuple):
     corrupt: list[CorruptImage]
 
 
-class _TooManyCorrupt(Exception):
-    pass
-
-
 class LabeledImageDataset(Dataset):
     """Images with class labels, read in batches of (index, flip).
 
-    A corrupt image is replaced by the next one that can be read (`find_substitute`): the images that a run sees stay a
-    function of the data and the seed. A subclass sets the attributes and defines `read`.
+    A corrupt image is replaced by another one (`substitute_index`): the images that a run sees stay a function of the
+    data and the seed. A subclass sets the attributes and defines `read`.
 
     Attributes:
         channels (int): C of the images.
@@ -57,30 +55,14 @@ class LabeledImageDataset(Dataset):
     def __getitems__(self, keys):
         images, labels, corrupt = [], [], {}
         for index, flip in keys:
-            index, image = self._read_good(index, corrupt)
-            if image is None:
-                return Batch(None, None, list(corrupt.values()))
+            while isinstance(image := self.read(index), CorruptImage):
+                corrupt[index] = image
+                if not image.is_damaged or len(corrupt) > self.max_bad_images or len(corrupt) == len(self):
+                    return Batch(None, None, list(corrupt.values()))
+                index = substitute_index(index, len(self))
             images.append(image.flip(-1) if flip else image)
             labels.append(int(self.labels[index]))
         return Batch(torch.stack(images), {"y": torch.tensor(labels)}, list(corrupt.values()))
-
-    def _read_good(self, index, corrupt):
-        """Return an image and its index, or those in its place; (None, None) if too many are corrupt."""
-        read = {}
-
-        def is_corrupt(index):
-            read[index] = image = self.read(index)
-            if isinstance(image, CorruptImage):
-                corrupt[index] = image
-                if not image.is_damaged or len(corrupt) > self.max_bad_images:
-                    raise _TooManyCorrupt
-            return isinstance(image, CorruptImage)
-
-        with contextlib.suppress(_TooManyCorrupt):
-            if is_corrupt(index):
-                index = find_substitute(index, len(self), is_corrupt)
-            return index, read.get(index)
-        return None, None
 
     def examples(self, count):
         """Read up to `count` evenly spaced images: those that can be read, shape (n, C, H, W), or None."""
@@ -94,23 +76,24 @@ def describe_dataset(dataset):
     return [describe_classes(dataset.class_names), *getattr(dataset, "notes", [])]
 
 
-def find_substitute(index, length, is_corrupt):
-    """Return the index of the good image in place of a corrupt one; None if all are corrupt.
+@functools.cache
+def _substitute_stride(length):
+    """Return the smallest prime of at least `length`, and a step of about 0.618 of it."""
+    prime = next(number for number in itertools.count(max(2, length))
+                 if all(number % divisor for divisor in range(2, math.isqrt(number) + 1)))
+    return prime, round(0.618 * prime)
 
-    It is the next good one that replaces no other, found as the closing bracket of an opening one: corrupt neighbors,
-    as a copy that broke off leaves them, get different substitutes unless more than half of the images are corrupt.
+
+def substitute_index(index, length):
+    """Return the index to read in place of a corrupt one; repeated, this reaches all indices below `length`.
+
+    It is far away: corrupt neighbors, as a copy that broke off leaves them, get different substitutes.
     """
-    depth, next_good = 1, None
-    for offset in range(1, length):
-        other = (index + offset) % length
-        if is_corrupt(other):
-            depth += 1
-            continue
-        depth -= 1
-        next_good = other if next_good is None else next_good
-        if depth == 0:
-            return other
-    return next_good
+    prime, step = _substitute_stride(length)
+    index = (index + step) % prime
+    while index >= length:
+        index = (index + step) % prime
+    return index
 
 
 def evenly_spaced_indices(length, count):

@@ -9,7 +9,7 @@ from torch.utils.data import Dataset
 
 from common.errors import ArgumentError, UserError
 from common.files import format_bytes, sha256_file
-from data.dataset import Batch, evenly_spaced_indices, find_substitute
+from data.dataset import Batch, evenly_spaced_indices, substitute_index
 from data.latent_cache.manifest import ENCODED, Layout, begins_with, read_manifest
 
 BLOCK_BYTES = 64 << 20  # read at once when the cache is copied to a device
@@ -196,7 +196,13 @@ def replace_corrupt_indices(corrupt, count):
     """Return {corrupt index: the good one in its place}."""
     if len(corrupt) == count:
         raise ValueError("all images are corrupt")
-    return {index: find_substitute(index, count, corrupt.__contains__) for index in corrupt}
+    substitutes = {}
+    for index in corrupt:
+        substitute = substitute_index(index, count)
+        while substitute in corrupt:
+            substitute = substitute_index(substitute, count)
+        substitutes[index] = substitute
+    return substitutes
 
 
 def _free_memory(device):

@@ -8,7 +8,9 @@ import torch
 from safetensors.torch import save_file
 
 from common.errors import ArgumentError, UserError
-from helpers import DIGITS, pixels, random_weights, stored
+from helpers import DIGITS
+from run_files import pixels, stored
+from tiny_models import random_weights
 from networks import build_dit, model_config
 from sampling.load_model import load_model
 

@@ -4,7 +4,8 @@ import torch
 
 from autoencoder.vae import IdentityAutoencoder
 from common.errors import ArgumentError, UserError
-from helpers import TINY_MODEL, pixels, random_weights
+from run_files import pixels
+from tiny_models import TINY_MODEL, random_weights
 from networks import build_dit, model_config
 from sampling.noise import PerSampleRNG
 from sampling.pipeline import build_pipeline
