@@ -24,6 +24,7 @@ from common.checkpoint_io import is_checkpoint
 from common.cli import HelpFormatter, build_compute_config, flag_name, parse_args
 from common.errors import ArgumentError, UserError, rename_arguments, run_command
 from common.provenance import collect_environment
+from common.resources import check_memory, sampling_bytes
 from data import build_dataset
 from data.builtin import parse_builtin_name
 from data.digits import DigitsDataset
@@ -106,15 +107,26 @@ def score(flags, explicit_args):
     distributed.run_on_rank0_and_broadcast(report)
 
 
+def check_data_flags(flags, explicit_args, data):
+    """Refuse --image-size and --num-classes if none of the sets of images, by their names, has a choice of them."""
+    builtin_names = [parse_builtin_name(path)[0] for path in data]
+    if "image_size" in explicit_args:
+        check_memory(3 * flags.image_size**2, image_size=flags.image_size)
+        if set(builtin_names) == {"digits"} and flags.image_size != DigitsDataset.image_size:
+            raise ArgumentError(f"the digits have {DigitsDataset.image_size} pixels. Leave it out",
+                                image_size=flags.image_size)
+    if "num_classes" in explicit_args and "fractals" not in builtin_names:
+        raise ArgumentError("only the fractals have a choice of classes. Leave it out", num_classes=flags.num_classes)
+
+
 def check_generation_flags(flags, explicit_args):
     """Refuse flags about samples of a checkpoint if SAMPLES are images."""
     if is_checkpoint(flags.samples):
         return
+    check_data_flags(flags, explicit_args, [flags.samples, flags.reference])
     parser = argparse.ArgumentParser()
     cli.add_generation_flags(parser)
-    used = {"image_size"}
-    if "fractals" in (parse_builtin_name(flags.samples)[0], parse_builtin_name(flags.reference)[0]):
-        used.add("num_classes")
+    used = {"image_size", "num_classes"}
     for name in sorted(explicit_args & set(vars(parser.parse_args([]))) - used):
         raise UserError(f"{flag_name(name)} is for samples of a checkpoint, but {flags.samples} are images. "
                         "Leave it out")
@@ -128,6 +140,9 @@ def open_samples(flags, explicit_args):
         return open_image_source(flags.samples, image_size, num_classes), num_classes
     options = sampling_options(flags)
     loaded = load_checkpoint_model(flags.samples, flags, explicit_args)
+    batch_size = min(flags.per_proc_batch_size, flags.num_fid_samples)
+    check_memory(sampling_bytes(loaded.model, batch_size, loaded.image_size), distributed.device(),
+                 per_proc_batch_size=flags.per_proc_batch_size)
     compute = build_compute_config(flags, distributed.device(), distributed.print_rank0)
     pipeline = build_pipeline(loaded.model, loaded.autoencoder, **options, compute=compute)
     images = GeneratedImages(pipeline, loaded.num_classes, flags.num_fid_samples, flags.global_seed,
@@ -145,6 +160,7 @@ def load_checkpoint_model(path, flags, explicit_args):
 
 def reference(flags, explicit_args):
     """Measure images and write the reference."""
+    check_data_flags(flags, explicit_args, [flags.data])
     with distributed.raise_on_all_ranks():
         check_output(flags.output, ".npz", flags.data)
         images = open_image_source(flags.data, flags.image_size, flags.num_classes)

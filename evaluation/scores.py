@@ -2,6 +2,7 @@
 import math
 
 from common.errors import ArgumentError, UserError
+from common.resources import check_memory
 from evaluation.feature_statistics import FeatureStatistics
 from evaluation.image_sources import GeneratedImages
 from evaluation.metrics import INCEPTION_SCORE_SPLIT, NUM_NEIGHBORS, frechet_distance, inception_score, precision_recall
@@ -64,7 +65,7 @@ def check_comparable(images, reference, features):
     """Check that an `ImageSource` can be compared with a reference, before its images are generated or measured.
 
     Raises:
-        ArgumentError: If too few images are to be generated.
+        ArgumentError: If too few images are to be generated, or too many for the memory.
         UserError: If there are too few images, unknown labels, or features of another size.
     """
     if reference.features is not None and len(reference.features) <= NUM_NEIGHBORS:
@@ -80,6 +81,8 @@ def check_comparable(images, reference, features):
         raise UserError(f"the samples have the labels {labels.min()} .. {labels.max()}, but "
                         f"{features.metadata()['space']} has the classes 0 .. {features.num_classes - 1}")
     examples = features(images.example_batch())
+    if isinstance(images, GeneratedImages):  # rank 0 keeps their features, and an index of each
+        check_memory(len(images) * (examples.pool[0].nbytes + 40), num_fid_samples=len(images))
     rows = {name: (values[0], None) for name, values in examples._asdict().items() if values is not None}
     check_same_dimensions(FeatureStatistics(len(images), **rows), reference)
 

@@ -353,3 +353,27 @@ def test_a_mistyped_feature_space_is_told_which_is_meant():
     with pytest.raises(ArgumentError, match="pixels") as caught:
         load_feature_space("Pixel", torch.device("cpu"))
     assert caught.value.arguments == dict(features="Pixel")
+
+
+# ---------------------------------------------------------------- values that cannot be
+
+@pytest.mark.parametrize("flags, names", [
+    (["reference", "digits", "--image-size", 9, "--output", "r.npz"], "--image-size 9: "),
+    (["reference", "digits", "--image-size", 10**7, "--output", "r.npz"], "--image-size 10000000: "),
+    (["reference", "digits", "--num-classes", 3, "--output", "r.npz"], "--num-classes 3: "),
+    (["reference", "", "--output", "r.npz"], "DATA"),
+    (["score", "digits", "--reference", "digits-held-out", "--features", ""], "--features"),
+    (["score", "digits", "--reference", " "], "--reference"),
+])
+def test_values_without_effect_or_sense_are_refused(command, tmp_path, monkeypatch, flags, names):
+    monkeypatch.chdir(tmp_path)
+    status, _, err = command("evaluate", *flags)
+    assert status == 2 and names in err and "Traceback" not in err and not os.listdir(tmp_path), err
+
+
+@pytest.mark.parametrize("flag", ["--num-fid-samples", "--per-proc-batch-size"])
+def test_more_than_the_memory_holds_is_told_before_the_work(score, tmp_path, checkpoint, flag):
+    save_checkpoint(str(tmp_path / "a.pt"), checkpoint)
+    flags = ["--num-fid-samples", 10**13] if flag == "--per-proc-batch-size" else []
+    status, out, _ = score(tmp_path / "a.pt", "--reference", "digits-held-out", *PIXELS, *FEW, *flags, flag, 10**13)
+    assert status == 2 and f"{flag} {10**13}: " in out and "memory" in out
