@@ -16,7 +16,8 @@ from evaluation.file_kinds import Purpose, list_arrays
 from evaluation.image_sources import NpzImages, to_labels
 from evaluation.metrics import frechet_distance
 from evaluation.records import check_output, record_path
-from helpers import DIGITS, call, picture, trained
+from helpers import DIGITS, call
+from run_files import picture, stored
 
 pytestmark = pytest.mark.integration
 PIXELS = ["--features", "pixels"]
@@ -271,7 +272,7 @@ def test_constant_images_have_a_distance(score, tmp_path):
 def checkpoint(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     call("train", *DIGITS, "--max-steps", 1, "--results-dir", folder)
-    return trained(folder, 1)
+    return stored(folder, 1)
 
 
 @pytest.mark.parametrize("name", ["a.pt", "a.bin", "a.ckpt", "a.PT", "a", "a.backup", "a.npz"])

@@ -9,10 +9,10 @@ from safetensors.torch import save_file
 
 from common.errors import ArgumentError, UserError
 from helpers import DIGITS
-from run_files import pixels, stored
-from tiny_models import random_weights
 from networks import build_dit, model_config
+from run_files import pixels, stored
 from sampling.load_model import load_model
+from tiny_models import random_weights
 
 FEW = ["--num-sampling-steps", "ddim2", "--cfg-scale", 1.5]
 

@@ -4,13 +4,13 @@ import torch
 
 from autoencoder.vae import IdentityAutoencoder
 from common.errors import ArgumentError, UserError
-from run_files import pixels
-from tiny_models import TINY_MODEL, random_weights
 from networks import build_dit, model_config
+from run_files import pixels
 from sampling.noise import PerSampleRNG
 from sampling.pipeline import build_pipeline
 from sampling.sample_set import SampleSet
 from sampling.trajectory import TrajectoryRecorder
+from tiny_models import TINY_MODEL, random_weights
 
 
 def tiny_model():

@@ -13,8 +13,8 @@ from torch.optim.swa_utils import AveragedModel
 from common.checkpoint_io import is_checkpoint, load_checkpoint
 from common.errors import ArgumentError, UserError
 from common.state_dicts import check_finite, load_weights, select_weights, unwrap_state_dict
-from tiny_models import TINY_MODEL, random_weights
 from networks import build_dit
+from tiny_models import TINY_MODEL, random_weights
 
 
 def random_model(seed=3):
