@@ -65,7 +65,7 @@ def check_latent_statistics(autoencoder, latents):
 
 def _check_finite(autoencoder, tensor, what):
     if not torch.isfinite(tensor).all():
-        raise ArgumentError(f"its {what} are not finite. Are its weights damaged, or its numbers too large for the "
+        raise ArgumentError(f"its {what} are non-finite. Are its weights damaged, or its numbers too large for the "
                             "precision?", vae=autoencoder.name)
 
 

@@ -184,7 +184,7 @@ def with_config(vae_folder, tmp_path, **config):
 def test_vae_that_makes_nan_is_refused_at_the_start(vae_folder, part):
     autoencoder = load_autoencoder(str(vae_folder))
     next(getattr(autoencoder.vae, part).parameters()).data.fill_(NAN)
-    with pytest.raises(ArgumentError, match=f"--vae {vae_folder}: .*not finite"):
+    with pytest.raises(ArgumentError, match=f"--vae {vae_folder}: .*non-finite"):
         list(check_autoencoder(autoencoder, torch.zeros(2, 3, 8, 8), torch.device("cpu")))
 
 

@@ -109,7 +109,7 @@ def test_non_finite_latents_are_refused(extract, few_images, tmp_path, monkeypat
     moments = VAE.moments
     monkeypatch.setattr(VAE, "moments", lambda self, images: moments(self, images) / 0)
     err = extract(few_images, tmp_path / "cache", fails=True)
-    assert "--precision tf32: the latents" in err and "non-finite" in err
+    assert "--vae" in err and "non-finite" in err
 
 
 def test_unwritable_folder_is_an_error(extract, few_images, tmp_path):
