@@ -162,9 +162,7 @@ def train(flags, signals, train_step, dataset, batches, checkpoints, evaluator, 
                 metrics.warn_once("at the end" if is_last else "while training",
                                   train_step.emas[0].describe_start(done))
             if is_due(done, flags.sample_every):
-                with metrics.paused(), distributed.raise_on_all_ranks(), train_step.emas[0].full() as ema:
-                    if distributed.is_rank0():
-                        metrics.log_images(done, *sample_preview(ema, train_step.autoencoder, dataset.class_names))
+                preview(done, train_step, dataset, metrics)
             if evaluator and is_due(done, flags.eval_every) and not faults.is_stopping():
                 evaluate(done, evaluator, train_step, checkpoints, metrics, signals, is_saved)
             if is_last:
@@ -175,6 +173,16 @@ def train(flags, signals, train_step, dataset, batches, checkpoints, evaluator, 
 def is_due(step, every):
     """Return whether something that happens every so often, or never (None, 0), happens after `step` steps."""
     return bool(every) and step % every == 0
+
+
+def preview(step, train_step, dataset, metrics):
+    """Log a grid of EMA samples. Images that are not finite do not end the run."""
+    with metrics.paused(), distributed.raise_on_all_ranks(), train_step.emas[0].full() as ema:
+        if distributed.is_rank0():
+            try:
+                metrics.log_images(step, *sample_preview(ema, train_step.autoencoder, dataset.class_names))
+            except UserError as error:
+                metrics.logger.info(f"WARNING: (step={step:07d}) no samples are shown; training continues: {error}")
 
 
 def evaluate(step, evaluator, train_step, checkpoints, metrics, signals, is_saved):

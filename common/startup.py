@@ -1,8 +1,14 @@
-"""What a command does before its other imports, so that a package that cannot be imported is told in a sentence.
+"""What a command does before its other imports; commands import this module first, as pyproject.toml orders it.
 
-Commands import this module before all others; pyproject.toml orders it first.
+A package that cannot be imported is told in a sentence, and OpenMP is told how its threads wait for each other.
 """
+import os
 import sys
+
+# OpenMP reads this once, when torch is imported. By its default a thread spins so long for another one, whose core some
+# other program uses, that training is many times slower (docs/performance.md).
+if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "OMP_NUM_THREADS"} & os.environ.keys():
+    os.environ["GOMP_SPINCOUNT"] = "1000"
 
 
 def report_import_error(error_type, error, traceback):

@@ -44,7 +44,7 @@ def _add_data_flags(group):
     add("--num-workers", type=cli.non_negative_int, default=4, help="data loading processes per rank")
     add("--cache-on-device", action="store_true", help="keep the latent cache in GPU memory")
     add("--max-bad-images", type=cli.non_negative_int, default=0,
-        help="number of unreadable images to tolerate; each is replaced by the next one")
+        help="number of unreadable images to tolerate; each is replaced by another one")
 
 
 def _add_network_flags(add):
