@@ -47,7 +47,7 @@ from training.fault_tolerance import FaultTolerance
 from training.logger import MetricLogger, open_log
 from training.memory import check_run_memory
 from training.nan_guard import NonFiniteGuard
-from training.run_dir import open_run_dir
+from training.run_dir import open_run_dir, remove_unused_run_dir
 from training.summary import opening_lines, plan_line
 from training.train_state import EMAStates, ModelState, OptimizerState, find_config_changes, match_averages
 from training.train_step import TrainStep
@@ -259,7 +259,8 @@ def build_model(flags, dataset, autoencoder):
             class_dropout_prob=flags.class_dropout_prob,
             **{name: value for name, value in sizes.items() if value is not None})
     except ValueError as error:
-        raise ArgumentError(f"{error}", model=flags.model, image_size=dataset.image_size) from None
+        named = {name: value for name, value in sizes.items() if value is not None and name in str(error)}
+        raise ArgumentError(f"{error}", **named or dict(model=flags.model), image_size=dataset.image_size) from None
 
 
 def distribute(model, flags, compute):
@@ -285,7 +286,12 @@ def resume(checkpoints, path, args, config, flags):
             raise UserError(f"{'; '.join(changes)}. Another value makes another run: give the old one, or pass "
                             "--allow-config-change")
 
-    step = checkpoints.restore(path, check)
+    try:
+        step = checkpoints.restore(path, check)
+    except UserError:
+        if distributed.is_rank0():
+            remove_unused_run_dir(checkpoints.run_dir)
+        raise
     return step, [f"WARNING: {change} (--allow-config-change)" for change in changes]
 
 

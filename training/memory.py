@@ -27,8 +27,8 @@ def check_run_memory(flags, device, num_tokens=0, sample_numel=0):
         ("num_classes",): flags.num_classes * width * per_weight,
         ("depth", "hidden_size", "model"): depth * (12 * width**2 * per_weight + BLOCK_OBJECTS * (1 + averages)),
         ("image_size", "patch_size"): 4 * num_tokens * width * (1 + averages),
-        ("global_batch_size",): (4 * flags.global_batch_size * sample_numel
-                                 + 2 * rows * num_tokens * width * activations)}
+        ("global_batch_size", "image_size"): (4 * flags.global_batch_size * sample_numel
+                                              + 2 * rows * num_tokens * width * activations)}
     names = max(needs, key=needs.get)
     typed = [name for name in names[:2] if getattr(flags, name) is not None] or names[-1:]
     processes = 1 if device.type == "cuda" else distributed.local_world_size()

@@ -1,4 +1,5 @@
 """Folders of training runs: results/000-DiT-XL-2 with log.txt and checkpoints/0050000.pt."""
+import contextlib
 import os
 import re
 
@@ -31,6 +32,16 @@ def create_run_dir(results_dir, model_name):
         except OSError as error:
             raise ArgumentError(f"cannot create {run_dir} ({error}). Name a folder that can be written to",
                                 results_dir=results_dir) from None
+
+
+def remove_unused_run_dir(run_dir):
+    """Remove the folder of a run that could not start, unless there is something in it."""
+    log = os.path.join(run_dir, "log.txt")
+    with contextlib.suppress(OSError):
+        if os.path.exists(log) and not os.path.getsize(log):
+            os.unlink(log)
+        os.rmdir(os.path.join(run_dir, "checkpoints"))
+        os.rmdir(run_dir)
 
 
 def open_run_dir(results_dir, model_name, resume=None):
