@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from common.resources import check_memory
 from data.builtin import BUILTIN_DATASETS
 from data.dataset import LabeledImageDataset
 from data.path_list import PathList
@@ -55,6 +56,12 @@ class IteratedFunctionSystem(NamedTuple):
     maps: np.ndarray  # K affine maps of the plane, [[a, b, e], [c, d, f]], shape (2, 3, K)
     choices: np.ndarray  # the map that each value of a random byte applies, shape (256,)
     palette: np.ndarray  # color in [0, 1] of a point, by the last map and the one before it, shape (3, K * K)
+
+
+def check_sizes(image_size, num_classes):
+    """Raise an `ArgumentError` for more classes, or a larger image, than the memory can hold."""
+    check_memory(num_classes * 1000 * 24, num_classes=num_classes)  # a label and a path for each image
+    check_memory(image_size**2 * POINTS_PER_PIXEL * 24, image_size=image_size)  # coordinates and color of each point
 
 
 def draw(label, index, size):
