@@ -260,7 +260,7 @@ def build_model(flags, dataset, autoencoder):
             **{name: value for name, value in sizes.items() if value is not None})
     except ValueError as error:
         named = {name: value for name, value in sizes.items() if value is not None and name in str(error)}
-        raise ArgumentError(f"{error}", **named or dict(model=flags.model), image_size=dataset.image_size) from None
+        raise ArgumentError(f"{error}", **named, model=flags.model, image_size=dataset.image_size) from None
 
 
 def distribute(model, flags, compute):

@@ -44,7 +44,7 @@ def number(parse, is_valid=lambda value: True, problem=""):
 positive_int = number(int, lambda value: 1 <= value < 2**63, "{} is not a positive whole number below 2^63")
 # Seeds and counts.
 non_negative_int = number(int, lambda value: 0 <= value < 2**63, "{} is not a whole number in 0 .. 2^63 - 1")
-positive_float = number(float, lambda value: 0 < value < math.inf, "{} is not a positive number")
+positive_float = number(float, lambda value: 0 < value < 1e30, "{} is not a positive number that float32 can hold")
 minutes = number(positive_float, lambda value: value <= 1e6, "{} minutes are more than a year")
 fraction = number(float, lambda value: 0 <= value <= 1, "{} does not lie in 0 .. 1")
 decay = number(fraction, lambda value: value < 1,

@@ -231,7 +231,7 @@ def check_writable(path, is_folder=False, **argument):
         os.close(os.open(probe, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
         os.unlink(probe)
     except OSError as error:
-        raise ArgumentError(f"nothing can be written there ({error.strerror}: {folder}). Name another place",
+        raise ArgumentError(f"cannot be written to ({error.strerror}: {folder}). Name another place",
                             **argument) from None
 
 
