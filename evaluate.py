@@ -80,8 +80,8 @@ def main():
 
 def score(flags, explicit_args):
     """Score samples against a reference: print the scores and write their record."""
-    check_generation_flags(flags, explicit_args)
     with distributed.raise_on_all_ranks():
+        check_generation_flags(flags, explicit_args)
         check_output(flags.output, ".json", flags.samples, flags.reference,
                      default=record_path(None, flags.samples, "scores"))
         images, num_classes = open_samples(flags, explicit_args)
@@ -160,8 +160,8 @@ def load_checkpoint_model(path, flags, explicit_args):
 
 def reference(flags, explicit_args):
     """Measure images and write the reference."""
-    check_data_flags(flags, explicit_args, [flags.data])
     with distributed.raise_on_all_ranks():
+        check_data_flags(flags, explicit_args, [flags.data])
         check_output(flags.output, ".npz", flags.data)
         images = open_image_source(flags.data, flags.image_size, flags.num_classes)
         if not flags.overwrite:

@@ -53,8 +53,6 @@ def main():
     with distributed.raise_on_all_ranks():
         loaded, pipeline = load_pipeline(flags, explicit_args, device, distributed.print_rank0)
         check_writable(flags.sample_dir, is_folder=True, sample_dir=flags.sample_dir)
-        check_disk(3 * flags.num_fid_samples * loaded.image_size**2, flags.sample_dir,
-                   num_fid_samples=flags.num_fid_samples)
         batch = min(flags.per_proc_batch_size, flags.num_fid_samples)
         check_memory(sampling_bytes(loaded.model, batch, loaded.image_size), device,
                      per_proc_batch_size=flags.per_proc_batch_size)
@@ -65,6 +63,9 @@ def main():
             if distributed.is_rank0():
                 stack.enter_context(samples.locked())
                 samples.verify()
+                if samples.num_finished() < flags.num_fid_samples:  # else nothing is written
+                    check_disk(3 * flags.num_fid_samples * loaded.image_size**2, flags.sample_dir,
+                               num_fid_samples=flags.num_fid_samples)
         make_samples(samples, loaded, pipeline, flags, device)
     distributed.shutdown()
 

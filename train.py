@@ -74,7 +74,7 @@ def prepare(flags, explicit_args, device):
     """Build everything before the first step: the other arguments of `train`. Errors are raised on all ranks."""
     log_lines = []
     with distributed.raise_on_all_ranks():
-        if not flags.resume:
+        if not flags.resume and distributed.is_rank0():  # the only rank that writes results
             check_writable(flags.results_dir, is_folder=True, results_dir=flags.results_dir)
         check_num_workers(flags.num_workers)
         check_run_memory(flags, device)

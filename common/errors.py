@@ -117,7 +117,7 @@ _REMEDIES = {errno.ENOMEM: "Lower the sizes, the batch or the number of processe
              errno.EMFILE: "Lower the number of processes, or raise the limit of open files (ulimit -n)",
              errno.ENFILE: "Lower the number of processes", errno.ENOSPC: "Make room on the disk",
              errno.EDQUOT: "Make room in your quota", errno.EROFS: "Name a place that can be written to",
-             errno.EIO: "The disk, or the terminal, does not answer"}
+             errno.EIO: "input/output error of the disk or terminal"}
 
 
 def explain(error):

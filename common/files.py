@@ -224,12 +224,13 @@ def check_writable(path, is_folder=False, **argument):
     folder, name = (path, "new") if os.path.isdir(path) else os.path.split(path)
     while not os.path.lexists(folder):
         folder, name = os.path.split(folder)
-    probe = os.path.join(folder, f"{name}.{os.getpid()}.tmp")
+    probe = os.path.join(folder, f"{name}.{os.urandom(6).hex()}.tmp")  # ranks of several nodes share the folder
     try:
         if is_folder and os.path.lexists(path) and not os.path.isdir(path):
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), path)
         os.close(os.open(probe, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
-        os.unlink(probe)
+        with contextlib.suppress(FileNotFoundError):  # another rank removes temporary files at its start
+            os.unlink(probe)
     except OSError as error:
         raise ArgumentError(f"cannot be written to ({error.strerror}: {folder}). Name another place",
                             **argument) from None

@@ -39,13 +39,13 @@ def cgroup_memory(process="/proc/self/cgroup", mount="/sys/fs/cgroup"):
         _, controllers, path = line.split(":", 2)
         if controllers not in ("", "memory"):
             continue
-        prefix, files = (("", ("memory.max", "memory.current")) if controllers == "" else
-                         ("memory", ("memory.limit_in_bytes", "memory.usage_in_bytes")))
+        prefix, files, cache = (("", ("memory.max", "memory.current"), "file") if controllers == "" else
+                                ("memory", ("memory.limit_in_bytes", "memory.usage_in_bytes"), "total_cache"))
         group = Path(mount, prefix, path.lstrip("/"))
         for folder in (group, *group.parents):
             limit, used = (_read(folder / name).strip() for name in files)
             if limit.isdecimal() and used.isdecimal():
-                cached = dict(line.split() for line in _read(folder / "memory.stat").splitlines()).get("file", 0)
+                cached = dict(line.split() for line in _read(folder / "memory.stat").splitlines()).get(cache, 0)
                 bounds.append(int(limit) - int(used) + int(cached))  # the cache of files makes room
             if folder == Path(mount):
                 break

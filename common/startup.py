@@ -1,6 +1,7 @@
 """What a command does before its other imports; commands import this module first, as pyproject.toml orders it.
 
-A package that cannot be imported is told in a sentence, and OpenMP is told how its threads wait for each other.
+A package that cannot be imported becomes a sentence, and the threads of OpenMP spin for a bounded time (GNU's; others
+ignore the variable).
 """
 import os
 import sys

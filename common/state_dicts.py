@@ -161,7 +161,7 @@ def shorten(items, count=3):
 
 
 def check_finite(state_dict, path, remedy="Use another checkpoint."):
-    """Raise a `UserError` if a weight is NaN or infinite: such a model makes black images, and never heals."""
+    """Raise a `UserError` if a weight is NaN or infinite: such a model makes black images and cannot recover."""
     if spoilt := find_non_finite(state_dict):
         raise UserError(f"{path}: the model makes images that are not finite, since its weights are NaN or infinite "
                         f"({shorten(spoilt)}). {remedy}")

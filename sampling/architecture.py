@@ -82,7 +82,7 @@ class ModelResolver:
         stored = self.config.get("num_heads") or self.metadata.num_heads or heads.get(self.config["hidden_size"])
         if stored is None:
             raise UserError(f"the weights in {self.path} do not fit this model: no model of the paper has their width "
-                            f"{self.config['hidden_size']}, and the file does not tell the number of attention heads. "
+                            f"{self.config['hidden_size']}, and the number of attention heads is not stored. "
                             "Store it in the file, as args={'num_heads': ...}")
         return stored
 

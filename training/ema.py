@@ -19,7 +19,7 @@ class EMA:
         model (DiT): The model to follow, before it is sharded.
         decay (float): In [0, 1); 0 keeps the weights themselves.
         warmup (bool): Let the decay of step k = 0, 1, ... be min(decay, (1 + k) / (10 + k)), so that the initial
-            weights are forgotten within the first steps. A function of the step alone: a resumed run continues it.
+            weights lose their share within the first steps. A function of the step alone: a resumed run continues it.
 
     Attributes:
         model (DiT): The average; sharded if the trained model is.
@@ -72,5 +72,5 @@ class EMA:
         if share < LARGE_SHARE:
             return None
         return (f"WARNING: the EMA still holds {share:.0%} of its start ({self.decay:g} to the power of {step}), which "
-                "its samples show. --ema-warmup or a lower --ema-decay forget it sooner; --weights model of sample.py "
-                "samples the raw weights")
+                "its samples show. --ema-warmup or a lower --ema-decay reduce this share faster; --weights model of "
+                "sample.py samples the raw weights")

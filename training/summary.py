@@ -22,7 +22,7 @@ def opening_lines(flags, args, run_dir, model, dataset, batches, resumed):
     if num_classes < flags.num_classes:
         yield (f"WARNING: --num-classes is {flags.num_classes}: the classes {num_classes} .. {flags.num_classes - 1} "
                "have no image and will not be learned")
-    checkpoint_bytes, free = 16 * count_parameters(model), free_disk(run_dir)
+    checkpoint_bytes, free = 4 * (3 + len(flags.ema_decay)) * count_parameters(model), free_disk(run_dir)
     if checkpoint_bytes > free:
         yield (f"WARNING: a checkpoint takes {format_bytes(checkpoint_bytes)}, the disk of {run_dir} has "
                f"{format_bytes(free)} free")

@@ -117,7 +117,7 @@ def match_averages(stored, decays):
         if decay not in averages:
             changes.append(f"the average of decay {decay} starts from the weights")
         elif not is_finite(averages[decay]):
-            changes.append(f"the average of decay {decay} is not finite and never heals: it starts from the weights")
+            changes.append(f"the average of decay {decay} is not finite and cannot recover: it starts from the weights")
             del averages[decay]
     places = {decay: averages.get(decay, stored["model"]) for decay in wanted}
     stored["ema"] = places.pop(wanted[0])

@@ -4,7 +4,8 @@ import argparse
 import pytest
 import torch
 
-from helpers import DIGITS, differences, folder_of, stored
+from helpers import DIGITS
+from run_files import differences, folder_of, stored
 from training.ema import EMA
 
 FLAGS = [*DIGITS, "--num-workers", 0, "--log-every", 1]

@@ -19,7 +19,8 @@ from common.errors import ArgumentError, UserError, explain, run_command
 from common.files import ProcessLock, atomic_write, check_writable
 from common.signals import STOP_SIGNALS, DeferredSignalHandler, StopSignals
 from data.loader import PrefetchLoader
-from helpers import DIGITS, ROOT, folder_of, steps_of, wait_for
+from helpers import DIGITS, ROOT, wait_for
+from run_files import folder_of, steps_of
 from training.cli import build_parser
 from training.run_dir import create_run_dir, open_run_dir
 

@@ -13,7 +13,8 @@ import sys
 import psutil
 import pytest
 
-from helpers import DIGITS, call, folder_of
+from helpers import DIGITS, call
+from run_files import folder_of
 
 MEMORY = 4 << 30  # bytes of address space in addition to what the imports take
 VALUES = ["-1", "0", "100000000000", "9223372036854775807", "1e300"]
