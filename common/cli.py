@@ -99,8 +99,13 @@ def parse_args(parser, presets=None, argv=None):
     explicit_args = {name for name, value in vars(probe).items() if value is not untouched}
     for action in parser._actions:
         value = getattr(flags, action.dest, None) if action.dest in explicit_args else None
-        if any(isinstance(text, str) and not text.strip() for text in (value if isinstance(value, list) else [value])):
-            parser.error(f"argument {'/'.join(action.option_strings) or action.metavar or action.dest}: it is empty")
+        texts = [text for text in (value if isinstance(value, list) else [value]) if isinstance(text, str)]
+        name = "/".join(action.option_strings) or action.metavar or action.dest
+        if any(not text.strip() for text in texts):
+            parser.error(f"argument {name}: it is empty")
+        if unknown := [text for text in texts if text.startswith("~") and action.dest != "class_labels"]:
+            parser.error(f"argument {name}: {unknown[0]} is the home folder of an unknown user. Write ./{unknown[0]} "
+                         "for a folder of this name")
     defaults = presets(flags, explicit_args) if presets else {}
     if getattr(flags, "fast", False):
         defaults = vars(fastest_config(local_device_type())) | dict(fused_adamw=True) | defaults

@@ -109,7 +109,7 @@ def _flatten(value, prefix="", depth=0):
         if not isinstance(name, str):
             continue
         if torch.is_tensor(part):
-            yield prefix + name, part
+            yield prefix + name, part if part.layout == torch.strided else part.to_dense()
         elif isinstance(part, dict) and depth < MAX_DEPTH and name not in _NOT_WEIGHTS:
             yield from _flatten(part, f"{prefix}{name}.", depth + 1)
 

@@ -103,6 +103,9 @@ class ModelResolver:
             if stored is not None and stored not in (rows - 1, rows):
                 self._correct("num_classes", stored, count)
             self.config["class_dropout_prob"] = 0.0 if rows == count else dropout or 0.1
+        if count < 1:
+            raise UserError(f"the class table of {self.path} has {rows} row(s), the null class at most: this model was "
+                            "trained without classes, which this code cannot sample")
         if "num_classes" in self.explicit_args and self.flags["num_classes"] != count:
             raise self._error("num_classes", f"{count} classes")
         self.config["num_classes"] = count

@@ -65,7 +65,8 @@ def _describe(label, names):
 
 def _numbers_are_names(names, num_classes):
     """Return whether the name of a class is the number of another one."""
-    return any(_as_number(name) not in (None, label) and _as_number(name) < num_classes
+    numbers = range(num_classes)
+    return any(_as_number(name) != label and _as_number(name) in numbers
                for label, synonyms in enumerate(names) for name in synonyms)
 
 
@@ -96,11 +97,11 @@ def _parse_label(text, names, num_classes):
 
 def _hint(text, names, num_classes):
     """Suggest what to type instead of a name that no class has."""
-    if _numbers_are_names(names, num_classes):
-        first = [repr(synonyms[-1]) for synonyms in names[:MAX_NAMED]]
-        more = f" and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else ""
-        return f"The names of these classes are numbers, and only they can be given: {', '.join(first)}{more}"
     wanted = visible_form(text)
     similar = [_describe(label, names) for label, synonyms in enumerate(names)
-               if wanted and any(wanted in visible_form(name) for name in synonyms[:1])]
+               if wanted and _as_number(text) is None and any(wanted in visible_form(name) for name in synonyms[:1])]
+    if _numbers_are_names(names, num_classes) and not similar:
+        first = [repr(synonyms[-1]) for synonyms in names[:MAX_NAMED]]
+        more = f" and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else ""
+        return f"Some names of classes are numbers, so that only names can be given: {', '.join(first)}{more}"
     return f"Did you mean {', '.join(similar[:5])}?" if similar else f"Give a number in 0 .. {num_classes - 1}"

@@ -8,7 +8,7 @@ from autoencoder.vae import VAE, IdentityAutoencoder, load_autoencoder
 from common import distributed
 from common.checkpoint_io import load_checkpoint
 from common.download import download
-from common.errors import ArgumentError
+from common.errors import ArgumentError, UserError
 from common.files import sha256_weights
 from common.state_dicts import (
     check_finite,
@@ -103,6 +103,9 @@ def load_model(path, model, image_size, num_classes, vae, explicit_args, device,
     checkpoint = load_checkpoint(path)
     metadata = read_metadata(as_dict(checkpoint))
     sets = find_weights(checkpoint)
+    if any(value.is_meta for _, weights in sets for value in weights.values()):
+        raise UserError(f"{path} holds names and shapes of weights, but no values (tensors on the meta device). Save "
+                        "the model again after its weights were loaded")
     refuse_other_models(as_dict(checkpoint), sets[0][1] if sets else {}, path, bool(metadata.architecture), log)
     state_dict, kind, ema_decay = _select_average(checkpoint, metadata, path, ema_decay, weights, log)
     raw_weights = next((weights for kind, weights in sets if kind == "model"), None)
@@ -115,7 +118,8 @@ def load_model(path, model, image_size, num_classes, vae, explicit_args, device,
     network = resolver.build()
     if autoencoder.channels != network.in_channels:
         raise ArgumentError(f"this autoencoder has latents of {autoencoder.channels} channels, the model in {path} "
-                            f"takes {network.in_channels}.", vae=autoencoder.name)
+                            f"takes {network.in_channels}. Name that of its training, or none (pixels).",
+                            vae=autoencoder.name)
     load_weights(network, state_dict, path)
     loaded = LoadedModel(network.to(device).eval(), autoencoder, path, metadata.class_names, resolver.name, image_size,
                          kind, metadata.step, ema_decay)

@@ -12,7 +12,7 @@ from sampling.checkpoint_metadata import as_dict, as_integer, as_number
 FLOW = "flow matching, which predicts a velocity"
 # Names of other models, as a word of a file's name or as the architecture in its flags.
 NAMES = re.compile(r"(?<![a-z])(?:"
-                   r"(?P<flow>sit|repa(?:[-_]?e)?|lightning[-_]?dit|rae|flow[-_ ]?matching|rectified[-_ ]?flow)|"
+                   r"(?P<flow>sit|repa(?:[-_]?e)?|lightning[-_]?dit|rae|flow(?:[-_ ]?matching)?|rectified[-_ ]?flow)|"
                    r"pixart(?:[-_ ]?(?:alpha|sigma))?|u[-_]?vit|mdt(?:v2)?|mask[-_]?dit|u[-_]?dit|latte|sd3|flux|edm2?"
                    r")(?![a-z])")
 # Names of weights, and whose they are. The first match counts.
@@ -38,9 +38,13 @@ FLOW_FLAGS = {"path_type", "transport", "flow", "flow_matching", "flow_type", "r
               "interpolant", "velocity", "predict_velocity", "predict_v"}
 X_FLAGS = {"predict_xstart", "predict_x0", "predict_x_start"}
 PREDICTION_FLAGS = {"prediction", "prediction_type", "pred_type", "predict", "objective", "parameterization",
-                    "parametrization", "model_mean_type", "mean_type", "target_type", "loss_type", "prediction_target"}
-PREDICTIONS = [(r"veloc|flow|rectif|interpol|^v$|^predv$|^vpred", FLOW), (r"score", "a score"),
+                    "parametrization", "model_mean_type", "mean_type", "target_type", "loss_type", "loss",
+                    "prediction_target"}
+PREDICTIONS = [(r"veloc|flow|rectif|interpol", FLOW),
+               (r"^v$|^predv$|^vpred|v$", "v, of flow matching or of a diffusion that predicts it"),
+               (r"score", "a score"),
                (r"xstart|startx|^x0|predx|^sample$|^clean", "clean images (x_0)"), (r"edm|karras", "EDM's target")]
+ZERO_SNR_FLAGS = {"zero_terminal_snr", "rescale_betas_zero_snr", "zero_snr"}
 SCHEDULE_FLAGS = {"noise_schedule", "beta_schedule", "schedule_name"}
 LENGTH_FLAGS = {"diffusion_steps", "num_train_timesteps", "num_diffusion_steps", "train_timesteps"}
 
@@ -84,6 +88,8 @@ def _flag_signs(checkpoint):
             yield f"{shown} ({FLOW})"
         elif name in X_FLAGS and is_set:
             yield f"{shown}, clean images instead of the noise"
+        elif name in ZERO_SNR_FLAGS and is_set:
+            yield f"{shown}, another noise schedule"
         elif name in PREDICTION_FLAGS:
             yield from (f"{shown} ({kind})" for pattern, kind in PREDICTIONS if re.search(pattern, text))
         elif name in SCHEDULE_FLAGS and text not in ("", "linear"):

@@ -46,9 +46,10 @@ def build_process(num_sampling_steps, learn_sigma=True):
     """Build the `GaussianDiffusion` to sample with; steps that are not possible raise an `ArgumentError`."""
     count = str(num_sampling_steps).removeprefix("ddim")
     if count.isdecimal() and not 2 <= int(count[:9]) <= NUM_TRAINED_TIMESTEPS:
-        raise ArgumentError(f"of the {NUM_TRAINED_TIMESTEPS} steps of the process, 2 or more can be sampled. (A single "
-                            "one, that of t = 0, would return the noise that it starts from.)",
-                            num_sampling_steps=num_sampling_steps)
+        problem = f"the process has {NUM_TRAINED_TIMESTEPS} steps, of which 2 or more can be sampled."
+        if int(count[:9]) == 1:
+            problem += " (A single one, that of t = 0, would return the noise that it starts from.)"
+        raise ArgumentError(problem, num_sampling_steps=num_sampling_steps)
     try:
         return create_diffusion(str(num_sampling_steps), learn_sigma=learn_sigma)
     except ValueError as error:

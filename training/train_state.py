@@ -1,4 +1,5 @@
 """The parts of a training run as a `CheckpointManager` saves them, and what must not change when it is resumed."""
+import math
 from collections.abc import Mapping
 
 import numpy as np
@@ -126,9 +127,11 @@ def match_averages(stored, decays):
 
 
 def is_finite(value):
-    """Return whether all numbers of the tensors in nested dictionaries and lists are finite."""
+    """Return whether tensors in nested dictionaries and lists are finite, and no number in them is NaN."""
     if torch.is_tensor(value):
         return bool(torch.isfinite(value).all())
+    if isinstance(value, float):
+        return not math.isnan(value)
     parts = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
     return all(map(is_finite, parts))
 

@@ -168,6 +168,7 @@ def test_names_that_only_contain_such_a_word_are_no_sign(save, name):
 
 @pytest.mark.parametrize("flags, named", [
     (dict(path_type="Linear", prediction="velocity"), "flow matching"), (dict(prediction="v"), "flow matching"),
+    (dict(zero_terminal_snr=True), "noise schedule"), (dict(loss="l2_v"), "predicts it"),
     (dict(prediction_type="v_prediction"), "flow matching"), (dict(objective="pred_v"), "flow matching"),
     (dict(model="SiT-XL/2", resolution=256), "another model"), (dict(transport=dict(path_type="Linear")), "flow"),
     (dict(parameterization="x0"), "clean"), (dict(predict_xstart=True), "clean"), (dict(prediction="score"), "score"),
@@ -293,3 +294,24 @@ def test_resuming_takes_prefixes_of_wrappers_off(command, tmp_path):
     status, _, err = command("train", *DIGITS, "--max-steps", 2, "--resume", tmp_path / "x.pt", "--results-dir",
                              tmp_path / "again")
     assert status == 0, err
+
+
+# ---------------------------------------------------------------- tensors without usable values
+
+@pytest.mark.filterwarnings("ignore:Validating sparse")
+def test_sparse_weights_are_read(save):
+    sparse = {name: value.to_sparse() if value.ndim == 2 else value for name, value in WEIGHTS.items()}
+    loaded = load(save(sparse))
+    assert all(torch.equal(value, WEIGHTS[name]) for name, value in loaded.model.state_dict().items())
+
+
+def test_weights_without_values_are_refused(save):
+    with pytest.raises(UserError, match="no values"):
+        load(save({name: value.to("meta") for name, value in WEIGHTS.items()}))
+
+
+@pytest.mark.parametrize("rows", [0, 1])
+def test_model_without_a_class_is_refused(save, rows):
+    table = "y_embedder.embedding_table.weight"
+    with pytest.raises(UserError, match="without classes"):
+        load(save(WEIGHTS | {table: WEIGHTS[table][:rows].clone()}))

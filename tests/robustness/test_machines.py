@@ -232,6 +232,11 @@ def test_results_folder_is_checked_before_the_data(command, tmp_path):
     assert status == 2 and "--results-dir" in err
 
 
+def test_home_folder_of_an_unknown_user_is_refused(command):
+    status, _, err = command("train", *DIGITS, "--results-dir=~nobody-has-this-name/runs")
+    assert status == 2 and "--results-dir" in err and not os.path.exists("~nobody-has-this-name")
+
+
 @pytest.mark.parametrize("line", [["--results-dir", "~/runs"], ["--results-dir=~/runs"]])
 def test_tilde_is_the_home_folder(monkeypatch, line):
     monkeypatch.setenv("HOME", "/somebody")

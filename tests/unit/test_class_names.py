@@ -77,3 +77,8 @@ def test_chosen_classes_are_shown_with_name_and_number():
 
 def test_names_of_a_foreign_checkpoint_may_be_numbers():
     assert parse_class_labels(["3", "dog"], [3, "dog"], 2) == [0, 1]
+
+
+def test_negative_number_as_a_name_leaves_the_numbers_of_the_others():
+    names = ["-3", "bat", "cat", "dog"]
+    assert parse_class_labels(["3", "0", "-3", "bat"], names, 4) == [3, 0, 0, 1]
