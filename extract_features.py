@@ -77,7 +77,6 @@ def check_flags(flags, explicit_args):
     check_memory(3 * 4 * flags.image_size**2, image_size=flags.image_size)
     if flags.verify:
         return
-    check_writable(flags.features_path, is_folder=True, features_path=flags.features_path)
     if flags.data_path is None:
         raise ArgumentError("missing. Name the images (only --verify needs none)", data_path=None)
     if "num_classes" in explicit_args and parse_builtin_name(flags.data_path)[0] != "fractals":
@@ -130,6 +129,7 @@ def begin(dataset, autoencoder, writer, flags, lock):
     """
     if writer.is_complete():
         return report_complete(writer)
+    check_writable(flags.features_path, is_folder=True, features_path=flags.features_path)
     examples = dataset.examples(NUM_CHECK_IMAGES)
     for line in (*describe_dataset(dataset), *check_autoencoder(autoencoder, examples, distributed.device())):
         print(line)

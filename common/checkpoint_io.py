@@ -100,7 +100,7 @@ def _read_file(path):
 
 
 def detect_format(path):
-    """Recognize the format of a file by its content; "unknown" if it is none of those that can be told."""
+    """Recognize the format of a file by its content; "unknown" if it is none of these."""
     try:
         with open(path, "rb") as file:
             start = file.read(512)

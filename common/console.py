@@ -1,14 +1,19 @@
 """Output to people, which never ends a command: a closed pipe or terminal, a full disk, a character without a code."""
 import contextlib
+import errno
 import os
 import sys
 
 
 class RobustStream:
-    """A text stream whose failures are ignored. Characters that its encoding lacks are written as escapes."""
+    """A text stream whose failures end nothing. Characters that its encoding lacks are written as escapes.
+
+    Attributes:
+        disk_error (OSError): Why output did not reach its file on a full disk, or None. A closed pipe is not an error.
+    """
 
     def __init__(self, stream):
-        self._stream = stream
+        self._stream, self.disk_error = stream, None
         with contextlib.suppress(AttributeError, OSError, ValueError):
             stream.reconfigure(errors="backslashreplace")
 
@@ -17,14 +22,22 @@ class RobustStream:
 
     def write(self, text):
         """Write text if that is possible, and return its length."""
-        with contextlib.suppress(OSError, ValueError):
+        with self._may_fail():
             self._stream.write(text)
         return len(text)
 
     def flush(self):
         """Flush the stream if that is possible."""
-        with contextlib.suppress(OSError, ValueError):
+        with self._may_fail():
             self._stream.flush()
+
+    @contextlib.contextmanager
+    def _may_fail(self):
+        try:
+            yield
+        except (OSError, ValueError) as error:
+            if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+                self.disk_error = error
 
     def close_if_broken(self):
         """Send what could not be written to nowhere, or the interpreter would fail on it when it exits."""

@@ -80,11 +80,15 @@ class Stopped(Exception):
 
 
 def run_command(main):
-    """Run a command's main function: an error that a user can act on is told in a sentence, with exit status 2."""
+    """Run a command's main function: an error that a user can act on becomes a sentence, with exit status 2."""
     with robust_output():
         try:
             check_versions()
             main()
+            sys.stdout.flush()
+            if sys.stdout.disk_error:
+                raise UserError(f"the work is done, but what was printed did not reach its file "
+                                f"({sys.stdout.disk_error.strerror}). Files that were named are complete")
         except Stopped:
             exit_process(EXIT_RESTARTABLE)
         except KeyboardInterrupt:
@@ -117,7 +121,7 @@ _REMEDIES = {errno.ENOMEM: "Lower the sizes, the batch or the number of processe
              errno.EMFILE: "Lower the number of processes, or raise the limit of open files (ulimit -n)",
              errno.ENFILE: "Lower the number of processes", errno.ENOSPC: "Make room on the disk",
              errno.EDQUOT: "Make room in your quota", errno.EROFS: "Name a place that can be written to",
-             errno.EIO: "input/output error of the disk or terminal"}
+             errno.EIO: "Check the disk, or the terminal"}
 
 
 def explain(error):
@@ -125,7 +129,8 @@ def explain(error):
     if isinstance(error, ImportError):
         return explain_import_error(error)
     reason = (str(error).splitlines() or [type(error).__name__])[0]
-    if isinstance(error, MemoryError) or any(phrase in reason.lower() for phrase in _OUT_OF_MEMORY):
+    may_be_memory = isinstance(error, (RuntimeError, OSError)) and any(map(reason.lower().__contains__, _OUT_OF_MEMORY))
+    if isinstance(error, MemoryError) or may_be_memory:
         return UserError(f"there is not enough memory ({reason}). Lower the batch, the image size or the size of the "
                          "model")
     if isinstance(error, OSError) and error.errno in _REMEDIES:

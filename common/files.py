@@ -125,15 +125,6 @@ def _verify_npz_entry(path, archive, entry):
         _verified.add(key)
 
 
-def list_npz_arrays(path):
-    """Return the names of the arrays of an .npz; raises a `UserError` for any other file."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return {name.removesuffix(".npy") for name in archive.namelist()}
-    except (OSError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path} cannot be read as an .npz ({error})") from None
-
-
 def _read_npy_header(file):
     """Read (shape, is Fortran order, dtype) of the .npy at the position of `file`, which ends up after the header."""
     version = np.lib.format.read_magic(file)
@@ -218,22 +209,30 @@ def check_writable(path, is_folder=False, **argument):
         is_folder (bool): Whether it is a folder.
         **argument: The parameter that named it, for the error.
     """
-    path = os.path.abspath(path)
     if os.path.isdir(path) and not is_folder:
         raise ArgumentError("this is a folder. Name a file in it", **argument)
+    if error := probe_writing(path, is_folder):
+        raise ArgumentError(f"cannot be written to ({error.strerror}: {error.filename}). Name another place",
+                            **argument)
+
+
+def probe_writing(path, is_folder=False):
+    """Return the `OSError` of writing a file `path`, or a file in the folder `path`; None if that is possible."""
+    path = os.path.abspath(path)
     folder, name = (path, "new") if os.path.isdir(path) else os.path.split(path)
     while not os.path.lexists(folder):
         folder, name = os.path.split(folder)
     probe = os.path.join(folder, f"{name}.{os.urandom(6).hex()}.tmp")  # ranks of several nodes share the folder
     try:
         if is_folder and os.path.lexists(path) and not os.path.isdir(path):
-            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), path)
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
         os.close(os.open(probe, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
         with contextlib.suppress(FileNotFoundError):  # another rank removes temporary files at its start
             os.unlink(probe)
     except OSError as error:
-        raise ArgumentError(f"cannot be written to ({error.strerror}: {folder}). Name another place",
-                            **argument) from None
+        error.filename = folder
+        return error
+    return None
 
 
 class ProcessLock:

@@ -64,7 +64,7 @@ def check_memory(needed, device="cpu", **arguments):
     available = available_memory(device)
     if needed > available:
         raise ArgumentError(f"at least {format_bytes(needed)} of memory would be needed, {format_bytes(available)} are "
-                            f"free on the {torch.device(device).type}. Choose less", **arguments)
+                            f"free on the {torch.device(device).type}. Choose a smaller value", **arguments)
 
 
 def sampling_bytes(model, num_images, image_size):
@@ -78,7 +78,7 @@ def check_disk(needed, folder, **arguments):
     available = free_disk(folder)
     if needed > available:
         raise ArgumentError(f"at least {format_bytes(needed)} would be written, the disk of {folder} has "
-                            f"{format_bytes(available)} free. Choose less, or another disk", **arguments)
+                            f"{format_bytes(available)} free. Choose a smaller value, or another disk", **arguments)
 
 
 def free_disk(folder):

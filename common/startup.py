@@ -1,13 +1,13 @@
 """What a command does before its other imports; commands import this module first, as pyproject.toml orders it.
 
-A package that cannot be imported becomes a sentence, and the threads of OpenMP spin for a bounded time (GNU's; others
+A package that cannot be imported is named in a sentence, and threads of GNU's OpenMP spin for a bounded time (others
 ignore the variable).
 """
 import os
 import sys
 
-# OpenMP reads this once, when torch is imported. By its default a thread spins so long for another one, whose core some
-# other program uses, that training is many times slower (docs/performance.md).
+# OpenMP reads this once, when torch is imported. By default a thread spins so long for one whose core another
+# program uses that training is many times slower (docs/performance.md).
 if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "OMP_NUM_THREADS"} & os.environ.keys():
     os.environ["GOMP_SPINCOUNT"] = "1000"
 

@@ -1,4 +1,5 @@
 """Weights in files of any origin: which entries are weights, and the names without what wrappers add to them."""
+import math
 import re
 
 import torch
@@ -160,6 +161,15 @@ def shorten(items, count=3):
     return ", ".join(items[:count]) + (f" and {len(items) - count} more" if len(items) > count else "")
 
 
+def describe_young_average(decay, step):
+    """Describe an average that still holds much of the weights that training began with; None if it does not.
+
+    Without a warm-up, decay^step of them is left after `step` steps.
+    """
+    share = decay**step
+    return f"the EMA still holds {share:.0%} of its start (decay {decay:g}, {step:,} steps)" if share >= 0.1 else None
+
+
 def check_finite(state_dict, path, remedy="Use another checkpoint."):
     """Raise a `UserError` if a weight is NaN or infinite: such a model makes black images and cannot recover."""
     if spoilt := find_non_finite(state_dict):
@@ -169,13 +179,18 @@ def check_finite(state_dict, path, remedy="Use another checkpoint."):
 
 def find_non_finite(state_dict):
     """List the names of the weights that have a NaN or infinite value."""
-    return [name for name, value in state_dict.items() if torch.is_tensor(value) and not _is_finite(value)]
+    return [name for name, value in state_dict.items() if not is_finite(value)]
 
 
-def _is_finite(value):
-    if value.is_floating_point() and value.itemsize == 1:  # 8-bit floats have no `isfinite`
-        value = value.float()
-    return bool(torch.isfinite(value).all())
+def is_finite(value):
+    """Return whether tensors in nested dictionaries and lists are finite, and no number in them is NaN."""
+    if torch.is_tensor(value):
+        has_one_byte = value.is_floating_point() and value.itemsize == 1  # 8-bit floats have no `isfinite`
+        return bool(torch.isfinite(value.float() if has_one_byte else value).all())
+    if isinstance(value, float):
+        return not math.isnan(value)
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+    return all(map(is_finite, parts))
 
 
 def load_weights(model, state_dict, path):

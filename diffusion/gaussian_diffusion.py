@@ -1,6 +1,5 @@
 """The diffusion process: forward process q, training loss, reverse process p, DDPM and DDIM sampling, the bound."""
 import math
-from collections import deque
 
 import numpy as np
 import torch
@@ -8,7 +7,8 @@ from tqdm.auto import tqdm
 
 from .losses import discretized_gaussian_log_likelihood, mean_flat, normal_kl
 
-VARIANCES, LOSSES = ("learned_range", "fixed_large", "fixed_small"), ("mse", "rescaled_mse", "kl")
+VARIANCES = ("learned_range", "fixed_large", "fixed_small")
+LOSSES = ("mse", "rescaled_mse", "kl")
 
 
 class GaussianDiffusion:
@@ -96,9 +96,15 @@ class GaussianDiffusion:
     # ---------------------------------------------------------------- q: the forward process and its posterior
 
     def q_sample(self, x_start, t, noise=None):
-        """Diffuse clean latents: sample x_t ~ q(x_t | x_0), of the shape of x_start (DDPM, eq. 4).
+        """Diffuse clean latents: sample x_t ~ q(x_t | x_0) (DDPM, eq. 4).
 
-        The latents are scaled and not confined to [-1, 1]; `noise` is by default drawn from the global generator.
+        Args:
+            x_start (Tensor): Scaled latents, shape (N, C, ...), not confined to [-1, 1].
+            t (Tensor): Timesteps, shape (N,).
+            noise (Tensor): Standard normal noise, shape (N, C, ...). Default: drawn from the global generator.
+
+        Returns:
+            Tensor: Noisy latents, shape (N, C, ...).
         """
         noise = torch.randn_like(x_start) if noise is None else noise
         _check_same_shape("noise", noise, "x_start", x_start)
@@ -378,4 +384,6 @@ def _may_contain_zero(t):
 
 
 def _last_sample(outputs):
-    return deque(outputs, maxlen=1).pop()["sample"]
+    for out in outputs:
+        sample = out["sample"]
+    return sample

@@ -25,8 +25,13 @@ def discretized_gaussian_log_likelihood(x, means, log_scales):
     The bins are those of 8-bit pixels. Latents have no such bins, but the published training uses them, and another
     width would change the published loss.
 
-    Values x lie in [-1, 1], and the outermost bins reach to infinity; `log_scales` are log standard deviations. All
-    have the shape of x.
+    Args:
+        x (Tensor): Values in [-1, 1]; the outermost bins reach to infinity.
+        means (Tensor): Means, of the shape of x.
+        log_scales (Tensor): Log standard deviations, of the shape of x.
+
+    Returns:
+        Tensor: Log probabilities, of the shape of x.
     """
     centered, inv_std = x - means, torch.exp(-log_scales)
     upper = approx_standard_normal_cdf((centered + 1.0 / 255.0) * inv_std).masked_fill(x > 0.999, 1.0)

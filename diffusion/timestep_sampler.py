@@ -106,8 +106,16 @@ class LossSecondMomentResampler(ScheduleSampler):
 
 def _all_gather(t, losses):
     """Gather timesteps and losses of all ranks as arrays, in their order; ranks may have batches of unequal size."""
-    parts = [(t.cpu().numpy(), losses.detach().float().cpu().numpy())]
-    if dist.is_available() and dist.is_initialized():
-        local, parts = parts[0], [None] * dist.get_world_size()
-        dist.all_gather_object(parts, local)
-    return [np.concatenate(arrays) for arrays in zip(*parts)]
+    pairs = torch.stack([t.float(), losses.detach().float()])  # T is far below 2^24: exact
+    if not (dist.is_available() and dist.is_initialized()):
+        t, losses = pairs.cpu().numpy()
+        return t.astype(np.int64), losses
+    size = torch.tensor([pairs.shape[1]], device=pairs.device)
+    sizes = [torch.zeros_like(size) for _ in range(dist.get_world_size())]
+    dist.all_gather(sizes, size)
+    longest = max(int(size) for size in sizes)
+    padded = torch.nn.functional.pad(pairs, (0, longest - pairs.shape[1]))
+    gathered = [torch.zeros_like(padded) for _ in sizes]
+    dist.all_gather(gathered, padded)
+    t, losses = torch.cat([rows[:, : int(size)] for rows, size in zip(gathered, sizes)], dim=1).cpu().numpy()
+    return t.astype(np.int64), losses

@@ -85,7 +85,7 @@ def _read_header(file):
         read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
         shape, _, dtype = read[version](file)
         return shape, dtype
-    except Exception:  # a damaged file fails in many ways; who reads the array tells
+    except Exception:  # a damaged file fails in many ways; reading the array reports it
         return None, None
 
 

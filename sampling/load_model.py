@@ -12,6 +12,7 @@ from common.errors import ArgumentError, UserError
 from common.files import sha256_weights
 from common.state_dicts import (
     check_finite,
+    describe_young_average,
     find_non_finite,
     find_weights,
     load_weights,
@@ -24,7 +25,6 @@ from sampling.other_models import refuse_other_models
 
 PUBLISHED_CHECKPOINTS = ("DiT-XL-2-512x512.pt", "DiT-XL-2-256x256.pt")
 PUBLISHED_URL = "https://dl.fbaipublicfiles.com/DiT/models/"
-LARGE_SHARE = 0.1  # of its start in an average, from which on a warning is due
 
 
 def published_checkpoint_name(model, image_size, num_classes):
@@ -169,8 +169,6 @@ def _log_doubts(loaded, metadata, resolver, state_dict, has_raw_weights, log):
     if "pos_embed" not in state_dict:
         log(f"{loaded.path} has no table of positions (pos_embed): computed for {loaded.image_size} pixels")
     if loaded.weights == "ema" and loaded.step is not None and loaded.ema_decay and not metadata.ema_warmup:
-        share = loaded.ema_decay ** loaded.step  # what is left of the weights that training began with
         remedy = "; --weights model samples the raw weights" if has_raw_weights else ""
-        if share >= LARGE_SHARE:
-            log(f"WARNING: the EMA still holds {share:.0%} of its start (decay {loaded.ema_decay:g}, "
-                f"{loaded.step:,} steps){remedy}")
+        if doubt := describe_young_average(loaded.ema_decay, loaded.step):
+            log(f"WARNING: {doubt}{remedy}")

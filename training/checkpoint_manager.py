@@ -10,8 +10,8 @@ from common import distributed
 from common.checkpoint_io import CHECKPOINT_NAME, list_checkpoints, load_checkpoint, save_checkpoint
 from common.errors import ArgumentError, UserError
 from common.files import ProcessLock, remove_temporary_files, replace_with_hard_link
+from common.state_dicts import is_finite
 from training.fsdp import full_tensor
-from training.train_state import is_finite
 
 
 class CheckpointManager:

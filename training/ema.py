@@ -4,10 +4,9 @@ from contextlib import contextmanager
 
 import torch
 
+from common.state_dicts import describe_young_average
 from training import fsdp
 from training.fsdp import to_local
-
-LARGE_SHARE = 0.1  # of its initial weights in an average, from which on a warning is due
 
 
 class EMA:
@@ -68,9 +67,6 @@ class EMA:
 
     def describe_start(self, step):
         """Return a warning if the average after `step` steps is still mostly its initial weights, otherwise None."""
-        share = 0 if self.warmup else self.decay**step
-        if share < LARGE_SHARE:
-            return None
-        return (f"WARNING: the EMA still holds {share:.0%} of its start ({self.decay:g} to the power of {step}), which "
-                "its samples show. --ema-warmup or a lower --ema-decay reduce this share faster; --weights model of "
-                "sample.py samples the raw weights")
+        doubt = None if self.warmup else describe_young_average(self.decay, step)
+        return doubt and (f"WARNING: {doubt}, which its samples show. --ema-warmup or a lower --ema-decay reduce this "
+                          "share faster; --weights model of sample.py samples the raw weights")

@@ -1,11 +1,12 @@
 """Folders of training runs: results/000-DiT-XL-2 with log.txt and checkpoints/0050000.pt."""
 import contextlib
+import errno
 import os
 import re
 
 from common.checkpoint_io import latest_checkpoint, latest_valid_checkpoint, verify_checkpoint
 from common.errors import ArgumentError
-from common.files import check_writable
+from common.files import probe_writing
 
 
 def list_run_dirs(results_dir, model_name=None):
@@ -49,7 +50,10 @@ def open_run_dir(results_dir, model_name, resume=None):
 
     Returns:
         tuple[str, str, list[str]]: The run's folder, the checkpoint to resume (None: start a new run), and warnings
-        about damaged checkpoints.
+        about damaged checkpoints and a folder that cannot be written to.
+
+    Raises:
+        ArgumentError: If there is nothing to resume, or no folder can be made.
     """
     warnings = []
     path = find_checkpoint_to_resume(resume, results_dir, model_name, warnings.append) if resume else None
@@ -61,9 +65,8 @@ def open_run_dir(results_dir, model_name, resume=None):
     is_latest = inner == "checkpoints" and os.path.samefile(latest_checkpoint(run_dir) or os.devnull, path)
     if os.path.isfile(resume) and not is_latest:
         return create_run_dir(results_dir, model_name), path, warnings
-    try:
-        check_writable(os.path.join(run_dir, "checkpoints"), is_folder=True)
-    except ArgumentError:
+    error = probe_writing(os.path.join(run_dir, "checkpoints"), is_folder=True)
+    if error and error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):  # others, such as a full disk, may pass
         foreign, run_dir = run_dir, create_run_dir(results_dir, model_name)
         warnings.append(f"WARNING: {foreign} cannot be written to; the run continues in {run_dir}")
     return run_dir, path, warnings

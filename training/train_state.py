@@ -1,5 +1,4 @@
 """The parts of a training run as a `CheckpointManager` saves them, and what must not change when it is resumed."""
-import math
 from collections.abc import Mapping
 
 import numpy as np
@@ -7,7 +6,7 @@ import torch
 
 from common.cli import flag_name
 from common.errors import UserError
-from common.state_dicts import load_weights, unwrap_state_dict
+from common.state_dicts import is_finite, load_weights, unwrap_state_dict
 from training.fsdp import shard_like
 
 # Flags that a resumed run may change silently. Loop lengths, logs, storage and retention:
@@ -124,16 +123,6 @@ def match_averages(stored, decays):
     stored["ema"] = places.pop(wanted[0])
     stored["extra_emas"] = places
     return changes + [f"the average of decay {decay} is dropped" for decay in dropped]
-
-
-def is_finite(value):
-    """Return whether tensors in nested dictionaries and lists are finite, and no number in them is NaN."""
-    if torch.is_tensor(value):
-        return bool(torch.isfinite(value).all())
-    if isinstance(value, float):
-        return not math.isnan(value)
-    parts = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
-    return all(map(is_finite, parts))
 
 
 def _stored_args(stored):

@@ -73,7 +73,7 @@ def test_work_is_done_with_closed_pipes_and_descriptors(tmp_path):
             "    file.close()\n"
             "run_command(main)\n")
     command = f"'{sys.executable}' -c \"$0\""
-    for shell in (f"{command} <&- >&- 2>&-", f"({command}; echo $? >status) | head -c 0", f"{command} > /dev/full"):
+    for shell in (f"{command} <&- >&- 2>&-", f"({command}; echo $? >status) | head -c 0"):
         done = subprocess.run(["bash", "-c", shell, code], cwd=tmp_path, env=os.environ | dict(PYTHONPATH=str(ROOT)),
                               capture_output=True, text=True, timeout=120)
         assert done.returncode == 0 and done.stderr == "", shell
@@ -302,11 +302,10 @@ def test_run_on_a_read_only_disk_continues_in_another_folder(command, tmp_path, 
     command("train", *DIGITS, "--max-steps", 1, "--results-dir", tmp_path / "old")
     old = folder_of(tmp_path / "old")
 
-    def check(path, *args, **kwargs):
-        if str(old) in path:
-            raise ArgumentError("read-only", **kwargs)
-        files.check_writable(path, *args, **kwargs)
-    monkeypatch.setattr("training.run_dir.check_writable", check)
+    def probe(path, is_folder):
+        return OSError(errno.EROFS, "read-only") if str(old) in path else files.probe_writing(path, is_folder)
+
+    monkeypatch.setattr("training.run_dir.probe_writing", probe)
     path = old if resume == "folder" else old / "checkpoints" / "0000001.pt"
     run_dir, checkpoint, warnings = open_run_dir(str(tmp_path / "new"), "DiT-S/2", str(path))
     assert run_dir == str(tmp_path / "new" / "000-DiT-S-2") and checkpoint.startswith(str(old)) and len(warnings) == 1
@@ -353,3 +352,12 @@ def test_needs_beyond_the_machine_name_the_parameter(tmp_path, check, needed):
     with pytest.raises(ArgumentError) as caught:
         check(needed, *where, batch_size=3)
     assert caught.value.arguments == dict(batch_size=3)
+
+
+def test_output_that_a_full_disk_loses_is_an_error_after_the_work(tmp_path):
+    """/dev/full is always full."""
+    code = "from common.errors import run_command; run_command(lambda: (print('result'), open('done', 'w').close()))"
+    with open("/dev/full", "w") as full:
+        result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, stdout=full, stderr=subprocess.PIPE,
+                                text=True, env=os.environ | dict(PYTHONPATH=str(ROOT)))
+    assert result.returncode == 2 and "No space left" in result.stderr and (tmp_path / "done").exists()
