@@ -33,10 +33,12 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
 def number(parse, is_valid=lambda value: True, problem=""):
     """Return an argument type for numbers; `problem` is the error, with {} for the text, if one is not valid."""
     def parse_number(text):
+        if not text.strip():
+            raise argparse.ArgumentTypeError("it is empty")
         value = parse(text)
         if not is_valid(value):
             raise argparse.ArgumentTypeError(problem.format(text))
-        return value
+        return value + 0 if value == 0 else value  # -0.0 is 0.0
     parse_number.__name__ = "number"  # argparse shows it: "invalid number value: 'x'"
     return parse_number
 

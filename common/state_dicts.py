@@ -211,6 +211,8 @@ def load_weights(model, state_dict, path):
                                       and current[name].is_floating_point() > state_dict[name].is_floating_point()]}
     problems = [f"{problem}: {shorten(names)}" for problem, names in differences.items() if names]
     if problems:
-        raise UserError(f"the weights in {path} do not fit this model ({'; '.join(problems)}). Check its name, its "
-                        "sizes, image size and number of classes.")
+        is_quantized = not any(differences[problem] for problem in ("missing", "unknown", "of another shape"))
+        remedy = ("Convert them to float32." if is_quantized else
+                  "Check its name, its sizes, image size and number of classes.")
+        raise UserError(f"the weights in {path} do not fit this model ({'; '.join(problems)}). {remedy}")
     model.load_state_dict(fixed | state_dict, strict=True)

@@ -7,8 +7,9 @@ import time
 
 from common import distributed
 from common.checkpoint_io import load_checkpoint
-from common.errors import UserError
+from common.errors import ArgumentError, UserError
 from common.files import atomic_write
+from data.builtin import parse_builtin_name
 from evaluation.feature_statistics import compute_statistics
 from evaluation.features import load_feature_space
 from evaluation.records import free_path, try_read, write_record
@@ -26,6 +27,8 @@ def build_evaluator(features, reference, images, batch_size, image_size):
         UserError: If an evaluation would fail; `ArgumentError` for features, reference and num_fid_samples.
     """
     with distributed.raise_on_all_ranks():
+        if not os.path.exists(reference) and not parse_builtin_name(reference)[0]:  # before Inception is downloaded
+            raise ArgumentError("there is no such file, folder or built-in data set", reference=reference)
         space = load_feature_space(features, distributed.device())
     statistics, metadata = open_reference(reference, space, batch_size, image_size, images.num_classes)
     with distributed.raise_on_all_ranks():

@@ -102,8 +102,9 @@ def load_model(path, model, image_size, num_classes, vae, explicit_args, device,
     path = find_checkpoint(published_checkpoint_name(model, image_size, num_classes) if path is None else path)
     checkpoint = load_checkpoint(path)
     metadata = read_metadata(as_dict(checkpoint))
+    _log_ignored(path, metadata.ignored, log)
     sets = find_weights(checkpoint)
-    if any(value.is_meta for _, weights in sets for value in weights.values()):
+    if any(torch.is_tensor(value) and value.is_meta for _, values in sets for value in values.values()):
         raise UserError(f"{path} holds names and shapes of weights, but no values (tensors on the meta device). Save "
                         "the model again after its weights were loaded")
     refuse_other_models(as_dict(checkpoint), sets[0][1] if sets else {}, path, bool(metadata.architecture), log)
@@ -156,14 +157,17 @@ def _check_finite(state_dict, path, raw_weights):
     check_finite(state_dict, path, remedy)
 
 
+def _log_ignored(path, entries, log):
+    if entries:
+        log(f"WARNING: {path}: ignored, since they cannot be what they are called: {', '.join(entries)}")
+
+
 def _log_doubts(loaded, metadata, resolver, state_dict, has_raw_weights, log):
-    """Say what may not be as it should: unusable entries, wrong stored flags, a young average, a missing table."""
+    """Log what may not be as it should: unusable class names, wrong stored flags, a young average, a missing table."""
     if loaded.class_names and len(loaded.class_names) > loaded.model.config.num_classes:
-        metadata.ignored.append(f"'class_names' ({len(loaded.class_names)} names of {resolver.num_classes} classes)")
+        entry = f"'class_names' ({len(loaded.class_names)} names of {resolver.num_classes} classes)"
+        _log_ignored(loaded.path, [entry], log)
         loaded.class_names = None
-    if metadata.ignored:
-        log(f"WARNING: {loaded.path}: ignored, since they cannot be what they are called: "
-            f"{', '.join(metadata.ignored)}")
     if resolver.corrections:
         log(f"WARNING: {loaded.path}: by its weights {', '.join(resolver.corrections)} as its flags have it")
     if "pos_embed" not in state_dict:

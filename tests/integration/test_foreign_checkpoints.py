@@ -315,3 +315,15 @@ def test_model_without_a_class_is_refused(save, rows):
     table = "y_embedder.embedding_table.weight"
     with pytest.raises(UserError, match="without classes"):
         load(save(WEIGHTS | {table: WEIGHTS[table][:rows].clone()}))
+
+
+def test_values_of_one_entry_that_are_no_tensors_are_a_sentence(save):
+    with pytest.raises(UserError):
+        load(save(dict(model={"weight": torch.zeros(2), "note": "text"})))
+
+
+def test_unusable_entry_is_named_before_the_autoencoder_is_chosen(save):
+    lines = []
+    with pytest.raises(ArgumentError):
+        load(save(dict(model=WEIGHTS, args=dict(ARGS, vae=5))), log=lines.append, vae="mse")
+    assert any("'vae' (5)" in line for line in lines)
