@@ -1,6 +1,7 @@
 """Figure 5: the block types with the same size, data, steps and seeds."""
+from experiments.cli import main
 from experiments.statistics import format_mean_std, format_percent, verdict_lower
-from experiments.study import Study, main
+from experiments.study import Study
 
 # Table 4 of the paper: FID-50K of DiT-XL/2 after 400K steps without guidance. PixArt-alpha added the last type.
 PAPER = {"in-context": 35.24, "cross-attention": 26.14, "adaln": 25.21, "adaln-zero": 19.47, "adaln-single": None}

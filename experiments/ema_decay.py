@@ -1,6 +1,7 @@
 """The decay of the EMA and the length of training: several averages of the same trainings."""
+from experiments.cli import main
 from experiments.statistics import argmin_mean, cross_validated_best, format_mean_std, verdict_lower
-from experiments.study import Study, main
+from experiments.study import Study
 
 
 def rows(preset):

@@ -2,6 +2,7 @@
 
 The networks are those of `block_types` with adaLN-Zero. Images with one channel leave no choice of channels.
 """
+from experiments.cli import main
 from experiments.statistics import (
     argmin_mean,
     cross_validated_best,
@@ -10,7 +11,7 @@ from experiments.statistics import (
     mean_std,
     verdict_lower,
 )
-from experiments.study import Study, main
+from experiments.study import Study
 
 
 def rows(preset):

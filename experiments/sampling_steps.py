@@ -1,8 +1,9 @@
 """Figure 10: compute of sampling does not make up for compute of the network. The networks are those of `scaling`."""
 import itertools
 
+from experiments.cli import main
 from experiments.statistics import mean_std, verdict_of_share
-from experiments.study import Study, main
+from experiments.study import Study
 
 
 def rows(preset):

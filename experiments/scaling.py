@@ -3,8 +3,9 @@ import itertools
 import math
 import statistics
 
+from experiments.cli import main
 from experiments.statistics import correlation_interval, format_mean_std, mean_std, verdict_of_share
-from experiments.study import Study, main
+from experiments.study import Study
 
 
 def rows(preset):

@@ -2,8 +2,9 @@
 
 The networks are those of `block_types` with adaLN-Zero; only the noise of a sampling step differs. DDIM adds none.
 """
+from experiments.cli import main
 from experiments.statistics import mean_std, verdict_lower
-from experiments.study import Study, main
+from experiments.study import Study
 
 NAMES = {"learned": "learned", "fixed_small": "fixed, posterior's (small)", "fixed_large": "fixed, beta (large)",
          "ddim": "DDIM"}

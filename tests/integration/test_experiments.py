@@ -26,6 +26,7 @@ from common.files import sha256_file
 from diffusion import create_diffusion
 from evaluation.records import read_record, write_record
 from experiments import block_types, ema_decay, guidance, jobs, scaling, score_worker
+from experiments.cli import build_parser, run_study
 from experiments.jobs import Task, run_tasks
 from experiments.presets import PRESETS
 from experiments.report import STUDIES, fill_page
@@ -37,7 +38,7 @@ from experiments.statistics import (
     verdict_lower,
     verdict_of_share,
 )
-from experiments.study import StudyTasks, build_parser, find_checkpoint, network_cost, run_study
+from experiments.study import StudyTasks, find_checkpoint, network_cost
 from helpers import ROOT, wait_for
 from models import DiT, DiT_models
 from networks import build_dit
