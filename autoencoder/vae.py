@@ -151,14 +151,15 @@ def _read_latent_scaling(name, config):
     def check(field, value, is_scale=False):
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
         if not is_number or not (value >= 1 / MAX_SCALE if is_scale else value >= -MAX_SCALE) or value > MAX_SCALE:
-            raise error(f"{field} is {value!r}, not a number {f'above 0 and below {MAX_SCALE:g}' if is_scale else ''}")
+            raise error(f"{field} is {value!r}, not a number from {1 / MAX_SCALE if is_scale else -MAX_SCALE:g} to "
+                        f"{MAX_SCALE:g}")
         return value
 
     def read_channels(field, is_scale=False):
         try:
             values = torch.tensor(getattr(config, field)).flatten().tolist()
         except (TypeError, ValueError, RuntimeError):
-            raise error(f"{field} is no list of numbers") from None
+            raise error(f"{field} is not a list of numbers") from None
         if len(values) != config.latent_channels:
             raise error(f"{field} has {len(values)} numbers for {config.latent_channels} channels")
         return [check(field, value, is_scale) for value in values]

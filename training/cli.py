@@ -66,7 +66,7 @@ def _add_optimization_flags(add):
     add("--ema-decay", type=cli.decay, nargs="+", default=[0.9999], metavar="DECAY",
         help="decay of the weights' moving average; several: the first is sampled from, all are saved")
     add("--ema-warmup", action="store_true",
-        help="let the average follow fast at the start: decay min(DECAY, (1 + step) / (10 + step))")
+        help="warm-up of the averages: decay min(DECAY, (1 + step) / (10 + step))")
     add("--grad-accum-steps", type=cli.positive_int, default=1, help="microbatches per step")
     add("--max-grad-norm", type=cli.positive_float, help="norm to clip the gradient to")
     add("--schedule-sampler", choices=["uniform", "loss-second-moment"], default="uniform",
