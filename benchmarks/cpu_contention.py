@@ -14,9 +14,10 @@ from benchmarks.timing import run_benchmark
 # Environment of each row. A thread spins GOMP_SPINCOUNT times before it sleeps; PASSIVE: not at all.
 SETTINGS = {
     "the default of OpenMP": {},
-    "GOMP_SPINCOUNT=100000": dict(GOMP_SPINCOUNT="100000"),
     "GOMP_SPINCOUNT=10000": dict(GOMP_SPINCOUNT="10000"),
     "GOMP_SPINCOUNT=1000": dict(GOMP_SPINCOUNT="1000"),
+    "GOMP_SPINCOUNT=300": dict(GOMP_SPINCOUNT="300"),
+    "GOMP_SPINCOUNT=100": dict(GOMP_SPINCOUNT="100"),
     "OMP_WAIT_POLICY=PASSIVE": dict(OMP_WAIT_POLICY="PASSIVE"),
     "OMP_NUM_THREADS=1": dict(OMP_NUM_THREADS="1"),
 }

@@ -9,7 +9,7 @@ import sys
 # OpenMP reads this once, when torch is imported. By default a thread spins so long for one whose core another
 # program uses that training is many times slower (docs/performance.md).
 if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "OMP_NUM_THREADS"} & os.environ.keys():
-    os.environ["GOMP_SPINCOUNT"] = "1000"
+    os.environ["GOMP_SPINCOUNT"] = "300"
 
 
 def report_import_error(error_type, error, traceback):
