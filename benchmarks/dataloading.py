@@ -125,7 +125,7 @@ def write_random_cache(folder, count):
     autoencoder = SimpleNamespace(latent_scaling=scaling, channels=4, stride=8, name="none", encoder_sha256="none")
     writer = LatentCacheWriter(folder, new_manifest(images, "random", autoencoder, 256, True, "fp16", "fp32"))
     writer.prepare(images)
-    block = torch.randn(1024, 2, 8, 32, 32)
+    block = torch.randn(min(1024, count), 2, 8, 32, 32)
     for start in range(0, count, len(block)):
         writer.write(start, block, [False] * len(block))
     writer.finish(images, {name: sha256_file(os.path.join(folder, name)) for name in writer.file_names()})

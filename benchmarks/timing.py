@@ -70,28 +70,50 @@ def compare(builders, device, warm_up, count, calls):
         the first, and on a GPU memory_gb, its peak; or out_of_memory.
     """
     if torch.device(device).type == "cuda":
-        rows = {name: _time_on_gpu(build, warm_up, count, calls) for name, build in builders.items()}
+        rows = {name: _time_or_out_of_memory(build, warm_up, count, calls) for name, build in builders.items()}
     else:
         rows = _time_in_turns(builders, warm_up, count, calls)
     baseline = next(iter(rows.values())).get("times")
     for row in rows.values():
         if times := row.pop("times", None):
-            row |= dict(seconds=statistics.median(times), lowest=min(times), highest=max(times))
+            row |= summarize_times(times)
             if baseline:
                 row["times_as_fast"] = statistics.median(base / here for base, here in zip(baseline, times))
     return rows
 
 
-def _time_on_gpu(build, warm_up, count, calls):
-    torch.cuda.reset_peak_memory_stats()
-    try:
-        function = build()
-        row = dict(warm_up_seconds=_time_window(function, warm_up) * warm_up)
-        row["times"] = [_time_window(function, calls) for _ in range(count)]
+def time_alone(build, warm_up, count, calls):
+    """Time one function; on a GPU with the peak of memory.
+
+    Args:
+        build (callable): () -> the function to time.
+        warm_up (int): Calls before the first window.
+        count (int): Number of windows.
+        calls (int): Calls in each window.
+
+    Returns:
+        dict: warm_up_seconds, times (seconds per call of each window), and on a GPU memory_gb.
+    """
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    function = build()
+    row = dict(warm_up_seconds=_time_window(function, warm_up) * warm_up)
+    row["times"] = [_time_window(function, calls) for _ in range(count)]
+    if torch.cuda.is_available():
         row["memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
+    return row
+
+
+def summarize_times(times):
+    """Return the median of windows, and the `lowest` and `highest`."""
+    return dict(seconds=statistics.median(times), lowest=min(times), highest=max(times))
+
+
+def _time_or_out_of_memory(build, warm_up, count, calls):
+    try:
+        row = time_alone(build, warm_up, count, calls)
     except torch.OutOfMemoryError:
         row = dict(out_of_memory=True)
-    function = build = None
     torch._dynamo.reset()
     gc.collect()
     torch.cuda.empty_cache()
