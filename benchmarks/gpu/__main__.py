@@ -1,8 +1,9 @@
 """Measure everything that needs a GPU, within a time limit; the same command continues.
 
-python -m benchmarks.gpu --minutes 9 --output docs/measurements/gpu
-python -m benchmarks.gpu --device cpu --minutes 5 --output /tmp/tiny      # every row at a tiny size, without a GPU
-python -m benchmarks.gpu.tables                                           # write the results into the documents
+    python -m benchmarks.gpu --minutes 9 --output docs/measurements/gpu
+    python -m benchmarks.gpu --device cpu --output /tmp/tiny      # every row at a tiny size, without a GPU
+
+`python -m benchmarks.gpu.tables` writes the results into the documents.
 """
 import common.startup  # noqa: F401
 

@@ -12,6 +12,7 @@ from benchmarks.timing import wait_and_read_clock
 
 # The first pattern that a kernel's name has decides. On a CPU the names are torch's operators.
 CLASSES = {
+    "communication": r"nccl",
     "attention": r"flash|fmha|sdpa|attention|cudnn_generated_fort|_softmax",
     "matrix products": r"gemm|nvjet|cublas|cutlass|xmma|wgmma|splitk|::mm|addmm|::bmm|convolution|conv2d|mkldnn",
     "optimizer and EMA": r"multi_tensor|fused_adam|foreach|lerp|adamw",

@@ -18,12 +18,13 @@ from evaluation.records import read_record, write_record
 
 RESULTS = "results.json"
 MIN_LIMIT = 120  # seconds that every row may take, however short its estimate
+START_LIMIT = 120  # seconds in which a worker process must start
 # Status of a row whose time ran out or whose process ended; a failed row has one of these or of `execute`.
 TIMED_OUT, CRASHED = "timed out", "crashed"
 
 
 class ResultStore:
-    """The results of a folder: {name of a row: dict(part, settings, status, duration, made, ...)}, written after every row."""
+    """The results of a folder, {name of a row: dict(part, settings, status, ...)}, written after every row."""
 
     def __init__(self, folder):
         self.path = os.path.join(folder, RESULTS)
@@ -95,7 +96,7 @@ class Worker:
     """A process that runs rows, replaced when it ends or is stopped."""
 
     def __init__(self, scale):
-        self.scale, self.process, self.environment = scale, None, {}
+        self.scale, self.process, self.exit_code, self.environment = scale, None, 0, {}
 
     def run(self, row, limit, should_stop):
         """Return the result of a row, or None if `should_stop()` became true before it.
@@ -105,10 +106,10 @@ class Worker:
             limit (float): Seconds after which it is given up.
             should_stop (callable): () -> bool, called several times a second.
         """
-        end = time.monotonic() + limit
         try:
             if self.process is None:
                 self._start()
+            end = time.monotonic() + limit
             self.connection.send(row)
             while not self.connection.poll(0.2):
                 if should_stop():
@@ -119,14 +120,15 @@ class Worker:
                     return dict(status=TIMED_OUT, reason=f"no result after {limit:.0f} s", duration=round(limit, 1))
             result = self.connection.recv()
         except (EOFError, OSError):
-            self.process.join()
-            code = self.process.exitcode
+            self.process.join(timeout=10)
             self.kill()
-            reason = signal.Signals(-code).name if code < 0 else f"exit status {code}"
-            return dict(status=CRASHED, reason=f"its process ended: {reason}")
+            return dict(status=CRASHED, reason=f"its process ended: {self._describe_exit()}")
         if self.scale.is_cuda and result["status"] == "error":  # after some errors a CUDA context is of no use
             self.kill()
         return result
+
+    def _describe_exit(self):
+        return signal.Signals(-self.exit_code).name if self.exit_code < 0 else f"exit status {self.exit_code}"
 
     def _start(self):
         context = multiprocessing.get_context("spawn")
@@ -134,6 +136,8 @@ class Worker:
         self.process = context.Process(target=serve, args=(other, self.scale))
         self.process.start()
         other.close()
+        if not self.connection.poll(START_LIMIT):
+            raise EOFError
         self.environment = self.connection.recv()
 
     def close(self):
@@ -149,7 +153,7 @@ class Worker:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.process.pid, signal.SIGKILL)
             self.process.join()
-            self.process = None
+            self.process, self.exit_code = None, self.process.exitcode
 
 
 def run_rows(rows, scale, folder, minutes, should_stop=lambda: False, retry_failed=False, log=print):
