@@ -94,7 +94,7 @@ def prepare(flags, explicit_args, device):
     run_dir, resumed, warnings = distributed.run_on_rank0_and_broadcast(
         lambda: open_run_dir(flags.results_dir, flags.model, flags.resume))
     model.checkpointed = flags.grad_checkpointing
-    compute.prepare(model, by_block=distributed.world_size() > 1)  # after the EMA was copied from it
+    compute.prepare(model)  # after the EMA was copied from it
     guard = NonFiniteGuard(flags.max_bad_steps, flags.max_loss_spike)
     args = vars(flags) | dict(vae=autoencoder.name, image_size=dataset.image_size, flip=flip,
                               ema_decay=flags.ema_decay if len(emas) > 1 else flags.ema_decay[0])

@@ -49,10 +49,10 @@ class PublishedStep:
 class OurStep:
     """A training step of train.py on one rank; losses stay on the device, as with `MetricLogger`."""
 
-    def __init__(self, model, device, batch, compute=DEFAULT_COMPUTE, fused=False, by_block=False):
+    def __init__(self, model, device, batch, compute=DEFAULT_COMPUTE, fused=False):
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0, fused=fused or None)
         ema = EMA(model, 0.9999)
-        compute.prepare(model, by_block)
+        compute.prepare(model)
         diffusion = create_diffusion("")
         self.train_step = TrainStep(
             model, model, IdentityAutoencoder(model.in_channels), diffusion, UniformSampler(diffusion), optimizer,

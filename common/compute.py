@@ -6,7 +6,6 @@ import os
 from dataclasses import dataclass
 
 import torch
-from timm.layers import Attention
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -25,7 +24,7 @@ class ComputeConfig:
     Attributes:
         precision (str): "fp32"; "tf32": float32 with TF32 matrix products on GPUs that have them, as published; or
             "bf16": the network by autocast, with weights, timestep embedding and output in float32.
-        compile (bool): Compile the network with torch.compile.
+        compile (bool): Compile the blocks with torch.compile.
         attention (str): "auto"; a kernel of torch: "flash", "cudnn" or "efficient"; or "math": two matrix products
             and a softmax, which a compiler can fuse.
         cuda_graphs (bool): Launch all kernels of a pass at once, as recorded by the compiler: for models so small
@@ -37,19 +36,19 @@ class ComputeConfig:
     attention: str = "auto"
     cuda_graphs: bool = False
 
-    def prepare(self, model, by_block=False):
+    def prepare(self, model):
         """Prepare a DiT in place, keeping the names of its weights. Compilation happens at its first call.
 
-        With `by_block` each block is compiled separately, so that DDP can send the gradients of one block while those
-        of the next are computed.
+        A block is compiled once, for all blocks: a deep network compiles as fast as a shallow one, and DDP sends the
+        gradients of one block while those of the next are computed. CUDA graphs need the network in one piece.
         """
-        if self.attention == "math":  # of self-attention only: cross-attention to two embeddings is cheap
+        if self.attention == "math":
             for module in model.modules():
-                if isinstance(module, Attention):
+                if hasattr(module, "fused_attn"):  # timm's self-attention, our cross-attention
                     module.fused_attn = False
         if self.compile:
-            torch._dynamo.config.optimize_ddp = not by_block  # it would cut the blocks again, into buckets of 25 MB
-            for module in model.blocks if by_block else [model]:
+            torch._dynamo.config.optimize_ddp = False  # it would cut the blocks again, into buckets of 25 MB
+            for module in [model] if self.cuda_graphs else model.blocks:
                 module.compile(dynamic=False, options=self._compiler_options())
         if self != DEFAULT_COMPUTE and next(model.parameters()).device.type == "cpu":
             retain_freed_memory()
@@ -108,6 +107,13 @@ def fastest_config(device):
     # On CPUs the backward pass of the flash kernel takes five times as long as the products (docs/performance.md).
     return ComputeConfig("bf16" if has_bf16 else "tf32", compile=True,
                          attention="math" if device_type == "cpu" else "auto")
+
+
+def share_weights(model):
+    """Return a copy of a DiT that shares its weights, but whose blocks are compiled independently."""
+    shared = copy.copy(model)
+    shared._modules = dict(model._modules) | dict(blocks=nn.ModuleList(copy.copy(block) for block in model.blocks))
+    return shared
 
 
 def local_device_type():

@@ -10,7 +10,12 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, InitProcessGroupKwargs, broadcast_object_list
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    DistributedType,
+    InitProcessGroupKwargs,
+    broadcast_object_list,
+)
 
 from common.errors import UserError
 
@@ -40,8 +45,10 @@ def init(tf32=True, timeout=DEFAULT_TIMEOUT):
     # Without cpu=True, accelerate forms no process group when ranks have no GPU.
     cpu = kind == "cpu" or (several and kind == "mps")
     # A saved `accelerate config` must not change what is computed: precision and compilation are set here.
-    _accelerator = Accelerator(cpu=cpu, mixed_precision="no", dynamo_backend="no",
-                               kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(minutes=timeout))])
+    # Gradients are views of what DDP sends: no second copy of them.
+    handlers = [InitProcessGroupKwargs(timeout=timedelta(minutes=timeout)),
+                DistributedDataParallelKwargs(gradient_as_bucket_view=True)]
+    _accelerator = Accelerator(cpu=cpu, mixed_precision="no", dynamo_backend="no", kwargs_handlers=handlers)
     supported = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.MULTI_XPU)
     if _accelerator.distributed_type not in supported:
         raise UserError(f"accelerate is configured for {_accelerator.distributed_type.value}, which this code does not "

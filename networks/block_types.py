@@ -93,11 +93,11 @@ class CrossAttentionConditioning(AdaLNConditioning):
 
 
 class CrossAttention(nn.Module):
-    """Multi-head attention of tokens to another sequence."""
+    """Multi-head attention of tokens to another sequence; `fused_attn` as of timm's `Attention`."""
 
     def __init__(self, hidden_size, num_heads):
         super().__init__()
-        self.num_heads = num_heads
+        self.num_heads, self.fused_attn = num_heads, True
         self.q = nn.Linear(hidden_size, hidden_size)
         self.kv = nn.Linear(hidden_size, 2 * hidden_size)
         self.proj = nn.Linear(hidden_size, hidden_size)
@@ -106,7 +106,10 @@ class CrossAttention(nn.Module):
         """Attend from tokens x (N, T, D) to the sequence c (N, S, D): (N, T, D)."""
         q, k, v = (part.unflatten(2, (self.num_heads, -1)).transpose(1, 2)  # (N, heads, T or S, D / heads)
                    for part in (self.q(x), *self.kv(c).chunk(2, dim=2)))
-        x = nn.functional.scaled_dot_product_attention(q, k, v)
+        if self.fused_attn:
+            x = nn.functional.scaled_dot_product_attention(q, k, v)
+        else:
+            x = (q * q.shape[-1]**-0.5 @ k.transpose(2, 3)).softmax(dim=-1) @ v
         return self.proj(x.transpose(1, 2).flatten(2))
 
 

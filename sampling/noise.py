@@ -1,4 +1,4 @@
-"""Noise of a sampling run: the initial latents and the noise of each step."""
+"""Noise of a sampling run: the initial latents and the noise of each step, which is overwritten by the next."""
 import torch
 
 from common.seeding import SAMPLE_NOISE, seeded_generator
@@ -13,7 +13,7 @@ class GlobalRNG:
 
     def __init__(self, seed, device):
         torch.manual_seed(seed)
-        self.device = device
+        self.device, self.buffer = device, torch.empty(0, device=device)
 
     def initial(self, shape):
         """Draw x_T, of shape (N, C, H, W)."""
@@ -21,7 +21,9 @@ class GlobalRNG:
 
     def step(self, x):
         """Draw the noise of one step, of the shape of `x`."""
-        return torch.randn(2 * len(x), *x.shape[1:], device=x.device)[: len(x)]
+        if self.buffer.shape != (2 * len(x), *x.shape[1:]):
+            self.buffer = torch.empty(2 * len(x), *x.shape[1:], device=self.device)
+        return self.buffer.normal_()[: len(x)]
 
 
 class PerSampleRNG:
@@ -32,16 +34,20 @@ class PerSampleRNG:
 
     def __init__(self, seed, indices, device, stream=SAMPLE_NOISE):
         self.generators = [seeded_generator(seed, stream, int(i), device=device) for i in indices]
-        self.device = device
+        self.device, self.buffer = device, torch.empty(0, device=device)
 
     def initial(self, shape):
         """Draw x_T, of shape (N, C, H, W)."""
         # Not `empty_like`: a tensor in channels-last memory would be filled in another order.
-        noise = torch.empty(shape, device=self.device)
-        for row, generator in zip(noise, self.generators):
-            row.normal_(generator=generator)
-        return noise
+        return self._fill(torch.empty(shape, device=self.device))
 
     def step(self, x):
         """Draw the noise of one step, of the shape of `x`."""
-        return self.initial(x.shape)
+        if self.buffer.shape != x.shape:
+            self.buffer = torch.empty(x.shape, device=self.device)
+        return self._fill(self.buffer)
+
+    def _fill(self, noise):
+        for row, generator in zip(noise, self.generators):
+            row.normal_(generator=generator)
+        return noise

@@ -1,11 +1,10 @@
 """From conditions and noise to images: the one sampling loop of the project, with classifier-free guidance."""
-import copy
 from dataclasses import dataclass
 
 import torch
 
 from autoencoder.vae import VAE, IdentityAutoencoder
-from common.compute import DEFAULT_COMPUTE, Bf16InferenceModel, ComputeConfig
+from common.compute import DEFAULT_COMPUTE, Bf16InferenceModel, ComputeConfig, share_weights
 from common.errors import ArgumentError, UserError
 from diffusion import GaussianDiffusion, create_diffusion
 from models import default_cfg_channels
@@ -83,7 +82,7 @@ class SamplingPipeline:
         if self.compute.precision == "bf16" and self.model.device.type != "meta":
             self.network = Bf16InferenceModel(self.model, self.compute)
         else:
-            network = copy.copy(self.model)  # shares the weights, but is compiled independently
+            network = share_weights(self.model)
             self.compute.prepare(network)
             self.network = lambda: network
 

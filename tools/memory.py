@@ -41,15 +41,15 @@ class MemoryEstimate:
     def persistent(self, world_size=1, fsdp=False):
         """Return {part: bytes} on each device, without activations.
 
-        "exchange" is what several devices need. DDP: its buckets, a second copy of the gradients. FSDP, which shards
-        everything else: what is gathered at a time, about the weights outside the blocks, the weights of the current
-        and the next block, the gradients of the current and the previous one.
+        "exchange" is what several devices need in addition. DDP: nothing, since gradients are views of its buckets.
+        FSDP, which shards everything else: what is gathered at a time, about the weights outside the blocks, the
+        weights of the current and the next block, the gradients of the current and the previous one.
         """
         shards = world_size if fsdp else 1
         parts = dict(weights=self.weights, gradients=self.gradients, optimizer=self.optimizer, ema=self.ema)
         parts = {name: size // shards for name, size in parts.items()}
         gathered = self.outside_blocks + 2 * self.block // (2 if self.gathers_bf16 else 1) + 2 * self.block
-        parts["exchange"] = 0 if world_size == 1 else gathered if fsdp else self.gradients
+        parts["exchange"] = gathered if fsdp and world_size > 1 else 0
         return parts
 
     def activations(self, batch, fsdp=False):
@@ -75,11 +75,13 @@ class MemoryEstimate:
 
     def _total_lines(self, world_size, fsdp):
         """Return all bytes over a step: what does not depend on the batch, and what each image takes."""
-        shards = world_size if fsdp else 1
-        persistent = sum(size for name, size in self.persistent(world_size, fsdp).items() if name != "gradients")
-        backward = self._fixed_activations(fsdp) + self.backward.gradients // shards
+        shards, parts = world_size if fsdp else 1, self.persistent(world_size, fsdp)
+        # DDP allocates its buckets, of which gradients are views, before the first step.
+        has_buckets = world_size > 1 and not fsdp
+        persistent = sum(size for name, size in parts.items() if name != "gradients" or has_buckets)
+        backward = self._fixed_activations(fsdp) + (0 if has_buckets else self.backward.gradients // shards)
         # The optimizer's temporaries are of the size of what it updates.
-        update = (self.update.fixed + self.update.gradients) // shards
+        update = (self.update.fixed + (0 if has_buckets else self.update.gradients)) // shards
         return (persistent + np.concatenate([backward, update]),
                 np.concatenate([self.backward.per_image, self.update.per_image]))
 

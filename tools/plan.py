@@ -160,8 +160,8 @@ def format_plan(plans, flags, gpu, microbatch):
     (plan,) = plans
     row, cache = plan["memory"][0], plan["latent_cache"]
     parts = dict(weights=row["weights"], gradients=row["gradients"], moments=row["optimizer"], EMA=row["ema"])
-    if flags.gpus > 1:
-        parts["FSDP: gathered at a time" if flags.fsdp else "DDP buckets"] = row["exchange"]
+    if flags.fsdp:
+        parts["FSDP: gathered at a time"] = row["exchange"]
     yield (f"{plan['model']} at {flags.image_size} pixels: latents {'x'.join(map(str, plan['latents']))}, "
            f"{plan['tokens']:,} tokens, {plan['parameters']:,} parameters, {plan['gflops']:.2f} Gflops (multiply-adds "
            "per image)\n")

@@ -60,6 +60,7 @@ class EMA:
         averages = [to_local(average) for average, new in pairs if new.requires_grad]
         weights = [to_local(new.detach()) for _, new in pairs if new.requires_grad]
         rate = 1 - (min(self.decay, (1 + step) / (10 + step)) if self.warmup else self.decay)
+        # With a factor on the device this is one kernel per weight: for one call torch wants factors of their shapes.
         torch._foreach_lerp_(averages, weights, rate if weight is None else [weight * rate] * len(averages))
         fixed = [(average, new) for average, new in pairs if not new.requires_grad]
         for average, new in (*fixed, *zip(self.model.buffers(), model.buffers())):

@@ -53,23 +53,23 @@ def _training():
     plain = dict(base="plain", fused=False)
     return _rows("training", "training:measure_throughput", {
         "XL/2 published recipe, TF32, batch 128": (35, dict(batch=128, base="published")),
-        "XL/2 --fast, batch 128": (100, dict(batch=128)),
-        "XL/2 --fast, batch 256": (100, dict(batch=256)),
-        "XL/2 --fast, batch 64": (90, dict(batch=64)),
-        "XL/2 --fast, batch 32": (85, dict(batch=32)),
+        "XL/2 --fast, batch 128": (60, dict(batch=128)),
+        "XL/2 --fast, batch 256": (60, dict(batch=256)),
+        "XL/2 --fast, batch 64": (50, dict(batch=64)),
+        "XL/2 --fast, batch 32": (45, dict(batch=32)),
         "XL/2 no flags, batch 128": (35, dict(batch=128, **plain)),
         "XL/2 + --precision bf16, batch 128": (20, dict(batch=128, precision="bf16", **plain)),
-        "XL/2 + --compile, batch 128": (100, dict(batch=128, precision="bf16", compile=True, **plain)),
+        "XL/2 + --compile, batch 128": (60, dict(batch=128, precision="bf16", compile=True, **plain)),
         "XL/2 published recipe, TF32, batch 64": (30, dict(batch=64, base="published")),
         "B/2 published recipe, TF32, batch 256": (20, dict(model="DiT-B/2", base="published")),
-        "B/2 --fast, batch 256": (60, dict(model="DiT-B/2")),
+        "B/2 --fast, batch 256": (40, dict(model="DiT-B/2")),
         "S/2 published recipe, TF32, batch 256": (15, dict(model="DiT-S/2", base="published")),
-        "S/2 --fast, batch 256": (50, dict(model="DiT-S/2"))})
+        "S/2 --fast, batch 256": (35, dict(model="DiT-S/2"))})
 
 
 def _profile():
     return (_rows("profile", "profile:profile_training", {
-        "a training step of XL/2 --fast, batch 128": (90, dict(model=XL, batch=128)),
+        "a training step of XL/2 --fast, batch 128": (60, dict(model=XL, batch=128)),
         "a training step of S/2 --fast, batch 256": (50, dict(model="DiT-S/2"))})
         + _rows("profile", "profile:profile_sampling", {
             "a sampling step of XL/2 --fast, batch 32": (60, dict(model=XL, batch=32))}))
@@ -79,7 +79,7 @@ def _sampling():
     rows = {
         "published loop, TF32, 250 steps": (50, dict(base="published", measured_steps="10")),
         "--fast, 250 steps": (60, dict(measured_steps="50")),
-        "--fast --cuda-graphs, 250 steps": (60, dict(measured_steps="50", cuda_graphs=True)),
+        "--fast --cuda-graphs, 250 steps": (120, dict(measured_steps="50", cuda_graphs=True)),
         "no flags, 250 steps": (40, dict(base="plain", measured_steps="10")),
         "--fast, 250 steps in full": (120, {}),
         "--fast, ddim50": (60, dict(steps="ddim50")),
@@ -90,12 +90,13 @@ def _sampling():
 
 
 def _options():
-    modes = {"reduce-overhead": {"triton.cudagraphs": True}, "max-autotune": dict(max_autotune=True)}
+    modes = {"max-autotune": dict(max_autotune=True)}
     changes = {f"--attention {name}": dict(attention=name) for name in ("flash", "cudnn", "efficient", "math")}
+    changes |= {"--cuda-graphs": dict(cuda_graphs=True)}  # torch.compile's mode reduce-overhead
     changes |= {f"compile mode {name}": dict(inductor=options) for name, options in modes.items()}
-    changes |= {"compile per block": dict(by_block=True), "foreach AdamW": dict(fused=False)}
+    changes |= {"the whole network in one graph": dict(whole=True), "foreach AdamW": dict(fused=False)}
     changes |= {f"--grad-checkpointing {share}": dict(checkpointed=share) for share in (0.25, 0.5, 1.0)}
-    rows = {f"XL/2 --fast, batch 128, {name}": (240 if "autotune" in name else 100, dict(batch=128, **options))
+    rows = {f"XL/2 --fast, batch 128, {name}": (240 if "autotune" in name else 120 if "whole" in name or "reduce" in name else 60, dict(batch=128, **options))
             for name, options in changes.items()}
     return (_rows("options", "training:measure_throughput", rows)
             + _rows("options", "training:measure_optimizer", {

@@ -35,7 +35,7 @@ def choose_compute(scale, base, changes):
     return config
 
 
-def build_step(scale, model, batch, base=FAST, fused=True, by_block=False, checkpointed=0.0, **changes):
+def build_step(scale, model, batch, base=FAST, fused=True, whole=False, checkpointed=0.0, **changes):
     """Return a training step on random latents, () -> None, and the network.
 
     Args:
@@ -44,7 +44,7 @@ def build_step(scale, model, batch, base=FAST, fused=True, by_block=False, check
         batch (int): Images per step, after `Scale.batch`.
         base (str): "published": the baseline; "plain": train.py without flags; "fast": train.py --fast.
         fused (bool): Fused AdamW.
-        by_block (bool): Compile each block separately.
+        whole (bool): Compile the whole network in one graph, instead of a block for all.
         checkpointed (float): Share of the blocks that recompute their activations.
         **changes: Fields of `ComputeConfig`.
     """
@@ -54,7 +54,9 @@ def build_step(scale, model, batch, base=FAST, fused=True, by_block=False, check
         step = PublishedStep(network, scale.device)
     else:
         compute = choose_compute(scale, base, changes)
-        step = OurStep(network, scale.device, batch, compute, fused, by_block)
+        step = OurStep(network, scale.device, batch, replace(compute, compile=False) if whole else compute, fused)
+        if whole and compute.compile:
+            network.compile(dynamic=False)
     images = torch.randn(batch, *network.sample_shape, device=scale.device)
     labels = torch.randint(0, 1000, (batch,), device=scale.device)
     return (lambda: step(images, labels)), network, step

@@ -47,7 +47,7 @@ def test_uint8_images_have_channels_last_and_three_of_them():
 
 def draws(noise, n, steps=3):
     x = noise.initial((n, 2, 3, 3))
-    return torch.stack([x, *(noise.step(x) for _ in range(steps))])
+    return torch.stack([x, *(noise.step(x).clone() for _ in range(steps))])
 
 
 def test_noise_of_a_sample_does_not_depend_on_its_batch():
