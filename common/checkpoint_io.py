@@ -85,7 +85,9 @@ def _read_file(path):
             return load_file(path)
         with torch.serialization.safe_globals([argparse.Namespace]):
             # Memory-mapped: of the 10 GB of a DiT-XL/2's training state, sampling reads only the EMA.
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        is_wrapped = isinstance(content, (list, tuple)) and len(content) == 1 and isinstance(content[0], dict)
+        return content[0] if is_wrapped else content
     except pickle.UnpicklingError as error:
         types = _refused_types(path, error)
         if not types:

@@ -54,10 +54,10 @@ def select_weights(checkpoint, path, weights=None, log=None):
     Returns:
         tuple[dict[str, Tensor], str]: State dictionary without what wrappers add, and "ema", "model" or "bare".
     """
-    sets = find_weights(checkpoint)
+    sets = _list_sets(checkpoint)
     if not sets:
         raise UserError(f"{path} holds no weights of a DiT: {_describe(checkpoint)}")
-    kinds = [kind for kind, _ in sets]
+    kinds = [kind for kind, *_ in sets]
     kind = weights or next(kind for kind in ("ema", "model", "bare") if kind in kinds)
     if kind not in kinds:
         stored = " and ".join(dict.fromkeys(f"{kind!r}" for kind in kinds)).replace("'bare'", "bare weights")
@@ -66,20 +66,32 @@ def select_weights(checkpoint, path, weights=None, log=None):
     if log and weights is None and kind != "ema" and isinstance(average, (dict, list)) and average:
         log(f"WARNING: {path}: 'ema' is in a layout that is not read ({_describe(average)}); the weights of {kind!r} "
             "are taken")
-    return next(state_dict for found, state_dict in sets if found == kind), kind
+    (prefix, state_dict), *others = [(prefix, state_dict) for found, prefix, state_dict in sets if found == kind]
+    if log and others:
+        names = shorten(repr(other.rstrip(".")) for other, _ in others)
+        log(f"WARNING: {path} holds several models: the weights of {prefix.rstrip('.')!r} are taken, not of {names}")
+    return state_dict, kind
 
 
 def find_weights(checkpoint):
     """List the sets of weights in a file as (kind, state dictionary), kind being "ema", "model" or "bare"."""
+    return [(kind, weights) for kind, _, weights in _list_sets(checkpoint)]
+
+
+def _list_sets(checkpoint):
+    """List the sets of weights in a file as (kind, prefix of their names, state dictionary)."""
     if not isinstance(checkpoint, dict):
         return []
     found = sorted(_find_by_anchor(checkpoint).items(), key=lambda pair: _rank(pair[0]))
     is_bare = len(found) == 1 and any(map(torch.is_tensor, checkpoint.values()))
-    sets = [("ema" if _is_average(prefix) else "bare" if is_bare else "model", weights) for prefix, weights in found]
+    sets = [("ema" if _is_average(prefix) else "bare" if is_bare else "model", prefix, weights)
+            for prefix, weights in found]
     if not sets:
-        return _find_by_key(checkpoint)
-    if "ema" not in dict(sets) and (average := _read_shadow_params(checkpoint, sets[0][1])):
-        sets.append(("ema", average))
+        return [(kind, "", weights) for kind, weights in _find_by_key(checkpoint)]
+    if all(kind != "ema" for kind, *_ in sets):
+        model = sets[0][2]
+        average = _read_shadow_params(checkpoint, model) or _read_dotless(checkpoint, model)
+        sets += [("ema", "", average)] if average else []
     return sets
 
 
@@ -144,6 +156,22 @@ def _read_shadow_params(checkpoint, model):
                 torch.is_tensor(value) and value.shape == model[name].shape for name, value in zip(names, values)):
             return {name: model[name] for name in FIXED_WEIGHTS & model.keys()} | dict(zip(names, values))
     return None
+
+
+def _read_dotless(checkpoint, model):
+    """Return an average whose names have no dots, as latent diffusion's LitEma writes them; None if there is none.
+
+    It holds the trained weights of a module around the model: "model_ema.diffusion_modelblocks0attnqkvweight".
+    """
+    tensors = dict(_flatten(checkpoint))
+    anchor = ANCHOR.replace(".", "")
+    prefix = next((name[:-len(anchor)] for name in tensors if name.endswith(anchor)), None)
+    if prefix is None:
+        return None
+    average = {name: tensors.get(prefix + name.replace(".", "")) for name in model}
+    average |= {name: model[name] for name in FIXED_WEIGHTS & model.keys() if average[name] is None}
+    fits = all(value is not None and value.shape == model[name].shape for name, value in average.items())
+    return average if fits else None
 
 
 def _describe(value):

@@ -79,12 +79,18 @@ class ModelResolver:
     def _choose_heads(self):
         """Return the number of heads, which no weight tells: as stored, or that of the paper's model of this width."""
         heads = {width: num_heads for _, width, _, _, num_heads in self._named_sizes()}
-        stored = self.config.get("num_heads") or self.metadata.num_heads or heads.get(self.config["hidden_size"])
-        if stored is None:
+        width = self.config["hidden_size"]
+        stored = self.config.get("num_heads") or self.metadata.num_heads
+        if stored and width % stored == 0:
+            return stored
+        if width not in heads:
+            problem = f"is {stored}, which does not divide it" if stored else "is not stored"
             raise UserError(f"the weights in {self.path} do not fit this model: no model of the paper has their width "
-                            f"{self.config['hidden_size']}, and the number of attention heads is not stored. "
-                            "Store it in the file, as args={'num_heads': ...}")
-        return stored
+                            f"{width}, and the number of attention heads {problem}. Store it in the file, as "
+                            "args={'num_heads': ...}")
+        if stored:
+            self._correct("num_heads", stored, heads[width])
+        return heads[width]
 
     def _choose_classes(self):
         """Return the number of classes, and set whether there is a null class: the table has one more row for it."""

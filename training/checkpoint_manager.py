@@ -108,7 +108,7 @@ class CheckpointManager:
                     raise UserError(f"its {name} holds values that are not finite. Resume an earlier checkpoint")
             for name, part in self.stateful.items():
                 if stored.get(name):
-                    part.load_state_dict(stored[name])
+                    _restore_part(part, stored[name], name)
             return step
         except ArgumentError:
             raise
@@ -165,6 +165,16 @@ def _to_host(value, copy, keep):
     if isinstance(value, (list, tuple)):
         return type(value)(_to_host(part, copy, keep) for part in value)
     return value
+
+
+def _restore_part(part, state, name):
+    try:
+        part.load_state_dict(state)
+    except UserError:
+        raise
+    except Exception as error:  # a state of another type or layout causes errors of many types
+        raise UserError(f"its {name} ({type(state).__name__}) is not what this code writes "
+                        f"({type(error).__name__}). Resume a checkpoint of train.py, or start a new run") from error
 
 
 def _step_in_name(path):

@@ -90,7 +90,9 @@ def find_checkpoint_to_resume(resume, results_dir, model_name, warn):
     if os.path.isdir(resume):
         path = latest_valid_checkpoint(resume, warn)
         if path is None:
-            raise ArgumentError("this folder holds no checkpoints/NNNNNNN.pt", resume=resume)
+            run_dirs = [run_dir for run_dir in list_run_dirs(resume) if latest_checkpoint(run_dir)]
+            hint = f". It is a folder of {len(run_dirs)} runs; the latest is {run_dirs[-1]}" if run_dirs else ""
+            raise ArgumentError(f"this folder holds no checkpoints/NNNNNNN.pt{hint}", resume=resume)
         return path
     if not os.path.isfile(resume):
         raise ArgumentError("there is no such checkpoint; pass a file, a run's folder, or auto", resume=resume)

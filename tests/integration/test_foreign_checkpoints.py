@@ -93,6 +93,8 @@ def test_unknown_heads_are_an_error_and_stored_ones_are_taken(save):
     with pytest.raises(UserError, match="heads"):
         load(save(weights))
     assert load(save(dict(model=weights, args=dict(num_heads=2)))).model.num_heads == 2
+    with pytest.raises(UserError, match="heads is 3"):
+        load(save(dict(model=weights, args=dict(num_heads=3))))
 
 
 def test_a_missing_table_of_positions_is_computed(save):

@@ -68,6 +68,11 @@ PHASES = {
 }
 
 
+def test_folder_of_runs_is_no_run_and_the_latest_is_named(run_error, copied_run):
+    err = run_error("train", *DIGITS, "--max-steps", 8, "--results-dir", copied_run, "--resume", copied_run)
+    assert str(folder_of(copied_run)) in err and "--resume" in err
+
+
 @pytest.mark.parametrize("mode", [[], ["--async-save"]], ids=["foreground", "background"])
 @pytest.mark.parametrize("phase", PHASES)
 def test_kill_in_each_phase_of_writing_leaves_a_valid_checkpoint(children, undisturbed, tmp_path, phase, mode):
@@ -129,8 +134,9 @@ def test_damaged_checkpoint_that_is_named_is_an_error(run_error, copied_run):
     assert f"{path} is damaged" in err
 
 
-@pytest.mark.parametrize("change", [lambda state: 5, lambda state: state | dict(opt=state["opt"] | dict(state={}))],
-                         ids=["a number", "no moments"])
+@pytest.mark.parametrize("change", [lambda state: 5, lambda state: state | dict(opt=state["opt"] | dict(state={})),
+                                    lambda state: state | dict(opt=[1]), lambda state: state | dict(guard="x")],
+                         ids=["a number", "no moments", "moments in a list", "guard is text"])
 def test_checkpoint_that_is_not_a_training_state_is_an_error(run_error, copied_run, change):
     path = checkpoint_path(copied_run, 6)
     save_checkpoint(str(path), change(load_checkpoint(str(path))))

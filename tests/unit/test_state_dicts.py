@@ -33,6 +33,11 @@ def prefixed(state_dict, prefix):
     return {prefix + name: value for name, value in state_dict.items()}
 
 
+def dotless(state_dict, prefix):
+    """As latent diffusion's LitEma names what it averages: trained weights alone, without dots."""
+    return {prefix + name.replace(".", ""): value for name, value in state_dict.items() if name != "pos_embed"}
+
+
 @pytest.mark.parametrize("stored, kind", [
     (dict(state_dict=ONE, epoch=3), "model"),
     (dict(state_dict=prefixed(ONE, "model."), hyper_parameters={}), "model"),
@@ -54,6 +59,9 @@ def prefixed(state_dict, prefix):
     ({name.replace("blocks.0.", "blocks.0._orig_mod."): value for name, value in ONE.items()}, "bare"),
     ({name.replace("blocks.0.", "blocks.0._checkpoint_wrapped_module."): value for name, value in ONE.items()}, "bare"),
     (dict(model=TWO, ema=dict(decay=0.999, optimization_step=9, shadow_params=list(ONE.values()))), "ema"),
+    (prefixed(TWO, "model.diffusion_model.") | dotless(ONE, "model_ema.diffusion_model"), "ema"),
+    (dict(state_dict=prefixed(TWO, "model.") | dotless(ONE, "model_ema.")
+          | {"model_ema.decay": torch.tensor(0.9999), "model_ema.num_updates": torch.tensor(7)}), "ema"),
     (dict(model=TWO, ema=dict(decay=0.999, shadow_params=[value for name, value in ONE.items()
                                                          if name != "pos_embed"])), "ema"),
 ], ids=lambda value: value if isinstance(value, str) else "")
@@ -80,6 +88,23 @@ def test_an_average_that_cannot_be_read_is_told():
     stored = dict(model=TWO, ema=dict(decay=0.999, shadow_params=list(ONE.values())[1:-1]))
     weights, kind = select_weights(stored, "x.pt", log=lines.append)
     assert kind == "model" and equal(weights, TWO) and "'shadow_params'" in lines[0]
+
+
+def test_which_of_several_models_is_taken_is_told():
+    lines = []
+    weights, kind = select_weights(prefixed(ONE, "student.") | prefixed(TWO, "teacher."), "x.pt", log=lines.append)
+    assert kind == "model" and equal(weights, ONE)
+    assert len(lines) == 1 and "'student'" in lines[0] and "'teacher'" in lines[0]
+    select_weights(dict(model=ONE, ema=TWO), "x.pt", log=lines.append)
+    assert len(lines) == 1
+
+
+def test_a_state_dictionary_alone_in_a_list_is_read(tmp_path):
+    torch.save([ONE], tmp_path / "x.pt")
+    assert equal(select_weights(load_checkpoint(str(tmp_path / "x.pt")), "x.pt")[0], ONE)
+    torch.save([ONE, TWO], tmp_path / "two.pt")
+    with pytest.raises(UserError):
+        select_weights(load_checkpoint(str(tmp_path / "two.pt")), "two.pt")
 
 
 def test_a_file_without_weights_names_its_keys():
