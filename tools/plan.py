@@ -21,7 +21,7 @@ import models
 from autoencoder.vae import latent_size
 from common.cli import HelpFormatter, fraction, number, parse_args, positive_int
 from common.compute import PRECISIONS, ComputeConfig
-from common.errors import ArgumentError, UserError, run_command
+from common.errors import ArgumentError, run_command
 from common.files import format_bytes
 from common.flops import GPUS, count_multiply_adds, count_parameters, training_step_flops
 from data.latent_cache.manifest import DTYPES, cache_bytes
@@ -30,6 +30,8 @@ from tools.memory import estimate_step_memory
 
 IMAGENET = 1_281_167  # training images
 PAPER_STEPS = [400_000, 7_000_000]
+# Beyond these, tracing would take minutes, or numbers of bytes would overflow.
+LARGEST = dict(depth=1000, hidden_size=100_000, patch_size=10_000, image_size=100_000, num_classes=10**8, images=10**10)
 VAES = {"ema": (4, 8), "mse": (4, 8), "none": (3, 1)}  # channels and stride, so that the VAE itself is not needed
 
 
@@ -92,6 +94,9 @@ def vae(text):
 def main():
     """Print the plan of the command line."""
     flags, _ = parse_args(build_parser())
+    for name, largest in LARGEST.items():
+        if (getattr(flags, name) or 0) > largest:
+            raise ArgumentError(f"plans are made up to {largest:,}.", **{name: getattr(flags, name)})
     gpu, microbatch = GPUS[flags.gpu], microbatch_size(flags)
     if flags.fsdp and flags.gpus == 1:
         raise ArgumentError("there is nothing to shard over. Use several GPUs, or leave --fsdp out.", fsdp=True, gpus=1)
@@ -130,7 +135,8 @@ def plan(name, flags, gpu, microbatch):
         with torch.device("meta"):
             model = build()
     except ValueError as error:
-        raise UserError(f"--model {name} at --image-size {flags.image_size}: {error}") from None
+        named = {key: value for key, value in overrides.items() if key in str(error)}
+        raise ArgumentError(f"{error}.", **named, model=name, image_size=flags.image_size) from None
     multiply_adds = count_multiply_adds(model)
     step_flops = training_step_flops(multiply_adds, flags.global_batch_size)
     step_seconds = step_flops / (flags.mfu * flags.gpus * getattr(gpu, flags.precision))
