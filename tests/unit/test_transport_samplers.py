@@ -5,7 +5,8 @@ import sys
 import pytest
 import torch
 
-from tiny_models import ExactGaussian
+from models import SiT_models
+from tiny_models import ExactGaussian, random_weights
 from transport import DIFFUSION_FORMS, LAST_STEPS, PATHS, PREDICTIONS, SDE_METHODS, Sampler, create_transport
 
 MEAN, STD = 0.7, 0.5
@@ -142,3 +143,27 @@ def test_likelihood_is_unbiased_for_correlated_data():
     logp, _ = Sampler(transport).sample_ode_likelihood(sampling_method="heun", num_steps=101)(x, velocity, probe=probe)
     exact = torch.distributions.MultivariateNormal(torch.zeros(2, dtype=torch.float64), covariance).log_prob(x[0])
     assert logp.std() > 0.1 and logp.mean() == pytest.approx(exact.item(), abs=0.02)
+
+
+def test_a_script_written_for_sit_runs():
+    """Names, signatures and guidance as SiT's sample.py uses them; a variance in the output changes nothing."""
+    model = SiT_models["SiT-S/2"](input_size=4, num_classes=7, depth=1, hidden_size=16, num_heads=2, learn_sigma=True)
+    random_weights(model.eval())
+    transport = create_transport("Linear", "velocity", None, None, None)
+    labels = torch.tensor([1, 5])
+    z = torch.randn(2, 4, 4, 4)
+    z, y = torch.cat([z, z]), torch.cat([labels, torch.full((2,), 7)])
+    sample_fn = Sampler(transport).sample_ode(sampling_method="euler", num_steps=4, atol=1e-6, rtol=1e-3, reverse=False)
+    with torch.no_grad():
+        samples = sample_fn(z, model.forward_with_cfg, y=y, cfg_scale=1.5)[-1]
+        expected = z
+        for t in torch.linspace(0, 1, 4)[:3]:
+            out = model(expected, t.expand(4), y)[:, :4]
+            guided = out[2:, :3] + 1.5 * (out[:2, :3] - out[2:, :3])
+            expected = expected + torch.cat([torch.cat([guided, guided]), out[:, 3:]], dim=1) / 3
+        assert samples.chunk(2)[0].shape == (2, 4, 4, 4)
+        torch.testing.assert_close(samples[:2], expected[:2])
+        trace = Sampler(transport).sample_sde(sampling_method="Euler", diffusion_form="sigma", diffusion_norm=1.0,
+                                              last_step="Mean", last_step_size=0.04, num_steps=5)(
+            z, model.forward_with_cfg, y=y, cfg_scale=1.5)
+    assert len(trace) == 5 and torch.isfinite(trace[-1]).all()
