@@ -158,7 +158,7 @@ def test_a_script_written_for_sit_runs():
         samples = sample_fn(z, model.forward_with_cfg, y=y, cfg_scale=1.5)[-1]
         expected = z
         for t in torch.linspace(0, 1, 4)[:3]:
-            out = model(expected, t.expand(4), y)[:, :4]
+            out = model(torch.cat([expected[:2], expected[:2]]), t.expand(4), y)[:, :4]
             guided = out[2:, :3] + 1.5 * (out[:2, :3] - out[2:, :3])
             expected = expected + torch.cat([torch.cat([guided, guided]), out[:, 3:]], dim=1) / 3
         assert samples.chunk(2)[0].shape == (2, 4, 4, 4)
