@@ -90,6 +90,8 @@ def test_the_objective_is_not_changed_silently(run_ok, run_error, tmp_path):
     run_ok("train", *flow)
     error = run_error("train", *flow, "--max-steps", 3, "--time-shift", 2, "--resume", "auto")
     assert "--time-shift is 2.0, it was 1.0" in error
+    # Until the commands sample such models, they refuse them.
+    assert "flow" in run_error("sample", "--ckpt", checkpoint_path(tmp_path / "flow", 2))
 
 
 def test_a_model_without_outputs_for_the_variance(run_ok, tmp_path):
