@@ -30,7 +30,7 @@ def create_transport(path_type="Linear", prediction="velocity", loss_weight=None
             singular there. Default: 1e-5 for VP, 0 for velocities on the other paths, otherwise 1e-3.
         sample_eps (float | None): The same for sampling. Default: 0 for velocities on Linear and GVP, otherwise 1e-3.
         time_shift (float): s that moves times of training and sampling towards the noise: its level 1 - t becomes
-            s (1 - t) / (1 + (s - 1) (1 - t)) (Esser et al., 2024, arXiv 2403.03206, eq. 23). 1: none.
+            s (1 - t) / (1 + (s - 1) (1 - t)) (Esser et al., 2024, arXiv 2403.03206). 1: none.
         time_scale (float): Factor of the times that the model is given; 1000 for the range of DDPM's timesteps.
 
     Raises:

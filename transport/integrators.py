@@ -59,7 +59,7 @@ def _add(state, dt, slope):
     return tuple(value + dt * part for value, part in zip(state, slope, strict=True))
 
 
-def integrate_sde(drift, diffusion, x, times, method="Euler", noise_fn=None):
+def integrate_sde(drift, diffusion, x, times, method, noise_fn):
     """Integrate dx = drift dt + sqrt(2 w) dW over `times`, yielding x after each step.
 
     Args:

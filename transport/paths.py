@@ -1,7 +1,7 @@
 """Paths x_t = alpha(t) x_1 + sigma(t) x_0 from noise x_0 (t = 0) to data x_1 (t = 1), and what follows from them.
 
 With r = alpha' / alpha and g = r sigma^2 - sigma sigma', velocity and score of the distributions along a path are
-related by v = r x + g s (SiT, section 2.4). Times have shape (N,), the other tensors (N, C, ...).
+related by v = r x + g s (SiT, section 2). Times have shape (N,), the other tensors (N, C, ...).
 """
 import math
 
@@ -12,6 +12,8 @@ DIFFUSION_FORMS = ("constant", "SBDM", "sigma", "linear", "decreasing", "increas
 
 class Path:
     """A path by its `coefficients`; the rest follows from them."""
+
+    is_singular_at_noise = True  # whether r is infinite at t = 0
 
     def coefficients(self, t):
         """Return alpha, sigma and their derivatives, each of the shape of t."""
@@ -40,7 +42,7 @@ class Path:
         return (inverse_r * velocity - x) / (sigma**2 - inverse_r * d_sigma * sigma)
 
     def diffusion(self, t, form="SBDM", norm=1.0):
-        """Return the diffusion coefficient w(t) >= 0 of an SDE with the marginals of the path (SiT, table 2).
+        """Return the diffusion coefficient w(t) >= 0 of an SDE with the marginals of the path (SiT, section 2).
 
         Args:
             t (Tensor): Times, of any shape, which the result has too.
@@ -65,8 +67,6 @@ class Path:
 class LinearPath(Path):
     """Straight lines: alpha = t, sigma = 1 - t."""
 
-    is_singular_at_noise = True  # r is infinite at t = 0
-
     def coefficients(self, t):
         """Return alpha, sigma and their derivatives; see `Path`."""
         return t, 1 - t, torch.ones_like(t), -torch.ones_like(t)
@@ -74,8 +74,6 @@ class LinearPath(Path):
 
 class GVPPath(Path):
     """Generalized variance preserving: alpha = sin(pi t / 2), sigma = cos(pi t / 2)."""
-
-    is_singular_at_noise = True
 
     def coefficients(self, t):
         """Return alpha, sigma and their derivatives; see `Path`."""

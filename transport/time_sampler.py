@@ -10,7 +10,7 @@ class TimeSampler:
     Args:
         transport (Transport): Gives the interval and the shift of the times.
         distribution (str): "uniform", or "logit-normal": the logistic function of a standard normal number
-            (Esser et al., 2024, arXiv 2403.03206, section 3.1).
+            (Esser et al., 2024, arXiv 2403.03206).
     """
 
     learns_from_losses = False

@@ -35,7 +35,7 @@ class Transport:
     # ---------------------------------------------------------------- training
 
     def training_losses(self, model, x1, model_kwargs=None, t=None, noise=None):
-        """Compute the mean squared error of the prediction for each sample (SiT, eq. 5 and 6).
+        """Compute the mean squared error of the prediction for each sample.
 
         Args:
             model (callable): See the class.
@@ -74,13 +74,13 @@ class Transport:
         return _shift(u * (last - first) + first, self.time_shift)
 
     def _weight(self, t):
-        """Return the weight of the loss of noise or score at times t, shape (N,) (SiT, section 2.4)."""
+        """Return the weight of the loss of noise or score at times t, shape (N,) (SiT, section 2)."""
         if self.loss_weight is None:
             return 1.0
         (_, g), sigma = self.path.drift_coefficients(t), self.path.coefficients(t)[1]
         return (g / sigma) ** 2 if self.loss_weight == "velocity" else g / sigma**2
 
-    # ---------------------------------------------------------------- what a model says about a point
+    # ---------------------------------------------------------------- prediction, velocity and score of a model
 
     def predict(self, model, x, t, **model_kwargs):
         """Return the model's prediction at (x, t), without the second half of its channels if it has twice as many."""
