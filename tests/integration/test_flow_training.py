@@ -4,7 +4,7 @@ import torch
 
 from autoencoder.vae import IdentityAutoencoder
 from common.seeding import NOISE, BatchRNG
-from helpers import DIGITS, DROP
+from helpers import DIGITS, DROP, TINY
 from networks import build_dit
 from run_files import STATE, checkpoint_path, differences, largest_difference, losses, stored
 from tiny_models import random_model
@@ -69,12 +69,19 @@ def test_a_resumed_run_is_the_same(run_ok, tmp_path, extra):
     assert straight["args"]["objective"] == "flow" and straight["args"]["prediction"] == "velocity"
 
 
-def test_one_and_two_processes_compute_the_same(children, tmp_path):
+def test_two_processes_with_shards_compute_the_same(children, tmp_path):
     flags = [*FLOW, "--max-steps", 3]
     children.run("train", *flags, "--results-dir", tmp_path / "one")
-    children.run("train", *flags, "--results-dir", tmp_path / "two", processes=2)
+    children.run("train", *flags, "--fsdp", "--results-dir", tmp_path / "two", processes=2)
     assert losses(tmp_path / "one") == pytest.approx(losses(tmp_path / "two"), abs=1.1e-4)
     assert largest_difference(stored(tmp_path / "one", 3), stored(tmp_path / "two", 3), "ema") < 1e-4
+
+
+def test_training_from_a_cache_of_latents(run_ok, cache, tmp_path):
+    run_ok("train", "--features-path", cache, *TINY, "--global-batch-size", 4, "--num-classes", 3, "--num-workers", 0,
+           "--objective", "flow", "--prediction", "noise", "--loss-weight", "velocity", "--time-scale", 1000,
+           "--log-every", 1, "--max-steps", 2, "--results-dir", tmp_path / "run")
+    assert len(losses(tmp_path / "run")) == 2 and stored(tmp_path / "run", 2)["args"]["time_scale"] == 1000
 
 
 def test_the_objective_is_not_changed_silently(run_ok, run_error, tmp_path):
