@@ -311,8 +311,7 @@ class DiT(nn.Module):
         if x.shape[1:] != (rows * columns, p * p * self.out_channels):
             raise ValueError(f"cannot arrange {tuple(x.shape[1:])} (tokens, values) as {rows} x {columns} patches "
                              f"of {p} x {p} x {self.out_channels}")
-        x = x.view(len(x), rows, columns, p, p, self.out_channels)
-        x = torch.einsum("nhwpqc->nchpwq", x)
+        x = torch.einsum("nhwpqc->nchpwq", x.view(len(x), rows, columns, p, p, self.out_channels))
         return x.reshape(len(x), self.out_channels, rows * p, columns * p)
 
     @property
@@ -347,3 +346,4 @@ DiT_models = {f"DiT-{name}/{p}": partial(DiT, patch_size=p, depth=depth, hidden_
 
 (DiT_XL_2, DiT_XL_4, DiT_XL_8, DiT_L_2, DiT_L_4, DiT_L_8,
  DiT_B_2, DiT_B_4, DiT_B_8, DiT_S_2, DiT_S_4, DiT_S_8) = DiT_models.values()
+SiT_models = {name.replace("DiT", "SiT"): size for name, size in DiT_models.items()}  # the same, for transport/

@@ -33,8 +33,6 @@ from data.corrupt_images import CorruptImageLog
 from data.latent_cache.reader import LatentCache
 from data.loader import PrefetchLoader
 from data.sampler import StepBatchSampler, local_batch_slice
-from diffusion import create_diffusion
-from diffusion.timestep_sampler import create_named_schedule_sampler
 from evaluation.image_sources import GeneratedImages
 from evaluation.periodic import build_evaluator
 from models import DiT_models
@@ -47,6 +45,7 @@ from training.fault_tolerance import FaultTolerance
 from training.logger import MetricLogger, open_log
 from training.memory import check_run_memory
 from training.nan_guard import NonFiniteGuard
+from training.objective import build_objective, check_objective_flags
 from training.run_dir import open_run_dir, remove_unused_run_dir
 from training.summary import opening_lines, plan_line
 from training.train_state import EMAStates, ModelState, OptimizerState, find_config_changes, match_averages
@@ -62,6 +61,7 @@ def main():
     """Train as the command line says."""
     flags, explicit_args = parse_args(build_parser(description=__doc__), choose_defaults)
     check_flags(flags)
+    check_objective_flags(flags, explicit_args)
     with StopSignals() as signals:
         with distributed.collective_timeout("the start", flags.dist_timeout):
             device = distributed.init(flags.precision != "fp32", flags.dist_timeout)
@@ -87,8 +87,7 @@ def prepare(flags, explicit_args, device):
         model = build_model(flags, dataset, autoencoder)
     network, emas = distribute(model, flags, compute)
     optimizer = torch.optim.AdamW(model.parameters(), lr=flags.lr, weight_decay=0, fused=flags.fused_adamw or None)
-    diffusion = create_diffusion(timestep_respacing="")
-    schedule_sampler = create_named_schedule_sampler(flags.schedule_sampler, diffusion)
+    objective, schedule_sampler = build_objective(flags)
     evaluator = build_evaluation(flags, emas[0], autoencoder, dataset, rows, compute) if flags.eval_every else None
 
     run_dir, resumed, warnings = distributed.run_on_rank0_and_broadcast(
@@ -118,7 +117,7 @@ def prepare(flags, explicit_args, device):
                          plan_line(flags, batches)):
                 guard.logger.info(line)
     rng = BatchRNG(flags.global_seed, flags.global_batch_size, rows, device)
-    train_step = TrainStep(model, network, autoencoder, diffusion, schedule_sampler, optimizer, emas, guard, rng,
+    train_step = TrainStep(model, network, autoencoder, objective, schedule_sampler, optimizer, emas, guard, rng,
                            flags.grad_accum_steps, flags.max_grad_norm, compute)
     if evaluator:
         with distributed.raise_on_all_ranks():
@@ -256,7 +255,7 @@ def build_model(flags, dataset, autoencoder):
         return networks.build_dit(
             flags.model, flags.conditioning, input_size=side, in_channels=autoencoder.channels,
             num_classes=flags.num_classes,
-            class_dropout_prob=flags.class_dropout_prob,
+            class_dropout_prob=flags.class_dropout_prob, learn_sigma=flags.learn_sigma,
             **{name: value for name, value in sizes.items() if value is not None})
     except ValueError as error:
         named = {name: value for name, value in sizes.items() if value is not None and name in str(error)}

@@ -15,6 +15,8 @@ def create_named_schedule_sampler(name, diffusion):
 class ScheduleSampler:
     """Draw timesteps with probabilities p_t; weights 1 / (T p_t) keep the expected loss unchanged."""
 
+    learns_from_losses = False  # whether `update_with_local_losses` does anything
+
     def __init__(self, diffusion):
         self.num_timesteps = diffusion.num_timesteps
 
@@ -66,6 +68,8 @@ class LossSecondMomentResampler(ScheduleSampler):
         history_per_term (int): Number of losses kept per timestep; until all timesteps have as many, p is uniform.
         uniform_prob (float): Share of uniform sampling mixed in, so that every timestep is drawn.
     """
+
+    learns_from_losses = True
 
     def __init__(self, diffusion, history_per_term=10, uniform_prob=0.001):
         super().__init__(diffusion)

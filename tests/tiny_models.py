@@ -92,3 +92,26 @@ def every_step(diffusion):
     """Return t = 0 .. T - 1 as one batch, with two random tensors of that batch size."""
     t = torch.arange(diffusion.num_timesteps)
     return t, torch.randn(len(t), 1, 2, 2), torch.randn(len(t), 1, 2, 2)
+
+
+class ExactGaussian(torch.nn.Module):
+    """What a perfect model of a transport predicts if all data are normal with this mean and standard deviation."""
+
+    def __init__(self, transport, mean, std):
+        super().__init__()
+        self.transport, self.mean, self.std = transport, mean, std
+
+    def marginal(self, t):
+        """Return mean and standard deviation of x_t; t is a tensor or a float."""
+        alpha, sigma, *_ = self.transport.path.coefficients(torch.as_tensor(t))
+        return alpha * self.mean, (alpha**2 * self.std**2 + sigma**2).sqrt()
+
+    def forward(self, x, t):
+        t = (t.view(-1, *(1,) * (x.ndim - 1)) / self.transport.time_scale).clamp(max=1 - 1e-7)  # VP: an infinity
+        alpha, sigma, d_alpha, d_sigma = self.transport.path.coefficients(t)
+        mean, std = self.marginal(t)
+        if self.transport.prediction == "velocity":
+            slope = (alpha * d_alpha * self.std**2 + sigma * d_sigma) / std**2
+            return d_alpha * self.mean + slope * (x - mean)
+        score = (mean - x) / std**2
+        return score if self.transport.prediction == "score" else -sigma * score

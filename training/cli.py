@@ -7,6 +7,8 @@ from common import cli, distributed
 from common.errors import ArgumentError
 from data.builtin import BUILTIN_DATASETS
 from training import fsdp
+from training.objective import FLOW_DEFAULTS, OBJECTIVES
+from transport import LOSS_WEIGHTS, PATHS, PREDICTIONS, TIME_DISTRIBUTIONS
 
 # Defaults for flags that are not typed, by data set: its format, and for the digits a small model and its recipe.
 DIGITS = BUILTIN_DATASETS["digits"] | dict(vae="none", num_workers=0)
@@ -21,6 +23,7 @@ def build_parser(description=None):
     _add_data_flags(parser.add_argument_group("data"))
     _add_network_flags(parser.add_argument_group("model").add_argument)
     _add_optimization_flags(parser.add_argument_group("optimization").add_argument)
+    _add_objective_flags(parser.add_argument_group("objective").add_argument)
     _add_speed_flags(cli.add_compute_flags(parser).add_argument)
     _add_output_flags(parser.add_argument_group("results").add_argument)
     _add_evaluation_flags(parser.add_argument_group("evaluation").add_argument)
@@ -55,6 +58,8 @@ def _add_network_flags(add):
     add("--patch-size", type=cli.positive_int, help="patch size in latents, instead of the model's")
     add("--conditioning", choices=networks.CONDITIONINGS, default="adaln-zero", help="block type")
     add("--class-dropout-prob", type=cli.fraction, default=0.1, help="label dropout for guidance; 0: no null class")
+    add("--learn-sigma", action=argparse.BooleanOptionalAction, default=True,
+        help="outputs for the variance, which flow matching ignores")
 
 
 def _add_optimization_flags(add):
@@ -71,6 +76,21 @@ def _add_optimization_flags(add):
     add("--max-grad-norm", type=cli.positive_float, help="norm to clip the gradient to")
     add("--schedule-sampler", choices=["uniform", "loss-second-moment"], default="uniform",
         help="distribution of timesteps: uniform, or importance sampling by loss")
+
+
+def _add_objective_flags(add):
+    add("--objective", choices=OBJECTIVES, default="ddpm",
+        help="diffusion, or flow matching between noise (t = 0) and data (t = 1)")
+    add("--path-type", choices=PATHS, help="path of flow matching (default there: Linear)")
+    add("--prediction", choices=PREDICTIONS, help="output of the network (default with flow: velocity)")
+    add("--loss-weight", choices=[name for name in LOSS_WEIGHTS if name],
+        help="weight of the loss of noise or score over time; default: none")
+    add("--time-sampling", choices=TIME_DISTRIBUTIONS,
+        help="distribution of training times (default with flow: uniform)")
+    add("--time-shift", type=cli.positive_float, metavar="S",
+        help="shift of times towards the noise, in training and sampling; 1: none")
+    add("--time-scale", type=cli.positive_float, metavar="FACTOR",
+        help="factor of the times that the network is given; default: 1, as SiT")
 
 
 def _add_speed_flags(add):
@@ -114,15 +134,16 @@ def _add_fault_flags(add):
 
 
 def choose_defaults(flags, explicit_args):
-    """Return defaults that follow from the data set, for flags that are not typed."""
+    """Return defaults that follow from data set and objective, for flags that are not typed."""
+    objective = FLOW_DEFAULTS if flags.objective == "flow" else {}
     if flags.data_path == "fractals":
-        return FRACTALS
+        return FRACTALS | objective
     if flags.data_path != "digits":
-        return {}
+        return objective
     defaults = DIGITS if "model" in explicit_args else DIGITS | DIGITS_MODEL
     if "max_steps" in explicit_args:  # --epochs would end the run earlier
         defaults = {name: value for name, value in defaults.items() if name != "epochs"}
-    return defaults
+    return defaults | objective
 
 
 def check_flags(flags):

@@ -152,7 +152,7 @@ def find_config_changes(stored, args, config):
         now = ", ".join(f"{name}={config['model'].get(name)}" for name in model_changes)
         raise UserError(f"this checkpoint is of another model ({then}; the flags give {now}). Give the flags that it "
                         "was trained with")
-    stored_args = dict(ema_warmup=False) | _stored_args(stored)
+    stored_args = dict(ema_warmup=False, objective="ddpm") | _stored_args(stored)
     changes = [f"{flag_name(name)} is {_as_typed(value)}, it was {_as_typed(stored_args[name])}"
                for name, value in args.items()
                if name in stored_args and name not in CHANGEABLE_FLAGS and stored_args[name] != value]

@@ -1,4 +1,4 @@
-"""One training step of a DiT, top to bottom (DDPM, algorithm 1; Improved DDPM, section 3.1)."""
+"""One training step of a DiT, top to bottom (DDPM, algorithm 1; Improved DDPM, section 3.1; or flow matching)."""
 import math
 from dataclasses import dataclass
 
@@ -9,10 +9,11 @@ from autoencoder.vae import VAE, CachedLatents, IdentityAutoencoder
 from common.compute import DEFAULT_COMPUTE, ComputeConfig
 from common.seeding import LABEL_DROP, NOISE, POSTERIOR, BatchRNG
 from diffusion import GaussianDiffusion
-from diffusion.timestep_sampler import ScheduleSampler, UniformSampler
+from diffusion.timestep_sampler import ScheduleSampler
 from training.ema import EMA
 from training.fsdp import grad_sync, is_sharded, total_grad_norm
 from training.nan_guard import NonFiniteGuard
+from transport import TimeSampler, Transport
 
 
 @dataclass
@@ -26,8 +27,8 @@ class TrainStep:
     model: nn.Module           # the DiT with its weights; sharded with FSDP
     network: nn.Module         # what computes it: the model itself, or the model in DDP
     autoencoder: VAE | IdentityAutoencoder | CachedLatents
-    diffusion: GaussianDiffusion
-    schedule_sampler: ScheduleSampler
+    objective: GaussianDiffusion | Transport
+    schedule_sampler: ScheduleSampler | TimeSampler
     optimizer: torch.optim.Optimizer
     emas: list[EMA]
     guard: NonFiniteGuard      # decides whether a step is applied
@@ -65,11 +66,13 @@ class TrainStep:
             x_start = self.autoencoder.encode(images[rows], posterior_noise[rows])                  # (n, C, h, w)
             model_kwargs = {name: value[rows] for name, value in cond.items()}
             with grad_sync(self.network, is_last), self.compute.attention_kernel():
-                terms = self.diffusion.training_losses(network, x_start, t[rows], model_kwargs, noise[rows])
+                terms = self.objective.training_losses(network, x_start, t=t[rows], model_kwargs=model_kwargs,
+                                                       noise=noise[rows])
                 loss = (terms["loss"] * weights[rows]).mean() / self.num_microbatches
                 nan_if_non_finite(loss).backward()
-            microbatch_terms.append({name: value.detach() for name, value in terms.items()})
-        terms = {name: torch.cat([part[name] for part in microbatch_terms]) for name in terms}      # (N,) each
+            # A term is a number for each sample; flow matching returns its prediction too.
+            microbatch_terms.append({name: value.detach() for name, value in terms.items() if value.ndim == 1})
+        terms = {name: torch.cat([part[name] for part in microbatch_terms]) for name in microbatch_terms[0]}
         losses = {name: (value * weights).mean() for name, value in terms.items()}
 
         grad_norm = clip_grad_norm(model, self.max_grad_norm)
@@ -102,7 +105,7 @@ class TrainStep:
 def can_decide_on_device(model, optimizer, guard, schedule_sampler):
     """Return whether the device alone can decide on a step: only a non-finite gradient is bad, and AdamW is fused."""
     return bool(model.device.type in ("cpu", "cuda") and optimizer.defaults["fused"] and guard.max_loss_spike is None
-                and isinstance(schedule_sampler, UniformSampler) and not is_sharded(model))
+                and not schedule_sampler.learns_from_losses and not is_sharded(model))
 
 
 def nan_if_non_finite(loss):
