@@ -20,7 +20,6 @@ import os
 import sys
 
 from common import distributed
-from common.checkpoint_io import is_checkpoint
 from common.cli import HelpFormatter, build_compute_config, flag_name, parse_args
 from common.errors import ArgumentError, UserError, rename_arguments, run_command
 from common.provenance import collect_environment
@@ -45,7 +44,7 @@ from evaluation.scores import (
     rounding_note,
 )
 from sampling.cli import sampling_options
-from sampling.load_model import load_model
+from sampling.load_model import is_model, load_model
 from sampling.pipeline import build_pipeline
 
 
@@ -121,7 +120,7 @@ def check_data_flags(flags, explicit_args, data):
 
 def check_generation_flags(flags, explicit_args):
     """Refuse flags about samples of a checkpoint if SAMPLES are images."""
-    if is_checkpoint(flags.samples):
+    if is_model(flags.samples):
         return
     check_data_flags(flags, explicit_args, [flags.samples, flags.reference])
     parser = argparse.ArgumentParser()
@@ -134,7 +133,7 @@ def check_generation_flags(flags, explicit_args):
 
 def open_samples(flags, explicit_args):
     """Return the images of SAMPLES, and their number of classes if known."""
-    if not is_checkpoint(flags.samples):
+    if not is_model(flags.samples):
         image_size, num_classes = (getattr(flags, name) if name in explicit_args else None
                                    for name in ("image_size", "num_classes"))
         return open_image_source(flags.samples, image_size, num_classes), num_classes
@@ -180,7 +179,7 @@ def reference(flags, explicit_args):
 
 def nll(flags, explicit_args):
     """Compute bits per dimension: print them, and write their record and a plot."""
-    if not is_checkpoint(flags.ckpt):
+    if not is_model(flags.ckpt):
         raise UserError(f"{flags.ckpt} is not a checkpoint. Name a .pt or .safetensors file")
     with distributed.raise_on_all_ranks():
         check_output(flags.output, ".json", flags.ckpt, flags.data, default=record_path(None, flags.ckpt, "nll"))

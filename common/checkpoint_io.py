@@ -13,6 +13,7 @@ from common.files import atomic_write
 
 CHECKPOINT_NAME = re.compile(r"(\d{7,})\.pt")
 SHARD_NAME = re.compile(r"(.+)-\d{5}-of-(\d{5})(\.\w+)")  # as transformers and diffusers name the files of one model
+METADATA_KEY = "dit"  # of plain values in the header of a .safetensors file
 ENDINGS = (".pt", ".pth", ".ckpt", ".bin", ".safetensors")
 # Formats that are taken for checkpoints by mistake.
 NOT_CHECKPOINTS = {
@@ -81,8 +82,7 @@ def _read_file(path):
         raise UserError(f"{path} is damaged, or not a checkpoint: it is {NOT_CHECKPOINTS[file_format]}")
     try:
         if file_format == "safetensors" or path.lower().endswith(".safetensors"):
-            from safetensors.torch import load_file
-            return load_file(path)
+            return _read_safetensors(path)
         with torch.serialization.safe_globals([argparse.Namespace]):
             # Memory-mapped: of the 10 GB of a DiT-XL/2's training state, sampling reads only the EMA.
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
@@ -99,6 +99,30 @@ def _read_file(path):
     except Exception as error:  # damage causes errors of many types
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{path} cannot be read: it is damaged, or not a checkpoint ({reason})") from None
+
+
+def _read_safetensors(path):
+    """Return the weights of a file, with what `write_safetensors` stored beside them under other keys."""
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        stored = (file.metadata() or {}).get(METADATA_KEY)
+    try:
+        metadata = json.loads(stored) if stored else None
+    except ValueError:
+        metadata = None
+    return metadata | dict(model=weights) if isinstance(metadata, dict) else weights
+
+
+def write_safetensors(path, weights, metadata):
+    """Write weights as a .safetensors file, with plain values (dict) as JSON in its header, atomically."""
+    from safetensors.torch import save
+
+    content = save({name: value.contiguous() for name, value in weights.items()},
+                   {METADATA_KEY: json.dumps(metadata), "format": "pt"})
+    with atomic_write(path) as file:
+        file.write(content)
 
 
 def detect_format(path):
@@ -167,8 +191,8 @@ def _describe_folder(path):
     except OSError as error:
         return f"{path} is a folder that cannot be read ({error})"
     if names & {"model_index.json", "transformer"} or "diffusion_pytorch_model.safetensors" in names:
-        return (f"{path} is a folder of a diffusers model, whose layout is not read. Name a checkpoint of train.py, or "
-                "a published one such as DiT-XL-2-256x256.pt")
+        return (f"{path} is a folder of a diffusers model, but not of a DiT. Name a checkpoint of train.py, or a folder "
+                "that has transformer/config.json of a DiTTransformer2DModel")
     if ".metadata" in names:
         return (f"{path} is a folder of a distributed checkpoint. Make one file of it: python -m "
                 f"torch.distributed.checkpoint.format_utils dcp_to_torch {path} FILE.pt")

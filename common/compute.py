@@ -49,7 +49,7 @@ class ComputeConfig:
         if self.compile:
             torch._dynamo.config.optimize_ddp = False  # it would cut the blocks again, into buckets of 25 MB
             for module in [model] if self.cuda_graphs else model.blocks:
-                module.compile(dynamic=False, options=self._compiler_options())
+                module.compile(dynamic=False, options=self.compiler_options())
         if self != DEFAULT_COMPUTE and next(model.parameters()).device.type == "cpu":
             retain_freed_memory()
 
@@ -70,7 +70,7 @@ class ComputeConfig:
     def _autocast(self, device_type):
         return torch.autocast(device_type, torch.bfloat16) if self.precision == "bf16" else contextlib.nullcontext()
 
-    def _compiler_options(self):
+    def compiler_options(self):
         """Return the options of torch.compile; on CPUs, tanh by the exponential function is twice as fast."""
         options = {"triton.cudagraphs": self.cuda_graphs, "cpp.use_decompose_tanh": True}
         return {name: value for name, value in options.items() if name in torch._inductor.list_options()}

@@ -6,7 +6,7 @@ import torch
 
 from autoencoder.vae import VAE, IdentityAutoencoder, load_autoencoder
 from common import distributed
-from common.checkpoint_io import load_checkpoint
+from common.checkpoint_io import is_checkpoint, load_checkpoint
 from common.download import download
 from common.errors import ArgumentError, UserError
 from common.files import sha256_weights
@@ -21,6 +21,7 @@ from common.state_dicts import (
 )
 from sampling.architecture import ModelResolver
 from sampling.checkpoint_metadata import as_dict, read_metadata
+from sampling.diffusers_format import find_transformer, read_diffusers_folder
 from sampling.other_models import refuse_other_models
 
 PUBLISHED_CHECKPOINTS = ("DiT-XL-2-512x512.pt", "DiT-XL-2-256x256.pt")
@@ -52,6 +53,18 @@ def find_model(name):
     state_dict, kind = select_weights(load_checkpoint(path), path)
     print(f"{path}: {kind} weights")
     return state_dict
+
+
+def is_model(path):
+    """Return whether a path is a checkpoint, or a folder of diffusers' DiT."""
+    return is_checkpoint(path) or find_transformer(path) is not None
+
+
+def read_checkpoint(path):
+    """Read a checkpoint, or a folder of diffusers as one."""
+    if os.path.isdir(path) and find_transformer(path):
+        return read_diffusers_folder(path)
+    return load_checkpoint(path)
 
 
 @dataclass
@@ -100,7 +113,7 @@ def load_model(path, model, image_size, num_classes, vae, explicit_args, device,
     the raw weights. `log` is called with warnings.
     """
     path = find_checkpoint(published_checkpoint_name(model, image_size, num_classes) if path is None else path)
-    checkpoint = load_checkpoint(path)
+    checkpoint = read_checkpoint(path)
     metadata = read_metadata(as_dict(checkpoint))
     _log_ignored(path, metadata.ignored, log)
     sets = find_weights(checkpoint)

@@ -8,7 +8,7 @@ import pytest
 
 from helpers import ROOT
 
-COMMANDS = {"train", "sample", "sample_ddp", "evaluate", "extract_features", "download"}
+COMMANDS = {"train", "sample", "sample_ddp", "evaluate", "extract_features", "download", "convert"}
 # From the bottom up. A package imports itself and packages of lower layers.
 LAYERS = [
     {"common"},
