@@ -191,8 +191,8 @@ def _describe_folder(path):
     except OSError as error:
         return f"{path} is a folder that cannot be read ({error})"
     if names & {"model_index.json", "transformer"} or "diffusion_pytorch_model.safetensors" in names:
-        return (f"{path} is a folder of a diffusers model, but not of a DiT. Name a checkpoint of train.py, or a folder "
-                "that has transformer/config.json of a DiTTransformer2DModel")
+        return (f"{path} is a folder of a diffusers model, but not of a DiT. Name a checkpoint of train.py, or a "
+                "folder of a DiTPipeline")
     if ".metadata" in names:
         return (f"{path} is a folder of a distributed checkpoint. Make one file of it: python -m "
                 f"torch.distributed.checkpoint.format_utils dcp_to_torch {path} FILE.pt")

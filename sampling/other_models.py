@@ -21,8 +21,8 @@ WEIGHTS = [
     (r"(^|\.)projectors\.\d", f"REPA or SiT: {FLOW}"),
     (r"mlp\.w(12|1|2|3)\.|feat_rope\.|attn\.(q|k)_norm\.", "LightningDiT or another DiT with other blocks (SwiGLU, "
                                                          "rotary positions, normalized queries)"),
-    (r"transformer_blocks\.\d+\.norm1\.emb\.", "a DiT in the layout of diffusers, which this code does not read. "
-                                               "Use the published DiT-XL-2-256x256.pt or DiT-XL-2-512x512.pt instead"),
+    (r"transformer_blocks\.\d+\.norm1\.emb\.", "a DiT in the layout of diffusers. Name the folder of this file, "
+                                               "with its config.json, instead of the file"),
     (r"(^|\.)(t_block\.1|y_embedder\.y_proj|adaln_single|caption_projection|context_embedder)\.",
      "a text-to-image model (PixArt, Stable Diffusion 3 or the like)"),
     (r"(^|\.)(joint_blocks|double_blocks|single_transformer_blocks|transformer_blocks)\.\d",
