@@ -58,10 +58,11 @@ channels = number(lambda text: "all" if text.lower() == "all" else positive_int(
 
 @number
 def sampling_steps(text):
-    """Parse a number of sampling steps, or "ddimN", which is written in one way."""
-    if not text.lower().startswith("ddim"):
-        return positive_int(text)
-    return f"ddim{positive_int(text[4:])}"
+    """Parse a number of sampling steps, or one after the name of a sampler, as in "ddim50"; written in one way."""
+    for name in ("ddim", "dpm", "unipc", "heun"):
+        if text.lower().startswith(name):
+            return f"{name}{positive_int(text[len(name):])}"
+    return positive_int(text)
 
 
 # ---------------------------------------------------------------- parsing

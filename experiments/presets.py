@@ -40,6 +40,8 @@ class Preset:
     decays: tuple = (0, 0.9, 0.98, 0.995, 0.999, 0.9997)  # of the EMA; 0: the weights themselves
     snapshots: tuple = (0.25, 1)  # shares of the training, multiples of the first one
     variance_steps: tuple = (5, 10, 25, 50, 250)
+    solver_calls: tuple = (5, 10, 20, 50)  # calls of the model by `solvers`, and of DDPM and DDIM in addition:
+    reference_calls: int = 250
     fast: bool = False  # --fast
 
     @property
@@ -60,7 +62,7 @@ PRESETS = {(preset.data, preset.name): preset for preset in (
         steps=4, lr=0.02, batch_size=8, curve_every=2, curve_samples=8, curve_sampling="ddim2", samples=12,
         sampling="ddim2", sample_batch=8, step_counts=(2, 3), step_patches=(4,), step_samples=6,
         guidance_scales=(1, 2), interval_scales=(2,), intervals=((500, 999),), decays=(0, 0.5, 0.9),
-        variance_steps=(2, 3)),
+        variance_steps=(2, 3), solver_calls=(2, 4), reference_calls=5),
     FRACTALS,
     replace(FRACTALS, name="paper", sizes={name: models.SIZES[name] for name in ("S", "B", "L", "XL")},
             network=("XL", 2), steps=20_000, batch_size=256, lr=1e-4, ema_decay=0.9995, step_patches=(8, 4, 2),

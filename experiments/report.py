@@ -13,7 +13,7 @@ from evaluation.plots import new_figure, save_figure
 from evaluation.records import read_record
 from experiments.statistics import format_mean_std, mean_std
 
-STUDIES = ("block_types", "scaling", "sampling_steps", "guidance", "ema_decay", "variance")
+STUDIES = ("block_types", "scaling", "sampling_steps", "guidance", "ema_decay", "variance", "solvers")
 _FORMER_NAMES = {"averages": "ema_decay"}
 _MARKS = re.compile(r"(<!-- begin (\S+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 COLORS = ("#000000", "#3b3a8c", "#1f7a8c", "#2e9e6b", "#c77b30", "#b0a030")  # from dark to light

@@ -66,7 +66,8 @@ def generate_samples(loaded, score, request, signals):
     compute = replace(fastest_config(loaded.model.device), compile=False) if request["fast"] else DEFAULT_COMPUTE
     fix_variance(loaded.model, asked.get("variance", "learned"))
     pipeline = build_pipeline(loaded.model, loaded.autoencoder, asked["steps"], asked.get("cfg_scale", 1.0),
-                              asked.get("cfg_channels"), asked.get("cfg_interval"), compute=compute)
+                              asked.get("cfg_channels"), asked.get("cfg_interval"), compute=compute,
+                              timestep_spacing=asked.get("timestep_spacing"))
     images = GeneratedImages(pipeline, loaded.num_classes, asked["samples"], asked["seed"], "balanced")
     images.stopped = lambda: signals.received
     labels, samples = images.class_labels(), SampleSet(os.path.join(score["path"], "set"))

@@ -3,6 +3,7 @@ import functools
 import glob
 import itertools
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -123,10 +124,11 @@ class StudyTasks:
         """Return the score of a trained network.
 
         `sampling`: seed; samples and steps (as --num-sampling-steps) unless they are the preset's; optionally
-        cfg_scale, cfg_channels, cfg_interval, variance ("fixed_small", "fixed_large"), after (training steps), decay.
+        timestep_spacing, cfg_scale, cfg_channels, cfg_interval, variance ("fixed_small", "fixed_large"), after
+        (training steps), decay.
         """
         sampling = dict(samples=self.preset.samples, steps=self.preset.sampling) | sampling
-        passes = int(str(sampling["steps"]).removeprefix("ddim")) * (2 if sampling.get("cfg_scale", 1) > 1 else 1)
+        passes = int(re.sub(r"\D", "", str(sampling["steps"]))) * (2 if sampling.get("cfg_scale", 1) > 1 else 1)
         words = "-".join(f"{key}-{_format_word(value)}" for key, value in sampling.items())
         return self._task(f"scores/{os.path.basename(training.name)}/{words}",
                           dict(training=training.request) | sampling, needs=training,

@@ -14,7 +14,8 @@ from common.cli import (
 from common.errors import ArgumentError
 from models import DiT_models
 from sampling.load_model import load_model
-from sampling.pipeline import NUM_TRAINED_TIMESTEPS, SAMPLERS, build_pipeline, build_process
+from sampling.pipeline import NUM_TRAINED_TIMESTEPS, SAMPLERS, build_pipeline, build_process, choose_sampler
+from sampling.solvers import SPACINGS
 
 
 @number
@@ -51,8 +52,11 @@ def add_sampling_flags(parser, cfg_scale):
     group.add_argument("--cfg-interval", type=timestep, nargs=2, metavar=("LOW", "HIGH"),
                        help="timesteps of 0 .. 999 with guidance; default: all")
     group.add_argument("--num-sampling-steps", type=sampling_steps, default=250,
-                       help="number of sampling steps, such as 250 or ddim50")
-    group.add_argument("--sampler", choices=SAMPLERS, help="sampler; default: ddpm, or ddim with ddimN steps")
+                       help="number of sampling steps, such as 250, ddim50, dpm20, unipc10 or heun10")
+    group.add_argument("--sampler", choices=SAMPLERS,
+                       help="sampler; default: that of the steps, such as ddim with ddim50, else ddpm")
+    group.add_argument("--timestep-spacing", choices=SPACINGS,
+                       help=f"timesteps of dpm++, unipc and heun; default: {SPACINGS[0]}")
     group.add_argument("--eta", type=fraction, default=0.0, help="noise of ddim: 0 (deterministic) to 1 (as ddpm)")
 
 
@@ -60,7 +64,8 @@ def sampling_options(flags):
     """Return the values of the sampling flags, as arguments of `build_pipeline`, after checking the steps."""
     steps = str(flags.num_sampling_steps)
     try:
-        timesteps = build_process(steps).timestep_map
+        sampler = choose_sampler(flags.sampler, steps)
+        timesteps = build_process(steps, True, sampler, flags.timestep_spacing).timestep_map
     except ArgumentError as error:
         count = steps.removeprefix("ddim")
         is_possible = count != steps and count.isdecimal() and 1 < int(count[:9]) <= NUM_TRAINED_TIMESTEPS
@@ -72,7 +77,8 @@ def sampling_options(flags):
         raise ArgumentError(f"none of the {len(timesteps)} timesteps that are sampled lies in it, so nothing would be "
                             f"guided. The nearest is {nearest}.", cfg_interval=flags.cfg_interval)
     return dict(num_sampling_steps=flags.num_sampling_steps, cfg_scale=flags.cfg_scale,
-                cfg_channels=flags.cfg_channels, cfg_interval=flags.cfg_interval, sampler=flags.sampler, eta=flags.eta)
+                cfg_channels=flags.cfg_channels, cfg_interval=flags.cfg_interval, sampler=flags.sampler, eta=flags.eta,
+                timestep_spacing=flags.timestep_spacing)
 
 
 def load_pipeline(flags, explicit_args, device, log=print):

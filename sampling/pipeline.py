@@ -9,24 +9,26 @@ from common.errors import ArgumentError, UserError
 from diffusion import GaussianDiffusion, create_diffusion
 from models import default_cfg_channels
 from sampling.noise import PerSampleRNG
+from sampling.solvers import SOLVERS, SolverProcess, parse_steps
 
-# Names for --sampler, and the loops of `GaussianDiffusion`.
-SAMPLERS = {"ddpm": "p_sample_loop_progressive", "ddim": "ddim_sample_loop_progressive"}
 NUM_TRAINED_TIMESTEPS = 1000
 LARGE_CFG_SCALE = 20  # from which on values that are not finite are the fault of guidance
 
 
 def build_pipeline(model, autoencoder, num_sampling_steps, cfg_scale, cfg_channels=None, cfg_interval=None,
-                   sampler=None, eta=0.0, compute=DEFAULT_COMPUTE):
+                   sampler=None, eta=0.0, compute=DEFAULT_COMPUTE, timestep_spacing=None):
     """Build a `SamplingPipeline` from the values of the sampling flags; what does not fit raises an `ArgumentError`.
 
     Args (the others are attributes of `SamplingPipeline`):
-        num_sampling_steps (int | str): Number of steps, or "ddimN" for N evenly spaced steps of DDIM.
+        num_sampling_steps (int | str): Number of steps, "ddimN" for N evenly spaced steps of DDIM, or "dpmN", "unipcN",
+            "heunN" for N steps of a solver.
         cfg_channels (int | str): Number of latent channels that are guided, or "all". Default: 3 of 4 as published,
             else all.
-        sampler (str): "ddpm" or "ddim". Default: "ddim" with "ddimN" steps, else "ddpm".
+        sampler (str): A key of SAMPLERS. Default: that of the steps, such as "ddim" with "ddimN", else "ddpm".
+        timestep_spacing (str): Of a solver, one of `sampling.solvers.SPACINGS`.
     """
-    diffusion = build_process(num_sampling_steps, model.learn_sigma)
+    sampler = choose_sampler(sampler, num_sampling_steps)
+    diffusion = build_process(num_sampling_steps, model.learn_sigma, sampler, timestep_spacing)
     in_channels = model.sample_shape[0]
     if cfg_channels == "all":
         cfg_channels = in_channels
@@ -35,14 +37,30 @@ def build_pipeline(model, autoencoder, num_sampling_steps, cfg_scale, cfg_channe
         raise ArgumentError(f"the latents of this model have {in_channels} channels.", cfg_channels=cfg_channels)
     if cfg_interval and cfg_interval[0] > cfg_interval[1]:
         raise ArgumentError("the lower timestep comes first.", cfg_interval=cfg_interval)
-    sampler = sampler or ("ddim" if str(num_sampling_steps).startswith("ddim") else "ddpm")
     if eta and sampler != "ddim":
         raise ArgumentError("this noise belongs to DDIM. Choose its sampler, ddim.", eta=eta)
     return SamplingPipeline(model, autoencoder, diffusion, cfg_scale, cfg_channels, cfg_interval, sampler, eta, compute)
 
 
-def build_process(num_sampling_steps, learn_sigma=True):
-    """Build the `GaussianDiffusion` to sample with; steps that are not possible raise an `ArgumentError`."""
+def choose_sampler(sampler, num_sampling_steps):
+    """Return the sampler's name; steps that name another one raise an `ArgumentError`."""
+    named = "ddim" if str(num_sampling_steps).startswith("ddim") else parse_steps(num_sampling_steps)[0]
+    if sampler and named and SOLVERS.keys() & {sampler, named} and sampler != named:
+        raise ArgumentError(f"these are steps of {named}. Leave one of the two out.", sampler=sampler,
+                            num_sampling_steps=num_sampling_steps)
+    return sampler or named or "ddpm"
+
+
+def build_process(num_sampling_steps, learn_sigma=True, sampler=None, timestep_spacing=None):
+    """Build the `GaussianDiffusion`, or the `SolverProcess`, to sample with.
+
+    Steps that are not possible raise an `ArgumentError`.
+    """
+    if sampler in SOLVERS:
+        return SolverProcess(sampler, int(parse_steps(num_sampling_steps)[1]), timestep_spacing)
+    if timestep_spacing:
+        raise ArgumentError(f"the steps of {sampler} are those of the trained process. Choose a solver: "
+                            f"{', '.join(SOLVERS)}.", timestep_spacing=timestep_spacing)
     count = str(num_sampling_steps).removeprefix("ddim")
     if count.isdecimal() and not 2 <= int(count[:9]) <= NUM_TRAINED_TIMESTEPS:
         problem = f"the process has {NUM_TRAINED_TIMESTEPS} steps, of which 2 or more can be sampled."
@@ -61,13 +79,13 @@ class SamplingPipeline:
 
     model: torch.nn.Module                       # a DiT in evaluation mode
     autoencoder: VAE | IdentityAutoencoder       # decodes its latents
-    diffusion: GaussianDiffusion                 # the process to sample with, respaced
+    diffusion: GaussianDiffusion | SolverProcess # the process to sample with, respaced
     cfg_scale: float = 1.0                       # guidance; 1: none, one pass of the network per step instead of two
     cfg_channels: int | None = None              # number of guided latent channels; default: that of the model
     # Lowest and highest timestep with guidance, of 0 .. 999; default: all. (Kynkaanniemi et al., "Applying Guidance in
     # a Limited Interval Improves Sample and Distribution Quality in Diffusion Models", 2024)
     cfg_interval: tuple[int, int] | None = None
-    sampler: str = "ddpm"                        # or "ddim"
+    sampler: str = "ddpm"                        # a key of SAMPLERS
     eta: float = 0.0                             # noise of DDIM; 0: deterministic
     compute: ComputeConfig = DEFAULT_COMPUTE     # how the network is computed
 
@@ -103,14 +121,7 @@ class SamplingPipeline:
         x = noise.initial((n, *self.model.sample_shape))
         if on_step:
             on_step(-1, x)
-        loop = getattr(self.diffusion, SAMPLERS[self.sampler])
-        arguments = dict(eta=self.eta) if self.sampler == "ddim" else {}
-        # Guidance of each step, by the host's list: reading `t` from the device would be a host sync at every step.
-        denoise, guidance = self._build_denoiser(cond), map(self.is_guided, reversed(self.diffusion.timestep_map))
-        denoise.is_guided = next(guidance)
-        for step, out in enumerate(loop(denoise, x.shape, x, clip_denoised=False, progress=progress,
-                                        device=self.model.device, noise_fn=noise.step, **arguments)):
-            denoise.is_guided = next(guidance, False)
+        for step, out in enumerate(SAMPLERS[self.sampler](self, self._build_denoiser(cond), x, noise, progress)):
             x = out["sample"]
             if on_step:
                 on_step(step, x)
@@ -138,7 +149,10 @@ class SamplingPipeline:
         return self.cfg_scale > 1 and low <= timestep <= high
 
     def _build_denoiser(self, cond):
-        """Return what the sampler calls: (x, t) -> output, guided if its attribute `is_guided` is set."""
+        """Return what the sampler calls: (x, t) -> output, guided as its attribute `timestep` of the host says.
+
+        To read `t` from the device would be a host sync at every step.
+        """
         n = batch_size(cond)
         self.max_batch_size = max(self.max_batch_size, n)
         rows = self.max_batch_size if self.compute.compile else n  # a compiled network has one batch size
@@ -150,7 +164,7 @@ class SamplingPipeline:
 
         def denoise(x, t):
             x, t = pad_batch(x, rows), pad_batch(t, rows)
-            if not denoise.is_guided:
+            if not self.is_guided(denoise.timestep):
                 return forward(x, t, **cond)[:n]
             return forward_with_cfg(torch.cat([x, x]), torch.cat([t, t]), **cond_and_null, cfg_scale=self.cfg_scale,
                                     cfg_channels=self.cfg_channels)[:n]
@@ -160,11 +174,41 @@ class SamplingPipeline:
     def metadata(self):
         """Return all that determines the images apart from weights, conditions and noise; plain values."""
         num_steps = self.diffusion.num_timesteps
-        interval = dict(cfg_interval=list(self.cfg_interval)) if self.cfg_interval else {}
+        more = dict(cfg_interval=list(self.cfg_interval)) if self.cfg_interval else {}
+        if self.sampler in SOLVERS:
+            more["timestep_spacing"] = self.diffusion.timestep_spacing
+        timesteps = self.diffusion.timestep_map
         return dict(sampler=self.sampler, steps=num_steps,
-                    model_calls=num_steps + sum(map(self.is_guided, self.diffusion.timestep_map)),
-                    eta=self.eta, cfg_scale=self.cfg_scale, cfg_channels=self.cfg_channels, **interval,
+                    model_calls=len(timesteps) + sum(map(self.is_guided, timesteps)),
+                    eta=self.eta, cfg_scale=self.cfg_scale, cfg_channels=self.cfg_channels, **more,
                     in_channels=self.model.sample_shape[0], precision=self.compute.precision)
+
+
+def _run_diffusion(loop, pipeline, denoise, x, noise, progress, **options):
+    """Run a loop of `GaussianDiffusion`, telling the denoiser the timestep of each call."""
+    timesteps = iter(reversed(pipeline.diffusion.timestep_map))
+    denoise.timestep = next(timesteps)
+    for out in loop(denoise, x.shape, x, clip_denoised=False, progress=progress, device=pipeline.model.device,
+                    noise_fn=noise.step, **options):
+        denoise.timestep = next(timesteps, None)
+        yield out
+
+
+def _run_ddpm(pipeline, *args):
+    return _run_diffusion(pipeline.diffusion.p_sample_loop_progressive, pipeline, *args)
+
+
+def _run_ddim(pipeline, *args):
+    return _run_diffusion(pipeline.diffusion.ddim_sample_loop_progressive, pipeline, *args, eta=pipeline.eta)
+
+
+def _run_solver(pipeline, denoise, x, noise, progress):
+    return pipeline.diffusion.steps(denoise, x, progress)
+
+
+# A sampler takes the pipeline, its denoiser, x_T, the source of noise, and whether to show progress; it yields a
+# dict(sample) after every step, and sets the denoiser's `timestep` before each call. Names are those of --sampler.
+SAMPLERS = {"ddpm": _run_ddpm, "ddim": _run_ddim} | dict.fromkeys(SOLVERS, _run_solver)
 
 
 def batch_size(cond):
