@@ -121,7 +121,8 @@ def write_diffusers(flags, explicit_args):
         diffusers_format.write_metadata(folder, dict(
             args=dict(model=loaded.name, image_size=loaded.image_size, vae=loaded.autoencoder.name,
                       num_classes=loaded.model.config.num_classes),
-            config=dict(model=model_config(loaded.model), class_names=loaded.class_names)))
+            config=dict(model=model_config(loaded.model), class_names=loaded.class_names,
+                        image_channels=scaling.image_channels if scaling else loaded.model.in_channels)))
         if os.path.isdir(flags.output):
             shutil.rmtree(flags.output)
         os.rename(folder, flags.output)

@@ -98,6 +98,22 @@ def test_a_folder_of_diffusers_is_sampled(run_ok, checkpoint, tmp_path):
     assert (tmp_path / "x.png").exists()
 
 
+def test_a_model_of_gray_pixels_goes_both_ways(run_ok, tmp_path):
+    """Without a VAE; what diffusers has no place for, as the channels of the images, is kept beside."""
+    network = model(in_channels=1)
+    torch.save(dict(model=network.state_dict(), args=dict(model="DiT-S/2", image_size=4, vae="none", num_classes=3),
+                    config=dict(model=model_config(network), class_names=NAMES, image_channels=1)), tmp_path / "x.pt")
+    run_ok("convert", tmp_path / "x.pt", "--to", "diffusers", "--output", tmp_path / "folder")
+    run_ok("convert", tmp_path / "folder", "--to", "dit", "--output", tmp_path / "y.safetensors")
+    for path in (tmp_path / "folder", tmp_path / "y.safetensors"):
+        loaded = load(path)
+        assert loaded.autoencoder.channels == 1 and equal(loaded.model.state_dict(), network.state_dict())
+    pipeline = DiffusionPipeline.from_pretrained(str(tmp_path / "folder"), custom_pipeline=str(tmp_path / "folder"),
+                                                 trust_remote_code=True)
+    assert pipeline.vae is None and pipeline.config.guided_channels == 1
+    assert pipeline([0], num_inference_steps=2, output_type="pt").images.shape == (1, 1, 4, 4)
+
+
 @pytest.mark.parametrize("changes, problem", [
     (dict(conditioning="adaln"), "adaln blocks"), (dict(input_size=(4, 8)), "rectangular"),
     (dict(mlp_ratio=2.0), "MLP ratio"), (dict(class_dropout_prob=0.0), "null class")])
