@@ -27,6 +27,8 @@ from sampling import diffusers_format
 from sampling.checkpoint_metadata import STEP_NAMES, as_dict
 from sampling.load_model import load_model, read_checkpoint
 
+# What a folder may hold that --overwrite replaces.
+EXPORTED = {"README.md", "dit.json", "model_index.json", "pipeline.py", "scheduler", "transformer", "vae"}
 README = """A DiT (https://arxiv.org/abs/2212.09748), exported by convert.py.
 
     from diffusers import DiffusionPipeline
@@ -58,6 +60,9 @@ def main():
     flags, explicit_args = parse_args(build_parser())
     if os.path.lexists(flags.output) and not flags.overwrite:
         raise ArgumentError("it exists. Name another one, or add --overwrite", output=flags.output)
+    if os.path.isdir(flags.output) and not (flags.to == "diffusers" and set(os.listdir(flags.output)) <= EXPORTED):
+        raise ArgumentError("this folder holds something else than an export, and is not replaced. Name another one",
+                            output=flags.output)
     if flags.to == "dit" and not flags.output.lower().endswith((".pt", ".safetensors")):
         raise ArgumentError("its name must end in .pt or .safetensors", output=flags.output)
     check_writable(flags.output, is_folder=flags.to == "diffusers", output=flags.output)

@@ -140,8 +140,12 @@ def test_nothing_is_overwritten_unasked(run_ok, run_error, checkpoint, tmp_path)
     assert "--output" in run_error("convert", checkpoint, "--to", "diffusers", "--output", target)
     assert "--output" in run_error("convert", checkpoint, "--to", "dit", "--output", tmp_path / "x.bin")
     assert "--output" in run_error("convert", checkpoint, "--to", "dit", "--output", checkpoint)
-    assert (target / "mine.txt").read_text() == "mine"
-    run_ok("convert", checkpoint, "--to", "diffusers", "--output", target, "--overwrite")
+    assert "--output" in run_error("convert", checkpoint, "--to", "diffusers", "--output", target, "--overwrite")
+    assert "--output" in run_error("convert", checkpoint, "--to", "diffusers", "--output", tmp_path, "--overwrite")
+    assert (target / "mine.txt").read_text() == "mine" and checkpoint.exists()
+    (target / "mine.txt").unlink()
+    for _ in range(2):
+        run_ok("convert", checkpoint, "--to", "diffusers", "--output", target, "--overwrite")
     assert json.loads((target / "model_index.json").read_text())["id2label"] == {"0": "ant", "1": "bee", "2": "cat"}
 
 
